@@ -1,0 +1,172 @@
+"""From a folder or a hub id to a Decoder in memory: config.json, safetensors, the check that it fits.
+
+Where it sits: before everything; generate.py and the other commands call `load_decoder` twice, for SLM and LLM.
+Every error a user can cause by naming the wrong thing is a `CheckpointError`: one line with what is wrong, the value
+and what to do.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model import Config, Decoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be used as given."""
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `name` itself if it is one, else a download of that hub id (progress bars included)."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise CheckpointError(f"--revision {revision} needs a hub id, but {name} is a folder")
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.suffix in (".safetensors", ".gguf", ".bin"):
+        raise CheckpointError(f"no folder {name}; give a folder with config.json and *.safetensors, or a hub id owner/name")
+    from huggingface_hub import snapshot_download  # imported late: it takes a second, and folders do not need it
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except RevisionNotFoundError:
+        raise CheckpointError(f"hub model {name} has no revision {revision}; look at its 'Files and versions' page") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"no hub model {name} (or it is private: run `hf auth login`), and no such folder") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"hub not reachable and {name} is not in the local cache: check the network or give a folder ({cause})"
+        ) from None
+
+
+def read_json(folder: Path, name: str, required: bool = True) -> dict:
+    path = folder / name
+    if not path.is_file():
+        if required:
+            raise CheckpointError(f"{folder} has no {name}; is it a Hugging Face checkpoint folder?")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def read_config(folder: Path) -> Config:
+    try:
+        return Config.from_hf(read_json(folder, "config.json"))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """The dtype the checkpoint says it is stored in; float32 if it does not say."""
+    raw = read_json(folder, "config.json")
+    return DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch."), torch.float32)
+
+
+def weight_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of all parameters in this dtype, from the shapes alone."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Decoder(config).parameters()) * dtype.itemsize
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that could still be taken: free GPU memory, or what the kernel says is available on the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 2**63  # not Linux: no cheap answer, so no check
+
+
+def check_fits(needed: dict[str, int], device: torch.device, available: int | None = None) -> None:
+    """Raise CheckpointError if the named byte counts do not fit together on `device`; says what is needed and there."""
+    available = available_bytes(device) if available is None else available
+    total = sum(needed.values())
+    if total > available:
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in needed.items())
+        raise CheckpointError(
+            f"does not fit on {device}: {total / 2**30:.2f} GiB needed ({parts}), {available / 2**30:.2f} GiB available; "
+            "use a smaller batch, fewer tokens, a 16-bit --dtype or another --device"
+        )
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / file for file in read_json(folder, index.name).get("weight_map", {}).values()})
+        absent = [file.name for file in files if not file.is_file()]
+        if absent or not files:
+            raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent) or '(none named)'}")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+
+
+def _own_name(name: str) -> str:
+    """Checkpoint name -> Decoder name: the leading `model.` goes, `lm_head.weight` stays."""
+    return name.removeprefix("model.")
+
+
+def _skipped(name: str, config: Config) -> bool:
+    """Tensors left out on purpose: RoPE tables of old checkpoints, and the second copy of a tied embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+
+
+def load_decoder(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+    """Load a checkpoint folder, strictly: every tensor named, none left over, every shape right.
+
+    dtype None keeps the checkpoint's. The parameters are made on the meta device and replaced tensor by tensor, so the
+    weights are held once, plus one tensor. Raises CheckpointError naming file or tensors.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    dtype = dtype or checkpoint_dtype(folder)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    expected = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+    seen: set[str] = set()
+    problems: list[str] = []
+    for path in _shards(folder):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():
+                    own = _own_name(name)
+                    if _skipped(name, config):
+                        continue
+                    shape = tuple(shard.get_slice(name).get_shape())
+                    if own not in expected:
+                        problems.append(f"unexpected tensor {name} {shape}")
+                    elif shape != tuple(expected[own]):
+                        problems.append(f"tensor {name} has shape {shape}, config.json says {tuple(expected[own])}")
+                    else:
+                        _assign(decoder, own, shard.get_tensor(name).to(device=device, dtype=dtype))
+                    seen.add(own)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from None
+    problems += [f"missing tensor {name}" for name in expected if name not in seen]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{folder}: " + "; ".join(problems[:8]) + more)
+    if config.tied:
+        decoder.lm_head.weight = decoder.embed_tokens.weight  # assigning has parted them
+    return decoder.eval().requires_grad_(False)
+
+
+def _assign(decoder: Decoder, name: str, tensor: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(parent), leaf, torch.nn.Parameter(tensor, requires_grad=False))

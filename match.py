@@ -1,0 +1,122 @@
+"""Similarity matching: which SLM head stands in for each LLM head (Section 4, Eq. 1-3).
+
+Where it sits: once per sequence, after the prefill and before the first tier plan. Both models are run on the first
+100 to 200 tokens; attention is causal, so these rows are those of the whole prompt. A head of the LLM is compared with
+every head of the SLM, in any layer, and the most similar one is taken: f(i) = argmax_s sim(i, s) (Eq. 3). The map is
+then frozen.
+
+Two ways to compare:
+
+- `jaccard`: the paper's, Jaccard similarity of the top-k index sets of the accumulated scores (Eq. 1-2);
+- `cosine`: cosine of the whole attention rows, the sink column dropped. It uses every row instead of a set of k indices,
+  so it is less noisy at the same cost (README, "Differences from the paper").
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import attention_rows, column_sums
+from model import Decoder
+
+MATCHERS = ("jaccard", "cosine")
+WINDOW_MIN, WINDOW_MAX = 100, 200  # tokens: shorter waits, longer is cut (Section 4, "Method Details")
+TOP_SHARE = 0.1  # k of Eq. 2 as a share of the window; the paper does not give k, README says how this was chosen
+SINKS = 4  # first tokens left out of a reported similarity: every head looks at them, which would flatter it
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """index (L, H) int64: the SLM head f(i) of each LLM head, counted l' * H' + h'. similarity (L, H) fp32: the cosine
+    of the two heads' accumulated scores on the window without the first SINKS tokens, whatever the matcher."""
+
+    index: Tensor
+    similarity: Tensor
+
+
+def accumulated_scores(rows: Tensor) -> Tensor:
+    """Eq. 1: a[j] = sum over queries q of A[q, j]; (..., W, W) -> (..., W)."""
+    return rows.sum(-2)
+
+
+def top_sets(scores: Tensor, k: int) -> Tensor:
+    """Membership (heads, W) in each head's TopK index set, as 0.0 and 1.0."""
+    return torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
+
+
+def jaccard_similarity(scores: Tensor, others: Tensor, k: int) -> Tensor:
+    """Eq. 2: |TopK(a_i) and TopK(a_s)| / |TopK(a_i) or TopK(a_s)|; (h, W) x (s, W) -> (h, s)."""
+    common = top_sets(scores, k) @ top_sets(others, k).T
+    return common / (2 * k - common)
+
+
+def cosine_similarity(features: Tensor, others: Tensor) -> Tensor:
+    """Cosine between all pairs; (h, F) x (s, F) -> (h, s)."""
+    return torch.nn.functional.normalize(features, dim=-1) @ torch.nn.functional.normalize(others, dim=-1).T
+
+
+def row_features(rows: Tensor) -> Tensor:
+    """Whole attention rows of each head as one vector, the sink column dropped; (heads, W, W) -> (heads, W * (W-1))."""
+    return rows[:, :, 1:].flatten(1)
+
+
+def window_rows(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Attention matrices of every head on one window: (1, W) -> (L * H, W, W) fp32. For the SLM, which is small."""
+    layers = []
+    decoder(tokens, logits="none", observe=lambda layer, query, key: layers.append(attention_rows(query, key)[0]))
+    return torch.cat(layers)
+
+
+@torch.inference_mode()
+def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str = "jaccard") -> HeadMap:
+    """Match every LLM head on a window of WINDOW_MIN..WINDOW_MAX token ids.
+
+    The SLM's matrices are held (L' * H' * W * W fp32), the LLM's only for one layer at a time.
+    """
+    if matcher not in MATCHERS:
+        raise ValueError(f"unknown matcher {matcher!r}; supported: {', '.join(MATCHERS)}")
+    tokens = torch.tensor([window], device=llm.device)
+    top_k = max(1, round(TOP_SHARE * len(window)))
+    slm_rows = window_rows(slm, tokens.to(slm.device)).to(llm.device)
+    slm_scores = accumulated_scores(slm_rows)  # (L' * H', W)
+    slm_features = row_features(slm_rows) if matcher == "cosine" else None
+    index, similarity = [], []
+
+    def match_layer(layer: int, query: Tensor, key: Tensor) -> None:
+        rows = attention_rows(query, key)[0]  # (H, W, W)
+        scores = accumulated_scores(rows)
+        if matcher == "cosine":
+            pairwise = cosine_similarity(row_features(rows), slm_features)  # (H, L' * H')
+        else:
+            pairwise = jaccard_similarity(scores, slm_scores, top_k)
+        best = pairwise.argmax(-1)  # Eq. 3, (H,)
+        index.append(best)
+        matched = slm_scores[best]
+        similarity.append(torch.cosine_similarity(scores[:, SINKS:], matched[:, SINKS:], dim=-1))
+
+    llm(tokens, logits="none", observe=match_layer)
+    return HeadMap(torch.stack(index), torch.stack(similarity))
+
+
+@torch.inference_mode()
+def head_scores(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Accumulated scores (Eq. 1) of every head over a text of any length: (1, n) -> (L * H, n) fp32, O(n) memory."""
+    layers = []
+    decoder(tokens, logits="none", observe=lambda layer, query, key: layers.append(column_sums(query, key, 1.0)[0]))
+    return torch.cat(layers)
+
+
+def score_similarity(llm: Decoder, slm: Decoder, text: list[int], matcher: str = "jaccard") -> tuple[Tensor, Tensor]:
+    """How alike the two models attend on one text, per LLM head: best cosine and matched cosine, each (L, H).
+
+    Both are cosines of accumulated scores over the text without its first SINKS tokens. Best: the most similar SLM head
+    on this text. Matched: the head that `matcher` picks on the text's first WINDOW_MAX tokens, as in use.
+    """
+    shape = (llm.config.layers, llm.config.query_heads)
+    tokens = torch.tensor([text], device=llm.device)
+    scores = head_scores(llm, tokens)[:, SINKS:]
+    slm_scores = head_scores(slm, tokens.to(slm.device)).to(llm.device)[:, SINKS:]
+    pairwise = cosine_similarity(scores, slm_scores)  # (L * H, L' * H')
+    chosen = match_heads(llm, slm, text[:WINDOW_MAX], matcher).index.view(-1, 1)
+    return pairwise.max(-1).values.view(shape), pairwise.gather(1, chosen).view(shape)
