@@ -1,0 +1,364 @@
+"""The caches: full, full with scores, and the three tiers of SmallKV. And the ledger of what each of them holds where.
+
+Where it sits: between the plan (smallkv.py) and the model (model.py), which knows of a cache only `attend`. Every cache
+is made for a number of positions known at the start and holds token j of sequence b at index j:
+
+| cache         | keeps                                                                              | used by              |
+| ------------- | ---------------------------------------------------------------------------------- | -------------------- |
+| `FullCache`   | K and V of every token on the device                                               | full baseline        |
+| `ScoredCache` | the same, and what attention says of every token: newest row and score             | the SLM              |
+| `TieredCache` | critical: K, V on the device; marginal: V on the device; the rest on the host only | the LLM (Section 4)  |
+
+Shapes follow the legend in model.py.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import causal_attention, column_sums, full_attention_step, move_rows, tiered_attention
+from model import Config, Span
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a ledger: bytes of one kind on one device."""
+
+    what: str
+    device: str
+    size: int
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """Who goes where in one layer; masks over positions 0..n-1. What is in neither set is offloaded.
+
+    critical, marginal: (B, G, n) bool, disjoint. borrowed: (B, H, n) fp32, the SLM's newest attention rows A'_f(i);
+    None where there are no marginal tokens.
+    """
+
+    critical: Tensor
+    marginal: Tensor
+    borrowed: Tensor | None
+
+
+def _bytes(dtype: torch.dtype, *shape: int) -> int:
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+# ---- Full ------------------------------------------------------------------------------------------------------------
+
+
+class FullCache:
+    """K and V of every token, (L, B, G, S, D) each, on the model's device."""
+
+    sliced = ("key", "value")  # tensors whose dimension 1 is the sequence
+
+    def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype):
+        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
+        self.key = torch.empty(shape, device=device, dtype=dtype)
+        self.value = torch.zeros(shape, device=device, dtype=dtype)  # zeros: unseen columns have weight 0, and 0 * NaN is NaN
+
+    def sequence(self, b: int) -> "FullCache":
+        """The same memory seen as the cache of sequence b alone (B = 1), for its prefill."""
+        view = copy.copy(self)
+        for name in self.sliced:
+            setattr(view, name, getattr(self, name)[:, b : b + 1])
+        return view
+
+    def staging(self, b: int, length: int) -> "FullCache":
+        """Where the prompt of sequence b is prefilled: here, in place."""
+        return self.sequence(b)
+
+    def load(self, b: int, staged: "FullCache", length: int) -> None:
+        """Take over a prefilled prompt: nothing to do, it was written in place."""
+
+    def migrate(self, plan: Callable[[int], TierPlan], span: Span) -> None:
+        """A full cache has one tier: nothing moves."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
+        """Append key, value (B, G, T, D), then attend with query (B, H, T, D): T > 1 for one sequence, or T = 1 for all."""
+        self._append(layer, key, value, span)
+        seen_key, seen_value = self.key[layer, :, :, : span.end], self.value[layer, :, :, : span.end]  # (B, G, end, D)
+        if query.shape[2] > 1:
+            return causal_attention(query, seen_key, seen_value)
+        return full_attention_step(query, seen_key, seen_value, span.positions[:, 0])[0]
+
+    def _append(self, layer: int, key: Tensor, value: Tensor, span: Span) -> None:
+        if span.end > self.key.shape[3]:
+            raise ValueError(f"position {span.end - 1} is beyond the cache's {self.key.shape[3]} positions")
+        index = span.positions[:, None, :, None].expand_as(key)  # (B, G, T, D)
+        self.key[layer].scatter_(2, index, key)
+        self.value[layer].scatter_(2, index, value)
+
+    def ledger(self) -> list[Entry]:
+        return [Entry("full K, V", self.key.device.type, self.key.nbytes + self.value.nbytes)]
+
+    @staticmethod
+    def predict(config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype) -> list[Entry]:
+        size = _bytes(dtype, config.layers, batch, config.kv_heads, capacity, config.head_dim)
+        return [Entry("full K, V", device, 2 * size)]
+
+
+class ScoredCache(FullCache):
+    """A full cache that also remembers what attention says of every token; the SLM's.
+
+    row (L, B, H, S) fp32: the newest query's attention. score (L, B, H, S) fp32: the score memory,
+    score = decay * score + newest row. decay = 1 is the accumulation of Eq. 1.
+    """
+
+    sliced = ("key", "value", "row", "score")
+
+    def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float):
+        super().__init__(config, batch, capacity, device, dtype)
+        shape = (config.layers, batch, config.query_heads, capacity)
+        self.decay = decay
+        self.row = torch.zeros(shape, device=device)
+        self.score = torch.zeros(shape, device=device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
+        self._append(layer, key, value, span)
+        T, end = query.shape[2], span.end
+        seen_key, seen_value = self.key[layer, :, :, :end], self.value[layer, :, :, :end]
+        score = self.score[layer, :, :, :end]  # (B, H, end)
+        if T > 1:
+            score.mul_(self.decay**T).add_(column_sums(query, seen_key, self.decay))
+            return causal_attention(query, seen_key, seen_value)
+        out, row = full_attention_step(query, seen_key, seen_value, span.positions[:, 0])
+        self.row[layer, :, :, :end] = row
+        score.mul_(self.decay).add_(row)
+        return out
+
+    def ledger(self) -> list[Entry]:
+        return super().ledger() + [Entry("scores", self.row.device.type, self.row.nbytes + self.score.nbytes)]
+
+    @staticmethod
+    def predict(config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype) -> list[Entry]:
+        scores = _bytes(torch.float32, config.layers, batch, config.query_heads, capacity)
+        return FullCache.predict(config, batch, capacity, device, dtype) + [Entry("scores", device, 2 * scores)]
+
+
+# ---- Three tiers -----------------------------------------------------------------------------------------------------
+
+
+def assign_slots(position: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give every wanted token a slot; who is held and wanted stays, who is not wanted leaves, the rest fills the gaps.
+
+    position (B, G, N) int64: the token in each slot, -1 if none. wanted (B, G, n) bool, at most N true in a row.
+    Returns the new position (B, G, N), slot (B, G, n) of every wanted token (-1 elsewhere), and fresh (B, G, n) bool:
+    the tokens whose rows must be brought in.
+    """
+    slots, tokens = position.shape[-1], wanted.shape[-1]
+    keep = (position >= 0) & wanted.gather(-1, position.clamp(min=0))  # (B, G, N)
+    # Scatters below send what must not be written to one extra column, which is then cut off.
+    slot = torch.full((*wanted.shape[:2], tokens + 1), -1, device=wanted.device)
+    slot = slot.scatter(-1, position.where(keep, tokens), torch.arange(slots, device=wanted.device).expand_as(position))
+    slot = slot[..., :tokens]
+    fresh = wanted & (slot < 0)
+    free = keep.byte().argsort(dim=-1, stable=True)  # free slots first, in order
+    nth = fresh.cumsum(-1) - 1  # the n-th fresh token takes the n-th free slot
+    slot = free.gather(-1, nth.clamp(0, slots - 1)).where(fresh, slot)
+    held = torch.cat((position.where(keep, -1), torch.full_like(position[..., :1], -1)), dim=-1)  # (B, G, N + 1)
+    names = torch.arange(tokens, device=wanted.device).expand_as(slot)
+    return held.scatter(-1, slot.where(fresh, slots), names)[..., :slots], slot, fresh
+
+
+class TieredCache:
+    """The LLM's cache in three tiers, chosen anew at every step for each sequence, layer and KV head.
+
+    On the device there are two pools of slots, sized by the budget: the K pool (L, B, G, C, D) holds the keys of
+    critical tokens, the V pool (L, B, G, N, D) the values of critical and marginal tokens. A token is critical if it is
+    in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token,
+    written once when the token is made; so leaving a pool copies nothing, a marginal token that turns critical brings
+    its key alone, and what comes back is the same to the bit.
+
+    prefetch: the rows of layer l + 1 travel while layer l computes (on CUDA: on a side stream); without it they travel
+    when layer l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S), for
+    --no-saliency-shift: what the LLM's attention weights say of the tokens that it still holds.
+    """
+
+    def __init__(
+        self, config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device, dtype: torch.dtype,
+        prefetch: bool = True, own_decay: float | None = None,
+    ):  # fmt: skip
+        device = torch.device(device)
+        self.config, self.prefetch, self.own_decay = config, prefetch, own_decay
+        base = (config.layers, batch, config.kv_heads)
+        self.key = torch.empty(*base, critical_slots, config.head_dim, device=device, dtype=dtype)
+        self.value = torch.empty(*base, value_slots, config.head_dim, device=device, dtype=dtype)
+        self.key_position = torch.full((*base, critical_slots), -1, dtype=torch.int32, device=device)
+        self.value_position = torch.full((*base, value_slots), -1, dtype=torch.int32, device=device)
+        self.value_slot = torch.zeros(*base, critical_slots, dtype=torch.int32, device=device)  # K slot -> V slot
+        pinned = device.type == "cuda"
+        self.host_key = torch.empty(*base, capacity, config.head_dim, dtype=dtype, pin_memory=pinned)
+        self.host_value = torch.empty(*base, capacity, config.head_dim, dtype=dtype, pin_memory=pinned)
+        self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=dtype)  # this step's K and V
+        self.newest_position: Tensor | None = None  # (B,), once a step has run
+        if own_decay is not None:
+            self.score = torch.zeros(*base, capacity, device=device)
+            self.dropped = torch.zeros(*base, capacity, dtype=torch.bool, device=device)
+        self.stream = torch.cuda.Stream(device) if prefetch and device.type == "cuda" else None
+        self.keys_moved = self.values_moved = self.steps = 0
+        self._plan: Callable[[int], TierPlan] | None = None
+        self._ready: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> borrowed weights, arrival
+
+    def staging(self, b: int, length: int) -> FullCache:
+        """A full cache of one sequence for its prefill, given up once `load` has taken it over."""
+        shape = (self.config, 1, length, self.key.device, self.key.dtype)
+        return FullCache(*shape) if self.own_decay is None else ScoredCache(*shape, self.own_decay)
+
+    def load(self, b: int, staged: FullCache, length: int) -> None:
+        """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants."""
+        self.host_key[:, b, :, :length] = staged.key[:, 0, :, :length]
+        self.host_value[:, b, :, :length] = staged.value[:, 0, :, :length]
+        if self.own_decay is not None:
+            L, G = self.score.shape[0], self.score.shape[2]
+            self.score[:, b, :, :length] = staged.score[:, 0].view(L, G, -1, length).sum(2)
+
+    # -- movement --
+
+    def migrate(self, plan: Callable[[int], TierPlan], span: Span) -> None:
+        """Begin the step of the tokens at `span`: `plan(layer)` says who goes where, itself included.
+
+        The rows are in their slots by the time `attend` needs them.
+        """
+        self._store_newest()
+        self._plan, self._position = plan, span.positions[:, 0]  # (B,)
+        self.steps += 1
+        if self.prefetch:
+            if self.stream is not None:
+                self.stream.wait_stream(torch.cuda.current_stream())  # the scores are made there, and the slots were read
+            self._prefetch(0)
+
+    def _store_newest(self) -> None:
+        """The last step's token goes to the host; it was a recent token since, so nobody has asked for it yet."""
+        if self.newest_position is None:
+            return
+        B, G = self.host_key.shape[1:3]
+        position = self.newest_position.cpu()[None, :, None, None, None]  # (1, B, 1, 1, 1)
+        index = position.expand(self.config.layers, B, G, 1, self.config.head_dim)
+        key, value = self.newest.cpu()[..., None, :]  # (L, B, G, 1, D)
+        self.host_key.scatter_(3, index, key)
+        self.host_value.scatter_(3, index, value)
+
+    def _prefetch(self, layer: int) -> None:
+        if layer == self.config.layers:
+            return
+        if self.stream is None:
+            self._ready[layer] = (self._move(layer), None)
+            return
+        compute = torch.cuda.current_stream()
+        with torch.cuda.stream(self.stream):
+            borrowed = self._move(layer)
+            borrowed.record_stream(compute)  # made on one stream, used on the other: keep its memory until then
+            self._ready[layer] = (borrowed, self.stream.record_event())
+
+    def _move(self, layer: int) -> Tensor:
+        """Carry out one layer's plan; returns the borrowed weights by V slot (B, H, N), 0 on critical tokens."""
+        plan = self._plan(layer)
+        G = self.config.kv_heads
+        keys, key_slot, fresh_keys = assign_slots(self.key_position[layer].long(), plan.critical)
+        values, value_slot, fresh_values = assign_slots(self.value_position[layer].long(), plan.critical | plan.marginal)
+        self.key_position[layer], self.value_position[layer] = keys, values
+        self.value_slot[layer] = value_slot.gather(-1, keys.clamp(min=0)).clamp(min=0)
+        self.keys_moved += self._bring(self.key[layer], key_slot, self.host_key[layer], fresh_keys)
+        self.values_moved += self._bring(self.value[layer], value_slot, self.host_value[layer], fresh_values)
+        if self.own_decay is not None:
+            kept = plan.critical | plan.marginal
+            made = torch.arange(kept.shape[-1], device=kept.device) <= self._position[:, None, None]
+            self.dropped[layer, :, :, : kept.shape[-1]] |= made & ~kept  # a token that is not made yet is not dropped
+        index, marginal = values.clamp(min=0), plan.marginal
+        if plan.borrowed is None:
+            B, H, N = values.shape[0], self.config.query_heads, values.shape[-1]
+            return torch.zeros(B, H, N, device=values.device)
+        in_tier = marginal.gather(-1, index) & (values >= 0)  # (B, G, N)
+        share = plan.borrowed.shape[1] // G
+        weight = plan.borrowed.gather(-1, index.repeat_interleave(share, 1))  # (B, H, N)
+        return weight * in_tier.repeat_interleave(share, 1)
+
+    def _bring(self, pool: Tensor, slot: Tensor, host: Tensor, fresh: Tensor) -> int:
+        """Move the fresh tokens' rows from host (B, G, S, D) into pool (B, G, slots, D); returns how many.
+
+        The newest token of each sequence has a slot but no row yet: attention writes it.
+        """
+        moving = fresh & (torch.arange(fresh.shape[-1], device=fresh.device) != self._position[:, None, None])
+        b, g, token = moving.nonzero(as_tuple=True)
+        head = b * self.config.kv_heads + g
+        target = head * pool.shape[2] + slot[b, g, token]
+        move_rows(pool.view(-1, pool.shape[-1]), target, host.view(-1, host.shape[-1]), head * host.shape[2] + token)
+        return len(token)
+
+    # -- attention --
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
+        """Put the newest token's key, value (B, G, 1, D) into its slots, then attend (Eq. 6) with query (B, H, 1, D)."""
+        if query.shape[2] != 1:
+            raise ValueError(f"a tiered cache takes one token a step, not {query.shape[2]}; prefill goes through staging()")
+        if not self.prefetch:
+            self._ready[layer] = (self._move(layer), None)
+        borrowed, arrived = self._ready.pop(layer)
+        if arrived is not None:
+            torch.cuda.current_stream().wait_event(arrived)
+        position = span.positions[:, :, None]  # (B, 1, 1)
+        for pool, where, row in ((self.key, self.key_position, key), (self.value, self.value_position, value)):
+            slot = (where[layer] == position).byte().argmax(-1)  # (B, G)
+            pool[layer].scatter_(2, slot[:, :, None, None].expand_as(row), row)
+        self.newest[0, layer], self.newest[1, layer] = key[:, :, 0], value[:, :, 0]
+        self.newest_position = self._position
+        used = self.key_position[layer] >= 0
+        out, weight = tiered_attention(
+            query, self.key[layer], self.value[layer], used, self.value_slot[layer].long(), borrowed
+        )
+        if self.own_decay is not None:
+            self._remember(layer, weight)
+        if self.prefetch:
+            self._prefetch(layer + 1)
+        return out
+
+    def _remember(self, layer: int, weight: Tensor) -> None:
+        """Add this step's weights (B, H, N), summed over the heads of a group, to the LLM's own scores."""
+        B, G, N = self.value_position[layer].shape
+        index = self.value_position[layer].long().clamp(min=0)
+        self.score[layer].mul_(self.own_decay).scatter_add_(-1, index, weight.view(B, G, -1, N).sum(2))
+
+    # -- accounting --
+
+    def ledger(self) -> list[Entry]:
+        """What is allocated, by tier and device."""
+        device = self.key.device.type
+        marginal = self.value.nbytes - self.key.nbytes
+        tables = self.key_position.nbytes + self.value_position.nbytes + self.value_slot.nbytes + self.newest.nbytes
+        entries = [
+            Entry("critical K, V", device, 2 * self.key.nbytes),
+            Entry("marginal V", device, marginal),
+            Entry("slot tables, newest K, V", device, tables),
+            Entry("host K, V", "pinned" if self.host_key.is_pinned() else "host", 2 * self.host_key.nbytes),
+        ]
+        if self.own_decay is not None:
+            entries.append(Entry("scores", device, self.score.nbytes + self.dropped.nbytes))
+        return entries
+
+    @staticmethod
+    def predict(
+        config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device: str, dtype: torch.dtype,
+        own_scores: bool = False,
+    ) -> list[Entry]:  # fmt: skip
+        """The ledger from the shapes alone, before anything is allocated."""
+        rows = config.layers * batch * config.kv_heads
+        D = config.head_dim
+        entries = [
+            Entry("critical K, V", device, 2 * _bytes(dtype, rows, critical_slots, D)),
+            Entry("marginal V", device, _bytes(dtype, rows, value_slots - critical_slots, D)),
+            Entry(
+                "slot tables, newest K, V",
+                device,
+                _bytes(torch.int32, rows, 2 * critical_slots + value_slots) + _bytes(dtype, 2, rows, D),
+            ),
+            Entry("host K, V", "pinned" if device == "cuda" else "host", 2 * _bytes(dtype, rows, capacity, D)),
+        ]
+        if own_scores:
+            entries.append(Entry("scores", device, _bytes(torch.float32, rows, capacity) + rows * capacity))
+        return entries

@@ -1,0 +1,225 @@
+"""SmallKV (arXiv 2508.02751): the paper's method, from the SLM's attention to the tiers of the LLM's cache.
+
+Where it sits: tokens -> SLM -> **scores -> tier plan** -> migration (cache.py) -> LLM -> token. Section 4 of the paper:
+
+- saliency-shift compensation (Eq. 4-5): tokens are ranked by `a_f(i)`, the scores of the matched head of the SLM, which
+  keeps its whole cache, so a token that was dropped can come back;
+- marginal compensation (Eq. 6): the tokens ranked below the critical ones keep V alone, and borrow the SLM's attention.
+
+Beyond the paper: the scores may forget (`score_decay`), because with a full SLM cache and a way back for every token
+nothing forces the ranking to be about the past. `Settings.paper` gives the paper's accumulation.
+
+Shapes follow the legend in model.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cache import ScoredCache, TieredCache, TierPlan
+from match import MATCHERS, WINDOW_MAX, WINDOW_MIN, HeadMap, match_heads
+from model import Config, Decoder, Span
+
+CRITICAL_FLOOR = 0.0375  # of the length: small budgets keep this share critical (see Settings.sizes)
+RECENT_SHARE = 0.25  # of the budget's bytes, at every split: 2:1:2 in tokens is 2:1:1 in bytes
+
+
+@dataclass(frozen=True)
+class TierSizes:
+    """Tokens per KV head at one length. critical counts the recent ones; what is left is offloaded."""
+
+    critical: int
+    recent: int
+    marginal: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every choice of the method. ValueError names the one that is out of range.
+
+    budget: share of the full cache's bytes at the current length, in (0, 1].
+    budget_tokens: instead of the share, bytes worth that many whole tokens (K and V), whatever the length.
+    score_decay: d in `score = d * score + newest row`; 1 is the paper's accumulation, 0 the newest row alone.
+    matcher: how heads are compared, see match.py. marginal: keep a marginal tier; off, its bytes buy critical tokens.
+    saliency_shift: rank by the SLM; off, by the LLM's own weights on what it still holds (Eq. 4), no way back.
+    prefetch: move the rows of a layer while the layer before it computes.
+    """
+
+    budget: float = 0.2
+    budget_tokens: int | None = None
+    score_decay: float = 0.5
+    matcher: str = "jaccard"
+    marginal: bool = True
+    saliency_shift: bool = True
+    prefetch: bool = True
+
+    def __post_init__(self):
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"budget {self.budget} is outside (0, 1]; 0.2 keeps a fifth of the full cache's bytes")
+        if self.budget_tokens is not None and self.budget_tokens < 1:
+            raise ValueError(f"budget of {self.budget_tokens} tokens is too small; at least 1")
+        if not 0 <= self.score_decay <= 1:
+            raise ValueError(f"score decay {self.score_decay} is outside [0, 1]; 1 is the paper's accumulation")
+        if self.matcher not in MATCHERS:
+            raise ValueError(f"unknown matcher {self.matcher!r}; supported: {', '.join(MATCHERS)}")
+
+    @classmethod
+    def paper(cls, **changes) -> "Settings":
+        """The paper's setting: accumulated scores, Jaccard matcher, marginal tier."""
+        return cls(**{"score_decay": 1.0, "matcher": "jaccard", "marginal": True, **changes})
+
+    def sizes(self, length: int) -> TierSizes:
+        """The split of the budget at one length, in tokens.
+
+        2:1:2 of critical : recent : marginal tokens; a marginal token costs half, so the bytes go 2:1:1. Without a
+        marginal tier 3:1. Three rules at the edges:
+        - floor: below 7.5 % the critical share stays at CRITICAL_FLOOR of the length, while recent and marginal shrink
+          in proportion, until it has 3/4 of the budget (at 5 %); below that all shrink together;
+        - ceiling: once the three cover every token (from 80 %), more bytes turn marginal tokens critical, until at
+          100 % all are;
+        - nothing is dropped while the context is shorter than the matching window.
+        """
+        if length < WINDOW_MIN:
+            return TierSizes(length, 1, 0)
+        share = self.budget if self.budget_tokens is None else min(1.0, self.budget_tokens / length)
+        rows = int(2 * share * length + 1e-9)  # K or V rows the budget pays for
+        if self.marginal:
+            critical_share = max(share / 2, min(CRITICAL_FLOOR, 0.75 * share))
+            recent_share = (share - critical_share) / 2
+        else:
+            critical_share, recent_share = (1 - RECENT_SHARE) * share, RECENT_SHARE * share
+        recent = max(1, int(recent_share * length + 1e-9))  # the token being decoded is always there
+        critical = recent + int(critical_share * length + 1e-9)
+        if not self.marginal:
+            return TierSizes(min(length, max(1, rows // 2)), recent, 0)
+        marginal = max(0, rows - 2 * critical)
+        if critical + marginal > length:
+            critical = min(length, rows - length)
+            marginal = length - critical
+        return TierSizes(critical, recent, marginal)
+
+
+def plan_tiers(scores: Tensor, sizes: list[TierSizes], lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Rank the tokens and cut the ranking into tiers (Eq. 4, on scores that see every token).
+
+    scores (B, G, n) fp32, sizes and lengths one for each sequence. Returns critical and marginal masks (B, G, n).
+    Recent tokens rank first; equal scores rank by position, so that the outcome does not depend on the batch.
+    """
+    device, n = scores.device, scores.shape[-1]
+
+    def column(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device)[:, None, None]  # (B, 1, 1)
+
+    token = torch.arange(n, device=device)
+    length = column(lengths)
+    scores = scores.masked_fill(token >= length - column([size.recent for size in sizes]), torch.inf)
+    scores = scores.masked_fill(token >= length, -torch.inf)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, token.expand_as(order))
+    critical = rank < column([size.critical for size in sizes])
+    covered = rank < column([size.critical + size.marginal for size in sizes])
+    return critical, covered & ~critical
+
+
+class SmallKV:
+    """The method for one batch: owns the SLM's cache, the head maps and the plan; the LLM's cache is the caller's.
+
+    Per step (decode.py): `observe` runs the SLM on the newest tokens, then `plan` is asked for each layer of the LLM.
+    """
+
+    name = "smallkv"
+
+    def __init__(self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None):
+        """head_map (L, H) int64 replaces the matching, for experiments and tests."""
+        self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, head_map
+        self.models = [llm, slm]
+
+    # -- before the first token --
+
+    def slots(self, shortest: int, capacity: int) -> tuple[int, int]:
+        """Slots of the K pool and the V pool: the most that any length from `shortest` to `capacity` asks for."""
+        sizes = [self.settings.sizes(length) for length in range(shortest, capacity + 1)]
+        return max(size.critical for size in sizes), max(size.critical + size.marginal for size in sizes)
+
+    def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
+        """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
+        batch, self.lengths = len(lengths), list(lengths)
+        self.slm_cache = ScoredCache(
+            self.slm.config, batch, capacity, self.slm.device, self.slm.dtype, self.settings.score_decay
+        )
+        self.maps: list[HeadMap | None] = [None] * batch
+        self.tokens: list[list[int]] = [[] for _ in lengths]
+        shape = (batch, self.llm.config.layers, self.llm.config.query_heads)
+        self.index = torch.zeros(shape, dtype=torch.long, device=self.llm.device)  # f(i) of every sequence
+        own_decay = None if self.settings.saliency_shift else self.settings.score_decay
+        self.cache = TieredCache(
+            self.llm.config, batch, capacity, *self.slots(min(lengths), capacity), self.llm.device, self.llm.dtype,
+            self.settings.prefetch, own_decay,
+        )  # fmt: skip
+        return self.cache
+
+    def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
+        """Ledgers of both caches before anything is allocated."""
+        device = self.llm.device.type
+        slots, own = self.slots(min(lengths), capacity), not self.settings.saliency_shift
+        llm: Config = self.llm.config
+        return {
+            "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, own),
+            "SLM": ScoredCache.predict(self.slm.config, len(lengths), capacity, device, self.slm.dtype),
+        }
+
+    def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
+        """Run the SLM over the prompt of sequence b, in the given (start, end) chunks, and match the heads."""
+        view = self.slm_cache.sequence(b)
+        for start, end in chunks:
+            ids = torch.tensor([tokens[start:end]], device=self.slm.device)
+            self.slm(ids, Span.block(start, end, self.slm.device), view, logits="none")
+        self.tokens[b] = list(tokens)
+        self._match(b)
+
+    def _match(self, b: int) -> None:
+        """Match once WINDOW_MIN tokens are there (a shorter context waits for it), on at most WINDOW_MAX of them."""
+        if self.maps[b] is not None:
+            return
+        if self.given_map is not None:
+            self.maps[b] = HeadMap(self.given_map, torch.full(self.given_map.shape, torch.nan))
+        elif len(self.tokens[b]) >= WINDOW_MIN:
+            self.maps[b] = match_heads(self.llm, self.slm, self.tokens[b][:WINDOW_MAX], self.settings.matcher)
+        else:
+            return
+        self.index[b] = self.maps[b].index.to(self.index.device)
+
+    # -- every step --
+
+    def observe(self, tokens: list[int], span: Span) -> None:
+        """One SLM step on the newest token of each sequence: its attention rows and scores are in the SLM's cache."""
+        ids = torch.tensor(tokens, device=self.slm.device)[:, None]  # (B, 1)
+        self.slm(ids, span, self.slm_cache, logits="none")
+        for b, token in enumerate(tokens):
+            self.tokens[b].append(token)
+            self.lengths[b] += 1
+            self._match(b)
+        self.end = span.end
+        self.sizes = [self.settings.sizes(length) for length in self.lengths]
+
+    def plan(self, layer: int) -> TierPlan:
+        """The tiers of one LLM layer, from the newest scores: (B, G, n) masks and the rows to borrow (B, H, n)."""
+        G = self.llm.config.kv_heads
+        if self.settings.saliency_shift:
+            matched = self._matched(self.slm_cache.score, layer)  # a_f(i), (B, H, n)
+            B, _, n = matched.shape
+            scores = matched.view(B, G, -1, n).sum(2)  # one token set for the query heads that share a KV head
+        else:
+            scores = self.cache.score[layer, :, :, : self.end]
+            scores = scores.masked_fill(self.cache.dropped[layer, :, :, : self.end], -torch.inf)
+        critical, marginal = plan_tiers(scores, self.sizes, self.lengths)
+        borrowed = self._matched(self.slm_cache.row, layer) if any(size.marginal for size in self.sizes) else None
+        return TierPlan(critical, marginal, borrowed)
+
+    def _matched(self, table: Tensor, layer: int) -> Tensor:
+        """Rows of the SLM heads f(i) of one LLM layer: (L', B, H', S) -> (B, H, n)."""
+        head = self.index[:, layer]  # (B, H)
+        sequence = torch.arange(len(head), device=head.device)[:, None]
+        per_layer = self.slm.config.query_heads
+        return table[head // per_layer, sequence, head % per_layer, : self.end]
