@@ -3,11 +3,11 @@
 Where it sits: between the plan (smallkv.py) and the model (model.py), which knows of a cache only `attend`. Every cache
 is made for a number of positions known at the start and holds token j of sequence b at index j:
 
-| cache         | keeps                                                                              | used by              |
-| ------------- | ---------------------------------------------------------------------------------- | -------------------- |
-| `FullCache`   | K and V of every token on the device                                               | full baseline        |
-| `ScoredCache` | the same, and what attention says of every token: newest row and score             | the SLM              |
-| `TieredCache` | critical: K, V on the device; marginal: V on the device; the rest on the host only | the LLM (Section 4)  |
+| cache         | keeps                                                                     | used by             |
+| ------------- | ------------------------------------------------------------------------- | ------------------- |
+| `FullCache`   | K and V of every token on the device                                      | full baseline       |
+| `ScoredCache` | the same, and what attention says of every token: newest row and score    | the SLM             |
+| `TieredCache` | critical: K, V on the device; marginal: V; the rest: on the host only     | the LLM (Section 4) |
 
 Shapes follow the legend in model.py.
 """
@@ -60,7 +60,7 @@ class FullCache:
     def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
         self.key = torch.empty(shape, device=device, dtype=dtype)
-        self.value = torch.zeros(shape, device=device, dtype=dtype)  # zeros: unseen columns have weight 0, and 0 * NaN is NaN
+        self.value = torch.zeros(shape, device=device, dtype=dtype)  # unseen columns weigh 0, and 0 * NaN is NaN
 
     def sequence(self, b: int) -> "FullCache":
         """The same memory seen as the cache of sequence b alone (B = 1), for its prefill."""
@@ -80,7 +80,7 @@ class FullCache:
         """A full cache has one tier: nothing moves."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        """Append key, value (B, G, T, D), then attend with query (B, H, T, D): T > 1 for one sequence, or T = 1 for all."""
+        """Append key, value (B, G, T, D), then attend with query (B, H, T, D); T > 1 for one sequence, 1 for all."""
         self._append(layer, key, value, span)
         seen_key, seen_value = self.key[layer, :, :, : span.end], self.value[layer, :, :, : span.end]  # (B, G, end, D)
         if query.shape[2] > 1:
@@ -181,8 +181,8 @@ class TieredCache:
     """
 
     def __init__(
-        self, config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device, dtype: torch.dtype,
-        prefetch: bool = True, own_decay: float | None = None,
+        self, config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device,
+        dtype: torch.dtype, prefetch: bool = True, own_decay: float | None = None,
     ):  # fmt: skip
         device = torch.device(device)
         self.config, self.prefetch, self.own_decay = config, prefetch, own_decay
@@ -230,7 +230,8 @@ class TieredCache:
         self.steps += 1
         if self.prefetch:
             if self.stream is not None:
-                self.stream.wait_stream(torch.cuda.current_stream())  # the scores are made there, and the slots were read
+                # The scores are made on the current stream, and the last step read the slots there.
+                self.stream.wait_stream(torch.cuda.current_stream())
             self._prefetch(0)
 
     def _store_newest(self) -> None:
@@ -261,15 +262,15 @@ class TieredCache:
         plan = self._plan(layer)
         G = self.config.kv_heads
         keys, key_slot, fresh_keys = assign_slots(self.key_position[layer].long(), plan.critical)
-        values, value_slot, fresh_values = assign_slots(self.value_position[layer].long(), plan.critical | plan.marginal)
+        held = plan.critical | plan.marginal
+        values, value_slot, fresh_values = assign_slots(self.value_position[layer].long(), held)
         self.key_position[layer], self.value_position[layer] = keys, values
         self.value_slot[layer] = value_slot.gather(-1, keys.clamp(min=0)).clamp(min=0)
         self.keys_moved += self._bring(self.key[layer], key_slot, self.host_key[layer], fresh_keys)
         self.values_moved += self._bring(self.value[layer], value_slot, self.host_value[layer], fresh_values)
         if self.own_decay is not None:
-            kept = plan.critical | plan.marginal
-            made = torch.arange(kept.shape[-1], device=kept.device) <= self._position[:, None, None]
-            self.dropped[layer, :, :, : kept.shape[-1]] |= made & ~kept  # a token that is not made yet is not dropped
+            made = torch.arange(held.shape[-1], device=held.device) <= self._position[:, None, None]
+            self.dropped[layer, :, :, : held.shape[-1]] |= made & ~held  # a token that is not made yet is not dropped
         index, marginal = values.clamp(min=0), plan.marginal
         if plan.borrowed is None:
             B, H, N = values.shape[0], self.config.query_heads, values.shape[-1]
@@ -294,9 +295,9 @@ class TieredCache:
     # -- attention --
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        """Put the newest token's key, value (B, G, 1, D) into its slots, then attend (Eq. 6) with query (B, H, 1, D)."""
+        """Put the newest token's key, value (B, G, 1, D) into its slots, then attend with query (B, H, 1, D), Eq. 6."""
         if query.shape[2] != 1:
-            raise ValueError(f"a tiered cache takes one token a step, not {query.shape[2]}; prefill goes through staging()")
+            raise ValueError(f"a tiered cache takes one token a step, not {query.shape[2]}; prefill is for staging()")
         if not self.prefetch:
             self._ready[layer] = (self._move(layer), None)
         borrowed, arrived = self._ready.pop(layer)
@@ -343,8 +344,8 @@ class TieredCache:
 
     @staticmethod
     def predict(
-        config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device: str, dtype: torch.dtype,
-        own_scores: bool = False,
+        config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device: str,
+        dtype: torch.dtype, own_scores: bool = False,
     ) -> list[Entry]:  # fmt: skip
         """The ledger from the shapes alone, before anything is allocated."""
         rows = config.layers * batch * config.kv_heads

@@ -22,24 +22,23 @@ class CheckpointError(ValueError):
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `name` itself if it is one, else a download of that hub id (progress bars included)."""
+    """The folder of a checkpoint: `name` itself if it is one, else that hub id, downloaded with progress bars."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision:
             raise CheckpointError(f"--revision {revision} needs a hub id, but {name} is a folder")
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.suffix in (".safetensors", ".gguf", ".bin"):
-        raise CheckpointError(f"no folder {name}; give a folder with config.json and *.safetensors, or a hub id owner/name")
-    from huggingface_hub import snapshot_download  # imported late: it takes a second, and folders do not need it
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+        raise CheckpointError(f"no folder {name}; give one with config.json and *.safetensors, or a hub id owner/name")
+    from huggingface_hub import errors, snapshot_download  # imported late: it takes a second, and folders need it not
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except RevisionNotFoundError:
-        raise CheckpointError(f"hub model {name} has no revision {revision}; look at its 'Files and versions' page") from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"no hub model {name} (or it is private: run `hf auth login`), and no such folder") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"hub model {name} has no revision {revision}; see its list of versions") from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(f"no hub model {name} and no such folder (a private one needs `hf auth login`)") from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"hub not reachable and {name} is not in the local cache: check the network or give a folder ({cause})"
@@ -99,8 +98,8 @@ def check_fits(needed: dict[str, int], device: torch.device, available: int | No
     if total > available:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in needed.items())
         raise CheckpointError(
-            f"does not fit on {device}: {total / 2**30:.2f} GiB needed ({parts}), {available / 2**30:.2f} GiB available; "
-            "use a smaller batch, fewer tokens, a 16-bit --dtype or another --device"
+            f"does not fit on {device}: {total / 2**30:.2f} GiB needed ({parts}), {available / 2**30:.2f} GiB "
+            "available; use a smaller batch, fewer tokens, a 16-bit --dtype or another --device"
         )
 
 
@@ -157,7 +156,7 @@ def load_decoder(folder: str | Path, device: torch.device | str = "cpu", dtype: 
                         _assign(decoder, own, shard.get_tensor(name).to(device=device, dtype=dtype))
                     seen.add(own)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file (truncated or corrupt?): {error}") from None
+            raise CheckpointError(f"{path} is not a readable safetensors file, truncated or corrupt: {error}") from None
     problems += [f"missing tensor {name}" for name in expected if name not in seen]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""

@@ -52,10 +52,10 @@ class FullPolicy:
 
 
 def strip_pads(padded: Tensor, mask: Tensor) -> list[list[int]]:
-    """Left-padded tokens (B, T) and their attention mask (B, T), as tokenizers give them, to lists of token ids.
+    """Left-padded tokens (B, T) and attention mask (B, T), as tokenizers give them, to lists of token ids.
 
-    A batch is never padded inside the models: each prompt is prefilled alone, and token j of a sequence is at index j of
-    its cache, so no pad can be attended to, scored or kept. ValueError if a pad stands anywhere but on the left.
+    A batch is never padded inside the models: each prompt is prefilled alone, and token j of a sequence is at index j
+    of its cache, so no pad can be attended to, scored or kept. ValueError if a pad stands anywhere but on the left.
     """
     lengths = mask.sum(-1)
     tail = torch.arange(mask.shape[1], device=mask.device) >= mask.shape[1] - lengths[:, None]
@@ -135,7 +135,7 @@ class Sampler:
             raise ValueError(f"top-p {self.top_p} is outside (0, 1]; 1 keeps every token")
 
     def generators(self, batch: int) -> list[torch.Generator]:
-        """One source of randomness a sequence, all seeded alike: a prompt's answer does not depend on its neighbours."""
+        """One source of randomness a sequence, seeded alike: a prompt's answer does not depend on its neighbours."""
         return [torch.Generator().manual_seed(self.seed) for _ in range(batch)]
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Timing:
 def generate_ids(
     session: Session, sampler: Sampler, max_new_tokens: int, stop: set[int] = frozenset(), timing: Timing | None = None
 ) -> Iterator[list[int | None]]:
-    """Yield each step's tokens, one a sequence; None for a sequence that has ended. The stop token itself is yielded."""
+    """Yield each step's tokens, one a sequence, the stop token too; None for a sequence that has ended."""
     timing = timing if timing is not None else Timing()
     begin = time.perf_counter()
     generators = sampler.generators(len(session.prompts))

@@ -102,7 +102,7 @@ def tiered_attention(
     Returns the output (B, H, 1, D) and the weight of every V slot in it (B, H, N) fp32, which sums to one.
     """
     B, H, _, D = query.shape
-    G, C, N = key.shape[1], key.shape[2], value.shape[2]
+    G, N = key.shape[1], value.shape[2]
     grouped = query.view(B, G, H // G, D)
     logits = (grouped @ key.transpose(-1, -2)).float() * D**-0.5  # (B, G, H/G, C)
     critical = logits.masked_fill(~key_used[:, :, None], -torch.inf).softmax(-1)

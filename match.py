@@ -2,8 +2,8 @@
 
 Where it sits: once per sequence, after the prefill and before the first tier plan. Both models are run on the first
 100 to 200 tokens; attention is causal, so these rows are those of the whole prompt. A head of the LLM is compared with
-every head of the SLM, in any layer, and the most similar one is taken: f(i) = argmax_s sim(i, s) (Eq. 3). The map is
-then frozen.
+every head of the SLM, in any layer, and the most similar one is taken: f(i) = argmax_s sim(i, s) (Eq. 3). The map
+is then frozen.
 
 Two ways to compare:
 

@@ -1,7 +1,7 @@
 """The decoder: one self-written transformer for Qwen2, Qwen2.5, Qwen3 and LLaMA 3.x (SmolLM2 is LLaMA-type).
 
-Where it sits: tokens -> **SLM** -> scores -> tier plan -> migration -> **LLM** -> token. Both models are this one class;
-they differ in the cache they are given. The decoder computes query, key and value; what is kept of them, and what
+Where it sits: tokens -> **SLM** -> scores -> tier plan -> migration -> **LLM** -> token. Both models are this one
+class; they differ in the cache they are given. The decoder computes query, key and value; what is kept of them, and what
 attention sees, is the business of the cache (cache.py), reached through one method, `cache.attend`.
 
 Shape legend, used in every module:
@@ -54,7 +54,8 @@ class Config:
         """Read a Hugging Face config.json (Transformers 4 and 5 spellings). ValueError names what is not supported."""
         model_type = raw.get("model_type")
         if model_type not in SUPPORTED_MODELS:
-            raise ValueError(f"unknown model_type {model_type!r} in config.json; supported: {', '.join(SUPPORTED_MODELS)}")
+            supported = ", ".join(SUPPORTED_MODELS)
+            raise ValueError(f"unknown model_type {model_type!r} in config.json; supported: {supported}")
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [name for name in required if name not in raw]
         if missing:
@@ -118,7 +119,7 @@ def rope_frequencies(config: Config, device: torch.device | str | None = None) -
     """Inverse frequencies (D/2,) fp32 and the factor on cos and sin, for the checkpoint's rope type.
 
     linear: positions divided by `factor`. llama3: long wavelengths divided, short kept, a ramp between (LLaMA 3.1).
-    yarn: the same idea with the ramp over dimensions, and attention sharpened by the factor (arXiv 2309.00071, Eq. 14-15).
+    yarn: the same idea with the ramp over dimensions, and attention sharpened by the factor (arXiv 2309.00071).
     """
     rope, dim = config.rope, config.head_dim
     kind, base = rope["rope_type"], rope["rope_theta"]
@@ -279,7 +280,9 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def forward(self, tokens: Tensor, span: Span | None = None, cache=None, logits: str = "all", observe=None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, span: Span | None = None, cache=None, logits: str = "all", observe=None
+    ) -> Tensor:  # fmt: skip
         """Run the model over tokens (B, T).
 
         span: where the tokens stand; None means a fresh sequence, positions 0..T-1.

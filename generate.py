@@ -1,0 +1,315 @@
+"""The command: an LLM answers with its cache compressed by SmallKV, and a report says what was kept where.
+
+    python generate.py --llm DIR_OR_ID --slm DIR_OR_ID --budget 0.2 "Once upon a time"
+    python generate.py --llm DIR_OR_ID --slm DIR_OR_ID --chat --compare --prompt-file question.txt
+
+Where it sits: on top of everything. It reads the arguments, loads the pair (checkpoint.py, text.py), hands the prompts
+to decode.py, and prints: the answer on standard output, all else on standard error.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from checkpoint import (
+    DTYPES,
+    CheckpointError,
+    check_fits,
+    checkpoint_dtype,
+    load_decoder,
+    read_config,
+    resolve,
+    weight_bytes,
+)
+from decode import FullPolicy, Sampler, Session, Timing, generate_ids
+from match import MATCHERS
+from model import Decoder
+from report import make_report, print_comparison, print_report
+from smallkv import Settings, SmallKV
+from text import Text, check_same_tokenizer
+
+PROGRESS_FROM = 2048  # prompt tokens from which the prefill shows a bar
+DTYPE_CHOICES = {"auto": None, **DTYPES}
+
+
+@dataclass
+class Pair:
+    """A loaded LLM with its text, and the SLM where the method needs one."""
+
+    llm: Decoder
+    slm: Decoder | None
+    text: Text
+
+
+@dataclass
+class Answer:
+    """One method's answers to all prompts: token ids without stop tokens, and whether each met a stop token."""
+
+    tokens: list[list[int]]
+    stopped: list[bool]
+    report: dict
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. ValueError names a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"no such device {name!r}; use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:0")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"no device {name}: PyTorch sees {count} CUDA devices here; use --device cpu")
+    return device
+
+
+def load_pair(
+    llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
+    slm_revision: str | None = None,
+) -> Pair:  # fmt: skip
+    """Load both models of a pair, after checking that they belong together and fit. slm None loads the LLM alone.
+
+    dtype "auto" is the checkpoint's on a GPU, float32 on a CPU, where 16-bit arithmetic is slow.
+    """
+    where = pick_device(device)
+    names = [(llm, revision)] + ([(slm, slm_revision)] if slm else [])
+    folders = [resolve(name, wanted) for name, wanted in names]
+    texts = [Text.load(folder) for folder in folders]
+    if slm:
+        check_same_tokenizer(*texts)
+    kind = DTYPES.get(dtype) or (checkpoint_dtype(folders[0]) if where.type == "cuda" else torch.float32)
+    configs = [read_config(folder) for folder in folders]
+    top = max(texts[0].tokenizer.get_vocab(with_added_tokens=True).values())
+    for role, folder, config in zip(("LLM", "SLM"), folders, configs):
+        if top >= config.vocab_size:
+            size = config.vocab_size
+            raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
+    roles = zip(("LLM weights", "SLM weights"), configs)
+    check_fits({role: weight_bytes(config, kind) for role, config in roles}, where)
+    decoders = [load_decoder(folder, where, kind) for folder in folders]
+    return Pair(decoders[0], decoders[1] if slm else None, texts[0])
+
+
+def check_caches_fit(policy, lengths: list[int], capacity: int) -> None:
+    """The caches, before they are allocated; on a GPU the host's share is checked against the host."""
+    device = policy.llm.device
+    ledgers = policy.predict(lengths, capacity)
+    entries = [(f"{model} {entry.what}", entry) for model, ledger in ledgers.items() for entry in ledger]
+    on_device = {name: entry.size for name, entry in entries if entry.device == device.type}
+    on_host = {name: entry.size for name, entry in entries if entry.device != device.type}
+    config = policy.llm.config
+    prompt = 2 * config.layers * config.kv_heads * max(lengths) * config.head_dim * policy.llm.dtype.itemsize
+    on_device["prefill of the longest prompt"] = prompt
+    if device.type == "cpu":
+        check_fits({**on_device, **on_host}, device)
+    else:
+        check_fits(on_device, device)
+        check_fits(on_host, torch.device("cpu"))
+
+
+def answer(
+    pair: Pair, policy, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, show=None
+) -> tuple[Answer, bool]:
+    """Run one method on all prompts. show(b, token) is called for every new token that is not a stop token.
+
+    Returns the answers and whether Ctrl-C cut them short: then they are what was there by that time.
+    """
+    check_caches_fit(policy, [len(prompt) for prompt in prompts], max(map(len, prompts)) + max_new_tokens)
+    total = sum(map(len, prompts))
+    bar = tqdm(total=total, desc="prefill", unit="token", leave=False, disable=None if total >= PROGRESS_FROM else True)
+    session = Session(pair.llm, policy, prompts, max_new_tokens, progress=bar.update)
+    timing = Timing()
+    tokens: list[list[int]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    interrupted = False
+    try:
+        for step in generate_ids(session, sampler, max_new_tokens, set(pair.text.stop), timing):
+            bar.close()
+            for b, token in enumerate(step):
+                if token is None:
+                    continue
+                if token in pair.text.stop:
+                    stopped[b] = True
+                    continue
+                tokens[b].append(token)
+                if show:
+                    show(b, token)
+    except KeyboardInterrupt:
+        interrupted = True
+    bar.close()
+    return Answer(tokens, stopped, make_report(session, timing)), interrupted
+
+
+def read_prompts(args) -> list[str]:
+    """Prompts from the arguments, from files (one prompt a file), or from standard input (one prompt)."""
+    prompts = list(args.prompt)
+    for name in args.prompt_file:
+        try:
+            data = Path(name).read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read prompt file {name}: {error.strerror}") from None
+        prompts.append(_utf8(data, f"prompt file {name}"))
+    if not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise ValueError("no prompt: give one as an argument, with --prompt-file, or on standard input")
+        prompts.append(_utf8(sys.stdin.buffer.read(), "standard input"))
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise ValueError(f"prompt {number} is empty: there is nothing to continue")
+    return prompts
+
+
+def _utf8(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+
+
+def make_settings(args) -> Settings:
+    """The method's settings from the arguments; --paper gives the paper's, and what is typed beside it still counts."""
+    asked = {
+        "budget": args.budget, "budget_tokens": args.budget_tokens, "score_decay": args.score_decay,
+        "matcher": args.matcher, "marginal": args.marginal, "saliency_shift": args.saliency_shift,
+        "prefetch": args.prefetch,
+    }  # fmt: skip
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return Settings.paper(**asked) if args.paper else Settings(**asked)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models = parser.add_argument_group("models")
+    models.add_argument("--llm", required=True, help="the large model: a folder or a hub id")
+    models.add_argument("--slm", help="the small model of the same series: a folder or a hub id")
+    models.add_argument("--revision", help="hub revision of the LLM")
+    models.add_argument("--slm-revision", help="hub revision of the SLM")
+    models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored on a GPU, float32 on a CPU")
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", default="smallkv", choices=("full", "smallkv"))
+    method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")
+    method.add_argument("--budget", type=float, help=f"share of the full cache's bytes (default: {Settings.budget})")
+    method.add_argument("--budget-tokens", type=int, help="instead: bytes of that many whole tokens")
+    method.add_argument("--score-decay", type=float, metavar="D", help="score = D * score + newest row (default: "
+                        f"{Settings.score_decay}; 1 is the paper's accumulation)")  # fmt: skip
+    method.add_argument("--matcher", choices=MATCHERS, help=f"how heads are matched (default: {Settings.matcher})")
+    switch = argparse.BooleanOptionalAction
+    method.add_argument("--marginal", action=switch, help="marginal compensation (default: "
+                        f"{'on' if Settings.marginal else 'off'})")  # fmt: skip
+    method.add_argument("--saliency-shift", action=switch, help="rank tokens by the SLM (default)")
+    method.add_argument("--prefetch", action=switch, help="move tiers a layer ahead (default)")
+    method.add_argument("--paper", action="store_true", help="the paper's setting: decay 1, Jaccard, marginal tier")
+    prompt = parser.add_argument_group("prompts")
+    prompt.add_argument("prompt", nargs="*", help="prompts; with none, and no file, standard input is read")
+    prompt.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
+    prompt.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
+    sampling = parser.add_argument_group("decoding")
+    sampling.add_argument("--max-new-tokens", type=int, default=256)
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sampling.add_argument("--top-p", type=float, default=1.0)
+    sampling.add_argument("--top-k", type=int, default=0)
+    sampling.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write answers and report for machines")
+
+
+def run(args) -> int:
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} is too small; at least 1")
+    settings = make_settings(args)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    texts = read_prompts(args)
+    smallkv = args.method == "smallkv"
+    if (smallkv or args.compare) and not args.slm:
+        raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
+    console = Console(stderr=True)
+    pair = load_pair(
+        args.llm, args.slm if smallkv or args.compare else None, args.device, args.dtype, args.revision,
+        args.slm_revision,
+    )
+    prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
+    if not all(prompts):
+        raise ValueError("a prompt is empty once tokenised: there is nothing to continue")
+    console.print(backend_line(pair, settings if smallkv else None), style="dim", highlight=False, soft_wrap=True)
+
+    results: dict[str, Answer] = {}
+    interrupted = False
+    methods = ["full", "smallkv"] if args.compare else [args.method]
+    for name in methods:
+        policy = SmallKV(pair.llm, pair.slm, settings) if name == "smallkv" else FullPolicy(pair.llm)
+        stream = pair.text.stream()
+        live = len(prompts) == 1 and not args.compare  # several answers at once cannot be streamed into one column
+        show = (lambda b, token: print(stream.push(token), end="", flush=True)) if live else None
+        results[name], interrupted = answer(pair, policy, prompts, args.max_new_tokens, sampler, show)
+        if live:
+            print()
+        if interrupted:
+            break
+    if args.compare and len(results) == 2:
+        print_comparison(pair.text, results["full"], results["smallkv"], Console())
+    elif len(prompts) > 1 or args.compare:
+        for number, tokens in enumerate(results[methods[len(results) - 1]].tokens, 1):
+            print(f"--- answer {number}\n{pair.text.decode(tokens)}")
+    for name, result in results.items():
+        print_report(name, result.report, console)
+    if args.json:
+        write_json(Path(args.json), pair.text, prompts, results)
+    if interrupted:
+        console.print("interrupted: the answer above is what was there by then", style="yellow")
+    return 130 if interrupted else 0
+
+
+def backend_line(pair: Pair, settings: Settings | None) -> str:
+    """What runs, in one line: nothing is chosen silently."""
+    device = pair.llm.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    moving = "none (full cache)"
+    if settings:
+        moving = "side stream" if device.type == "cuda" and settings.prefetch else "in step"
+    dtype = str(pair.llm.dtype).removeprefix("torch.")
+    return f"backend: PyTorch {torch.__version__} attention, {device} ({name}), {dtype}, tier movement {moving}"
+
+
+def write_json(path: Path, text: Text, prompts: list[list[int]], results: dict[str, Answer]) -> None:
+    content = {
+        name: {
+            "answers": [
+                {"text": text.decode(ids), "tokens": ids, "prompt_tokens": len(prompt), "stopped": stopped}
+                for ids, prompt, stopped in zip(result.tokens, prompts, result.stopped)
+            ],
+            "report": result.report,
+        }
+        for name, result in results.items()
+    }
+    try:
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except (CheckpointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before the first token", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The report after the answer: tokens and bytes per tier against the full cache, the SLM's share, similarity, times.
+
+Where it sits: at the end of generate.py. `make_report` turns a finished session into plain numbers (for `--json`),
+`print_report` and `print_comparison` into rich tables.
+"""
+
+from itertools import zip_longest
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cache import FullCache
+from decode import Session, Timing
+from text import Text
+
+
+def make_report(session: Session, timing: Timing) -> dict:
+    """Everything the report says, as JSON types.
+
+    tokens: per sequence, tokens per KV head in each tier at the end. ledger: bytes allocated, by model, kind and
+    device. full_cache_bytes: what the LLM's full cache would take for the same positions. moved: rows brought from
+    the host.
+    """
+    policy, cache, llm = session.policy, session.cache, session.llm
+    batch, capacity = len(session.prompts), session.capacity
+    full = FullCache.predict(llm.config, batch, capacity, llm.device.type, llm.dtype)
+    ledgers = {"LLM": cache.ledger()}
+    tokens, similarity, moved = [], None, None
+    if policy.name == "smallkv":
+        ledgers["SLM"] = policy.slm_cache.ledger()
+        for length in session.lengths:
+            size = policy.settings.sizes(length)
+            offloaded = length - size.critical - size.marginal
+            tokens.append({"critical": size.critical, "marginal": size.marginal, "offloaded": offloaded, "all": length})
+        maps = [m.similarity for m in policy.maps if m is not None]
+        if maps:
+            values = torch.stack(maps)
+            similarity = {"mean": values.mean().item(), "worst": values.min().item(), "matched": len(maps)}
+        moved = {"keys": cache.keys_moved, "values": cache.values_moved, "steps": cache.steps}
+    else:
+        tokens = [{"critical": n, "marginal": 0, "offloaded": 0, "all": n} for n in session.lengths]
+    return {
+        "tokens": tokens,
+        "ledger": [
+            {"model": model, "what": entry.what, "device": entry.device, "bytes": entry.size}
+            for model, entries in ledgers.items()
+            for entry in entries
+        ],
+        "full_cache_bytes": sum(entry.size for entry in full),
+        "similarity": similarity,
+        "moved": moved,
+        "ttft_s": timing.first_token,
+        "tpot_ms": timing.per_token * 1e3 if timing.steps else None,
+        "decode_steps": timing.steps,
+    }
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.2f} MiB"
+
+
+def print_report(name: str, report: dict, console: Console) -> None:
+    """Tables and two lines: what was kept where, and how fast it went."""
+    full = report["full_cache_bytes"]
+    table = Table(title=f"{name}: bytes allocated, full cache of the LLM = {_size(full)}", title_justify="left")
+    for heading in ("model", "tier", "where"):
+        table.add_column(heading)
+    for heading in ("bytes", "of full"):
+        table.add_column(heading, justify="right")
+    for entry in report["ledger"]:
+        share = f"{entry['bytes'] / full:.1%}"
+        table.add_row(entry["model"], entry["what"], entry["device"], _size(entry["bytes"]), share)
+    fast = sum(entry["bytes"] for entry in report["ledger"] if entry["device"] not in ("host", "pinned"))
+    table.add_section()
+    table.add_row("both", "all but the host tier", "", _size(fast), f"{fast / full:.1%}", style="bold")
+    console.print(table)
+    for number, tokens in enumerate(report["tokens"], 1):
+        which = f"sequence {number}: " if len(report["tokens"]) > 1 else ""
+        tiers = ("critical", "marginal", "offloaded")
+        shares = ", ".join(f"{tokens[tier]} {tier} ({tokens[tier] / tokens['all']:.0%})" for tier in tiers)
+        console.print(f"{which}{tokens['all']} tokens per KV head: {shares}", highlight=False)
+    if report["similarity"]:
+        console.print(
+            f"head similarity (cosine of accumulated scores): mean {report['similarity']['mean']:.3f}, "
+            f"worst {report['similarity']['worst']:.3f}", highlight=False,
+        )  # fmt: skip
+    elif report["moved"]:
+        console.print("heads not matched: fewer than 100 tokens, so nothing was evicted either", highlight=False)
+    tpot = f", TPOT {report['tpot_ms']:.1f} ms" if report["tpot_ms"] is not None else ""
+    console.print(f"TTFT {report['ttft_s']:.2f} s{tpot}", highlight=False)
+
+
+def first_difference(one: list[int], other: list[int]) -> int | None:
+    """Index of the first token where two answers part; None if they are the same."""
+    for index, (a, b) in enumerate(zip_longest(one, other)):
+        if a != b:
+            return index
+    return None
+
+
+def print_comparison(text: Text, full, smallkv, console: Console) -> None:
+    """The answers of full cache and SmallKV side by side; what comes after the first difference is coloured."""
+    for number, (one, other) in enumerate(zip(full.tokens, smallkv.tokens), 1):
+        parting = first_difference(one, other)
+        table = Table("full cache", "SmallKV", title=f"answer {number}", show_lines=True)
+        cut = len(one) if parting is None else parting
+        cells = []
+        for tokens in (one, other):
+            same, rest = text.decode(tokens[:cut]), text.decode(tokens)
+            rest = rest[len(same) :] if rest.startswith(same) else text.decode(tokens[cut:])
+            cells.append(f"{_plain(same)}[yellow]{_plain(rest)}[/yellow]")
+        table.add_row(*cells)
+        console.print(table)
+        if parting is None:
+            console.print(f"the same {len(one)} tokens", highlight=False)
+        else:
+            pieces = [repr(text.decode(tokens[parting : parting + 1])) for tokens in (one, other)]
+            line = f"they part at token {parting + 1}: {pieces[0]} against {pieces[1]}"
+            console.print(line, highlight=False, markup=False)
+
+
+def _plain(words: str) -> str:
+    """Text that rich must not read as markup."""
+    return words.replace("[", r"\[")

@@ -1,0 +1,121 @@
+"""Words to token ids and back: the checkpoint's tokenizer, chat template and stop tokens.
+
+Where it sits: at both ends of the flow; between them there are only token ids. The tokenizer is `tokenizers` reading
+the checkpoint's tokenizer.json, the chat template is `jinja2` rendering the checkpoint's own.
+"""
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from checkpoint import CheckpointError, read_json
+
+
+@dataclass
+class Text:
+    """One checkpoint's way with words. Made by `Text.load`."""
+
+    tokenizer: Tokenizer
+    template: str | None = None  # jinja2 source
+    special: dict[str, str] = field(default_factory=dict)  # bos_token and the like, as the template wants them
+    stop: frozenset[int] = frozenset()
+
+    @classmethod
+    def load(cls, folder: Path) -> "Text":
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises plain Exception
+            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from None
+        settings = read_json(folder, "tokenizer_config.json", required=False)
+        special = {}
+        for name, value in settings.items():
+            if name.endswith("_token") and value is not None:
+                special[name] = value["content"] if isinstance(value, dict) else str(value)
+        return cls(tokenizer, _template(folder, settings), special, _stop_tokens(folder))
+
+    def encode(self, text: str) -> list[int]:
+        """Raw text, with the special tokens the tokenizer itself adds (LLaMA 3: its begin-of-text)."""
+        return self.tokenizer.encode(text).ids
+
+    def chat(self, message: str) -> list[int]:
+        """One user message in the checkpoint's chat template, up to where the answer begins."""
+        if self.template is None:
+            raise ValueError("this checkpoint has no chat template; leave --chat out, or use an instruct checkpoint")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            rendered = environment.from_string(self.template).render(
+                messages=[{"role": "user", "content": message}], add_generation_prompt=True, **self.special
+            )
+        except TemplateError as error:
+            raise ValueError(f"the checkpoint's chat template failed: {error}") from None
+        return self.tokenizer.encode(rendered, add_special_tokens=False).ids  # the template has written them
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def stream(self) -> "TextStream":
+        return TextStream(self)
+
+
+class TextStream:
+    """Text of one answer as its tokens come; holds back bytes that do not make a character yet."""
+
+    def __init__(self, text: Text):
+        self.tokenizer = text.tokenizer
+        self.decoder = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        return self.decoder.step(self.tokenizer, token) or ""
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _template(folder: Path, settings: dict) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _stop_tokens(folder: Path) -> frozenset[int]:
+    """eos_token_id of generation_config.json, one or a list; config.json's where that file does not say."""
+    for name in ("generation_config.json", "config.json"):
+        stop = read_json(folder, name, required=False).get("eos_token_id")
+        if stop is not None:
+            return frozenset(stop if isinstance(stop, list) else [stop])
+    return frozenset()
+
+
+def check_same_tokenizer(llm: Text, slm: Text) -> None:
+    """SLM and LLM must read the same ids: CheckpointError names the first token where their vocabularies differ."""
+    ours = {index: token for token, index in llm.tokenizer.get_vocab(with_added_tokens=True).items()}
+    theirs = {index: token for token, index in slm.tokenizer.get_vocab(with_added_tokens=True).items()}
+    for index in range(max(max(ours), max(theirs)) + 1):
+        if ours.get(index) != theirs.get(index):
+            raise CheckpointError(
+                f"the tokenizers of LLM and SLM differ, first at id {index}: LLM {ours.get(index)!r}, "
+                f"SLM {theirs.get(index)!r}; SmallKV needs two models of one series"
+            )
+    merges = [json.loads(text.tokenizer.to_str())["model"].get("merges", []) for text in (llm, slm)]
+    for rank, (one, other) in enumerate(zip(*merges)):
+        if one != other:
+            raise CheckpointError(f"the tokenizers differ, first at merge {rank}: LLM {one}, SLM {other}")
+    if len(merges[0]) != len(merges[1]):
+        raise CheckpointError(f"the tokenizers differ: LLM has {len(merges[0])} merges, SLM {len(merges[1])}")
