@@ -1,0 +1,247 @@
+"""What recall documents may say: word pools, wordings, and the rule that holds some of them out for tests.
+
+Where it sits: **recall_words** -> recall.py, which draws the documents. This module is data and one rule, `held_out`:
+person names, single-word values and wordings are held out as a whole; two-word values ("brass key") as combinations,
+mostly of words that training has seen.
+"""
+
+import random
+
+# ---- words. The pools of the first block are held out word by word and share no word with the others. ----
+
+PEOPLE = """Margaret Edmund Alice Thomas Ruth Harold Helen Walter Clara Arthur Martha Henry Emily Albert Agnes George
+Edith Charles Dorothy Samuel Eleanor Philip Florence Edward Beatrice Richard Harriet Robert Louisa Stephen Caroline
+Simon Matilda Patrick Susan Martin Charlotte Daniel Rebecca Oliver Isabel Peter Lucy Matthew Julia Andrew Catherine
+Joseph Frances Hugh Rachel Leonard Sarah Gilbert Judith Lawrence Amelia Ralph Gertrude Roger Winifred Herbert Adelaide
+Francis Cecilia Alfred Bertha Ernest Constance Frederick Lydia Bernard Miriam Christopher Sophia Theodore Theresa
+Nicholas Barbara Benjamin Augusta Nathaniel Rosalind Timothy Josephine Vincent Marion Sebastian Millicent Humphrey
+Deborah Geoffrey Henrietta Godfrey Janet Rupert Muriel Reginald Phoebe Percy Sylvia Maurice Ursula Lionel Veronica
+Clement Wilhelmina Cuthbert Angela Archibald Blanche Augustus Bridget Barnaby Celia Bartholomew Christina Basil
+Cordelia Cecil Cynthia Claude Diana Conrad Dinah Cyril Dora David Elizabeth Dennis Ellen Duncan Elsie Edgar Emma Edwin
+Esther Elliot Ethel Eustace Eva Felix Fanny Ferdinand Flora Gabriel Georgina Gerald Gwendolen Giles Hannah Gregory
+Hester Harvey Hilda Hector Ida Horace Irene Hubert Isabella Ignatius Jane Isaac Jemima Jacob Jessica James Joan Jasper
+Johanna Jeremy Katharine Jerome Laura John Leonora Jonathan Letitia Jonas Lilian Joshua Lucinda Julian Mabel Justin
+Madeline Kenneth Marian Lambert Marjorie Leopold Maud Lewis Mildred Louis Minnie Lucas Monica Luke Nancy Luther Nora
+Malcolm Olivia Marcus Pamela Michael Paula Miles Priscilla Norman Prudence Oscar Rosamond Oswald Sabina Paul Selina
+Quentin Stella Raymond Susannah Roland Tabitha Rufus Thomasina Silas Victoria Solomon Viola Stanley Virginia""".split()
+GOODS = """rope mirror candle book map ribbon pencil blanket umbrella hat coat scarf glove boot shoe belt shirt cloak
+apron towel broom brush comb sponge kite doll ball puppet puzzle letter envelope notebook newspaper calendar postcard
+painting photograph poster ladder net hammock saddle bridle whip collar cage quilt cradle purse wallet handkerchief
+bonnet veil fan parasol pipe razor violin guitar banjo magnet thermometer microscope lens canoe oar paddle sail flag
+banner tapestry satchel suitcase bottle flask""".split()
+FRUITS = """plum pear apple peach lemon orange cherry grape fig melon apricot quince banana strawberry raspberry
+blackberry gooseberry walnut chestnut acorn hazelnut almond onion carrot turnip radish potato tomato cucumber pumpkin
+cabbage leek parsnip mushroom olive pineapple coconut mulberry cranberry pomegranate""".split()
+UNITS = """coin nail egg stamp biscuit bun shell bead ticket brick pin card seed pebble feather peg log plank stick
+tile guinea shilling cracker crayon muffin""".split()
+TRADES = """baker miller smith carpenter weaver tailor butcher grocer farmer shepherd sailor fisherman hunter gardener
+cook teacher doctor lawyer judge priest painter poet singer actor printer bookseller clerk banker merchant soldier
+captain pilot porter coachman groom saddler potter mason barber brewer cooper tanner dyer glazier plumber clockmaker
+jeweller carter innkeeper engineer""".split()
+
+# First words and nouns: these are held out as combinations.
+LOOKS = """brass red iron old silver blue golden small copper green tin black bronze heavy wooden white steel tiny
+stone yellow clay grey ivory large oak brown marble new pine purple polished scarlet painted rusty carved crimson
+striped plain spotted round broken square gilded long tarnished short costly cheap""".split()
+OBJECTS = """key spoon kettle bell lamp ring cup plate bowl jug pot pan knife fork tray vase goblet ladle thimble
+buckle button whistle trumpet horn flute drum fiddle compass sundial telescope lantern candlestick inkstand anchor
+hammer chisel saw axe spade rake hoe sickle hook chain padlock hinge wheel handle lever pulley sword dagger shield
+helmet spear arrow medal crown bracelet necklace brooch locket watch hourglass globe teapot saucer pitcher tankard
+funnel sieve doorknob trowel gong harp lyre bugle""".split()
+PLACE_LOOKS = """tall old narrow green wide dusty low white dark broken painted small large plain crooked grey wooden
+great secret cracked red shabby second quiet third little last""".split()
+PLACES = {
+    "in": """cupboard chest drawer box basket barrel trunk cellar attic kitchen pantry barn stable shed garden orchard
+    church chapel library parlour study nursery hall cottage mill bakery workshop cave bucket jar sack crate cart wagon
+    boat cabin tent closet hut loft greenhouse dairy forge school inn cabinet courtyard""",
+    "on": "shelf table bench desk mantelpiece counter roof balcony windowsill ledge stool pier terrace porch",
+    "under": "bed sofa carpet rug pillow mattress staircase hedge tree bush floor chair cushion haystack bridge",
+    "behind": "curtain door wall clock fence gate bookcase picture stove screen chimney waterfall wardrobe piano",
+    "beside": "fountain pond stream path statue furnace anvil trough pump gatepost milestone beehive signpost",
+}
+COATS = """grey young white old black tame brown wild spotted clever striped lazy shaggy proud fat shy thin noisy small
+gentle large hungry lame sleepy""".split()
+ANIMALS = """horse pony donkey mule cow ox bull calf sheep lamb goat pig hen rooster duck goose turkey swan pigeon
+parrot raven crow magpie jackdaw owl hawk falcon peacock canary finch sparrow dog puppy hound terrier spaniel cat
+kitten rabbit hare ferret squirrel hedgehog badger fox otter tortoise lizard frog toad snake monkey camel elephant bear
+wolf mouse rat dormouse heron stork""".split()
+SIDES = """north upper south lower east inner west outer front first back second old third new great hidden little main
+middle""".split()
+DOORS = "gate door safe vault tower chamber passage stairway treasury armoury library cellar strongroom".split()
+FLAVOURS = """ginger mutton honey beef barley chicken cheese trout treacle salmon cinnamon oyster nutmeg eel rice
+lobster pea lentil mint parsley pepper mustard vanilla raisin rhubarb oatmeal caramel celery""".split()
+DISHES = "soup pie stew cake pudding broth porridge pasty tart salad custard dumpling omelette jelly".split()
+TOWN_FIRSTS = """Upper Lower Great Little North South East West Old New Long High Nether Market Castle Abbey Kings
+Monks Stony Bishops""".split()
+TOWNS = """Ashby Barton Burton Compton Dalton Farley Hampton Kirby Langley Marston Milton Newton Norton Oakley Preston
+Radley Selby Stanton Sutton Thornton Walton Weston Whitby Winslow Hadley Henley Bradford Haddon Melford Wakefield
+Fairfield Greenfield Redhill Ashford Bradley Bexley Crosby Hartley Morley Ripley""".split()
+
+DEEDS = {  # kind -> its verbs as (plain form, past); no verb serves two kinds
+    "count": (("pick", "picked"), ("eat", "ate"), ("wash", "washed"), ("drop", "dropped"), ("steal", "stole")),
+    "collect": (("buy", "bought"), ("find", "found"), ("lose", "lost"), ("mend", "mended"), ("borrow", "borrowed")),
+    "sum": (("lend", "lent"), ("send", "sent"), ("bring", "brought"), ("sell", "sold"), ("hand", "handed")),
+}
+KEYS = {  # kind -> the slots that say what a task is about
+    "where": ("thing",),
+    "code": ("door",),
+    "owner": ("animal",),
+    "dish": ("who",),
+    "home": ("who",),
+    "trade": ("who",),
+    "gift": ("who", "whom"),
+    "count": ("who", "deed", "fruit"),
+    "collect": ("who", "deed"),
+    "sum": ("who", "whom", "deed", "unit"),
+}
+KINDS = tuple(KEYS)
+
+# ---- wordings, told and asked. Every fifth of a kind is held out, as words are. ----
+
+TIMES = (  # for the deeds; many, so that the facts of one count all read differently
+    "{}.", "Then {}.", "After a while {}.", "{} in the morning.", "{} after a while.",
+    "In the evening {}.", "{} before dinner.", "After breakfast {}.", "{} at noon.", "In the morning {}.",
+    "One day {}.", "{} on Monday.", "On Friday {}.", "{} that afternoon.", "On Monday {}.",
+    "Before sunset {}.", "{} late at night.", "Soon {}.", "{} after lunch.", "At noon {}.",
+    "{} by chance.", "Later on {}.", "{} without a word.", "Once {}.", "{} before sunset.",
+)
+STATEMENTS = {
+    "where": (
+        "{who} keeps the {thing} {value}.", "{who} has put the {thing} {value}.", "{who} left the {thing} {value}.",
+        "{who} hid the {thing} {value}.", "{who} has left the {thing} {value}.",
+    ),
+    "code": (
+        "The code of the {door} is {value}.", "The {door} opens with the code {value}.",
+        "With the code {value} one opens the {door}.", "The number {value} is the code of the {door}.",
+        "The code {value} opens the {door}.",
+    ),
+    "owner": (
+        "The {animal} belongs to {value}.", "{value} owns the {animal}.", "{value} is the owner of the {animal}.",
+        "The owner of the {animal} is {value}.", "The {animal} is owned by {value}.",
+    ),
+    "dish": (
+        "The favourite dish of {who} is {value}.", "{who}'s favourite dish is {value}.",
+        "{who} likes {value} best of all.", "{who} likes {value} better than any other dish.",
+        "{who} likes {value} best of all dishes.",
+    ),
+    "home": (
+        "{who} lives {value}.", "{who} has a house {value}.", "The house of {who} is {value}.",
+        "{who}'s home is {value}.", "The home of {who} is {value}.",
+    ),
+    "trade": (
+        "{who} is {value} by trade.", "{who} works as {value}.", "By trade {who} is {value}.",
+        "{who} earns a living as {value}.", "{who} has work as {value}.",
+    ),
+    "gift": (
+        "{who} gave {whom} {value}.", "{who} made {whom} a present of {value}.", "{whom} was given {value} by {who}.",
+        "As a present, {who} gave {whom} {value}.", "{who} gave {whom} {value} as a present.",
+    ),
+    "count": tuple(time.format("{who} {did} {value}") for time in TIMES),
+    "collect": tuple(time.format("{who} {did} {value}") for time in TIMES),
+    "sum": tuple(time.format("{who} {did} {whom} {value} {units}") for time in TIMES),
+}
+QUESTIONS = {
+    "where": (
+        "Where does {who} keep the {thing}?", "Where is {who}'s {thing}?", "Where can {who} find the {thing}?",
+        "Where did {who} leave the {thing}?", "Where does {who} find the {thing}?",
+    ),
+    "code": (
+        "What is the code of the {door}?", "Which code opens the {door}?", "With which code does the {door} open?",
+        "Which number is the code of the {door}?", "Which is the code of the {door}?",
+    ),
+    "owner": (
+        "Who owns the {animal}?", "Whose is the {animal}?", "To whom does the {animal} belong?",
+        "Who is the owner of the {animal}?", "Who does the {animal} belong to?",
+    ),
+    "dish": (
+        "What is {who}'s favourite dish?", "Which dish does {who} like best?", "What is the favourite dish of {who}?",
+        "What does {who} like to eat best of all?", "Which is the favourite dish of {who}?",
+    ),
+    "home": (
+        "Where does {who} live?", "Where is {who}'s home?", "In which village does {who} live?",
+        "Where is the house of {who}?", "Where is the home of {who}?",
+    ),
+    "trade": (
+        "What is {who} by trade?", "As what does {who} work?", "What does {who} work as?",
+        "As what does {who} earn a living?", "What does {who} earn a living as?",
+    ),
+    "gift": (
+        "What did {who} give {whom}?", "What was {whom} given by {who}?", "What was the present of {who} to {whom}?",
+        "Which present did {who} give {whom}?", "What present did {who} give {whom}?",
+    ),
+    "count": (
+        "How many {fruits} did {who} {do}?", "What number of {fruits} did {who} {do}?",
+        "How many {fruits} did {who} {do} in all?", "How many were the {fruits} that {who} {did}?",
+        "In all, how many {fruits} did {who} {do}?",
+    ),
+    "collect": (
+        "What did {who} {do}?", "Which things did {who} {do}?", "What did {who} {do} in all?",
+        "What were the things that {who} {did}?", "Which were the things that {who} {did}?",
+    ),
+    "sum": (
+        "How many {units} did {who} {do} {whom}?", "What number of {units} did {who} {do} {whom}?",
+        "How many {units} did {who} {do} {whom} in all?", "How many were the {units} that {who} {did} {whom}?",
+        "In all, how many {units} did {who} {do} {whom}?",
+    ),
+}
+
+
+def held_out(*places: int) -> bool:
+    """The rule of the split. A word alone is held out at every fifth place of its pool; words together if their places
+    sum to such a number, or if one of them is the last of twenty. Digits and amounts count as places."""
+    return sum(places) % 5 == 4 or (len(places) > 1 and any(place % 20 == 19 for place in places))
+
+
+def words(pool: list[str] | tuple[str, ...], split: str) -> tuple[str, ...]:
+    return tuple(word for i, word in enumerate(pool) if held_out(i) == (split == "test"))
+
+
+def pairs(firsts: list[str], nouns: list[str], split: str) -> tuple[tuple[str, ...], ...]:
+    """Combinations, one row per noun: ("brass key", "old key", ...). A noun is a pattern, its {} the first word."""
+    rows = [
+        tuple(noun.format(first) for i, first in enumerate(firsts) if held_out(i, j) == (split == "test"))
+        for j, noun in enumerate(nouns)
+    ]
+    return tuple(row for row in rows if row)  # a held-out noun has no combination in training
+
+
+def with_article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def plural(noun: str) -> str:
+    if noun.endswith("y"):
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("ch", "sh", "to", "go")) else "s")
+
+
+class Vocabulary:
+    """What the documents of one split may say: rows of every pool, and the wordings of every kind."""
+
+    def __init__(self, split: str):
+        self.split = split
+        patterns = {
+            "thing": (LOOKS, ["{} " + noun for noun in OBJECTS]),
+            "place": (PLACE_LOOKS, [f"{at} the {{}} {noun}" for at, nouns in PLACES.items() for noun in nouns.split()]),
+            "animal": (COATS, ["{} " + noun for noun in ANIMALS]),
+            "door": (SIDES, ["{} " + noun for noun in DOORS]),
+            "dish": (FLAVOURS, ["{} " + noun for noun in DISHES]),
+            "town": (TOWN_FIRSTS, ["in {} " + noun for noun in TOWNS]),
+        }
+        self.pools = {name: pairs(firsts, nouns, split) for name, (firsts, nouns) in patterns.items()}
+        for name, pool in (("who", PEOPLE), ("good", GOODS), ("fruit", FRUITS), ("unit", UNITS), ("trade", TRADES)):
+            self.pools[name] = tuple((word,) for word in words(pool, split))
+        self.statements = {kind: words(wordings, split) for kind, wordings in STATEMENTS.items()}
+        self.questions = {kind: words(wordings, split) for kind, wordings in QUESTIONS.items()}
+
+    def scene(self, rng: random.Random, people: int, goods: int, nouns: int, looks: int) -> dict[str, list[str]]:
+        """The few words that one document is about: so many people, goods, and nouns with `looks` first words each."""
+        sizes = {"who": people, "good": goods}
+        return {
+            name: [word for row in rng.sample(rows, sizes.get(name, nouns))
+                   for word in rng.sample(row, min(looks, len(row)))]
+            for name, rows in self.pools.items()
+        }
+
+
+VOCABULARIES = {split: Vocabulary(split) for split in ("train", "test")}
