@@ -116,9 +116,9 @@ def _shards(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
 
 
-def _own_name(name: str) -> str:
-    """Checkpoint name -> Decoder name: the leading `model.` goes, `lm_head.weight` stays."""
-    return name.removeprefix("model.")
+def _checkpoint_name(name: str) -> str:
+    """Decoder name -> checkpoint name: a leading `model.` for all but `lm_head.weight`."""
+    return name if name == "lm_head.weight" else f"model.{name}"
 
 
 def _skipped(name: str, config: Config) -> bool:
@@ -137,24 +137,24 @@ def load_decoder(folder: str | Path, device: torch.device | str = "cpu", dtype: 
     dtype = dtype or checkpoint_dtype(folder)
     with torch.device("meta"):
         decoder = Decoder(config)
-    expected = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+    own_name = {_checkpoint_name(name): name for name, _ in decoder.named_parameters()}
+    expected = {_checkpoint_name(name): tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     seen: set[str] = set()
     problems: list[str] = []
     for path in _shards(folder):
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():
-                    own = _own_name(name)
                     if _skipped(name, config):
                         continue
                     shape = tuple(shard.get_slice(name).get_shape())
-                    if own not in expected:
+                    if name not in expected:
                         problems.append(f"unexpected tensor {name} {shape}")
-                    elif shape != tuple(expected[own]):
-                        problems.append(f"tensor {name} has shape {shape}, config.json says {tuple(expected[own])}")
+                    elif shape != expected[name]:
+                        problems.append(f"tensor {name} has shape {shape}, config.json says {expected[name]}")
                     else:
-                        _assign(decoder, own, shard.get_tensor(name).to(device=device, dtype=dtype))
-                    seen.add(own)
+                        _assign(decoder, own_name[name], shard.get_tensor(name).to(device=device, dtype=dtype))
+                    seen.add(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file, truncated or corrupt: {error}") from None
     problems += [f"missing tensor {name}" for name in expected if name not in seen]

@@ -142,8 +142,8 @@ def run_wikitext(args) -> None:
         if args.json:  # after every setting: a run that is stopped keeps what it has
             content = {"arguments": vars(args), "full_perplexity": perplexity, "rows": [vars(row) for row in rows]}
             Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
-    title = f"wikitext-2 test, prompt {args.prompt}, {args.steps} steps, {args.samples} sequences, {llm.dtype}, {device}: "
-    title += f"full cache perplexity {perplexity:.3f}, head similarity {rows[0].similarity:.3f}"
+    title = f"wikitext-2 test, prompt {args.prompt}, {args.steps} steps, {args.samples} sequences, {llm.dtype}, "
+    title += f"{device}: full cache perplexity {perplexity:.3f}, head similarity {rows[0].similarity:.3f}"
     print_table(rows, title, Console())
 
 

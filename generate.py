@@ -193,7 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--revision", help="hub revision of the LLM")
     models.add_argument("--slm-revision", help="hub revision of the SLM")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored on a GPU, float32 on a CPU")
+    models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
     method = parser.add_argument_group("method")
     method.add_argument("--method", default="smallkv", choices=("full", "smallkv"))
     method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")

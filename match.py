@@ -8,7 +8,7 @@ is then frozen.
 Two ways to compare:
 
 - `jaccard`: the paper's, Jaccard similarity of the top-k index sets of the accumulated scores (Eq. 1-2);
-- `cosine`: cosine of the whole attention rows, the sink column dropped. It uses every row instead of a set of k indices,
+- `cosine`: cosine of the whole attention rows, the sink column dropped. It uses every row, not a set of k indices,
   so it is less noisy at the same cost (README, "Differences from the paper").
 """
 

@@ -1,8 +1,8 @@
 """The decoder: one self-written transformer for Qwen2, Qwen2.5, Qwen3 and LLaMA 3.x (SmolLM2 is LLaMA-type).
 
 Where it sits: tokens -> **SLM** -> scores -> tier plan -> migration -> **LLM** -> token. Both models are this one
-class; they differ in the cache they are given. The decoder computes query, key and value; what is kept of them, and what
-attention sees, is the business of the cache (cache.py), reached through one method, `cache.attend`.
+class; they differ in the cache they are given. The decoder computes query, key and value; what is kept of them, and
+what attention sees, is the business of the cache (cache.py), reached through one method, `cache.attend`.
 
 Shape legend, used in every module:
 

@@ -89,10 +89,11 @@ class Settings:
             recent_share = (share - critical_share) / 2
         else:
             critical_share, recent_share = (1 - RECENT_SHARE) * share, RECENT_SHARE * share
-        recent = max(1, int(recent_share * length + 1e-9))  # the token being decoded is always there
-        critical = recent + int(critical_share * length + 1e-9)
+        whole = max(1, rows // 2)  # the token being decoded is always there, whatever the budget
+        recent = max(1, int(recent_share * length + 1e-9))
         if not self.marginal:
-            return TierSizes(min(length, max(1, rows // 2)), recent, 0)
+            return TierSizes(whole, recent, 0)
+        critical = min(whole, recent + int(critical_share * length + 1e-9))
         marginal = max(0, rows - 2 * critical)
         if critical + marginal > length:
             critical = min(length, rows - length)

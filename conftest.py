@@ -1,0 +1,47 @@
+"""Shared by all tests: tiny random decoders, the devices at hand, and poisoned memory."""
+
+import pytest
+import torch
+
+from model import Config, Decoder
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Every `torch.empty` of floats comes filled with NaN: whoever reads a hole in a tier must show it."""
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        tensor = empty(*size, **options)
+        if tensor.is_floating_point() and not tensor.is_meta:
+            tensor.fill_(torch.nan)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def tiny_decoder(layers=2, heads=6, kv_heads=2, head_dim=16, seed=0, device="cpu", vocab=97, **changes) -> Decoder:
+    """A random LLaMA-type decoder whose attention is far from uniform, so that tiers matter."""
+    raw = {
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": head_dim, "max_position_embeddings": 4096, **changes,
+    }  # fmt: skip
+    decoder = Decoder(Config.from_hf(raw)).requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return decoder.to(device)
+
+
+def random_prompts(*lengths: int, seed: int = 0, vocab: int = 97) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]

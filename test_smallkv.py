@@ -1,0 +1,478 @@
+"""The method and its caches, each against an oracle: a naive loop, a full pass, or the same thing done another way."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import kernels
+from cache import FullCache, ScoredCache, TieredCache, assign_slots
+from conftest import random_prompts, tiny_decoder
+from decode import FullPolicy, Sampler, Session, generate, strip_pads
+from match import accumulated_scores, jaccard_similarity, match_heads, window_rows
+from model import Span
+from smallkv import CRITICAL_FLOOR, Settings, SmallKV, TierSizes, plan_tiers
+
+
+def random_attention(batch=2, heads=6, kv_heads=2, queries=5, keys=9, head_dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, heads, queries, head_dim), (batch, kv_heads, keys, head_dim), (batch, kv_heads, keys, head_dim)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def naive_rows(query, key):
+    """Causal attention rows (B, H, T, S), one dot product at a time."""
+    B, H, T, D = query.shape
+    G, S = key.shape[1], key.shape[2]
+    rows = torch.zeros(B, H, T, S)
+    for b, h, t in itertools.product(range(B), range(H), range(T)):
+        last = S - T + t
+        logits = [torch.dot(query[b, h, t], key[b, h * G // H, j]) / D**0.5 for j in range(last + 1)]
+        rows[b, h, t, : last + 1] = torch.stack(logits).softmax(0)
+    return rows
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 9), (5, 9), (9, 9)])
+def test_attention_equals_naive_loop(queries, keys):
+    query, key, value = random_attention(queries=queries, keys=keys)
+    rows = naive_rows(query, key)
+    torch.testing.assert_close(kernels.attention_rows(query, key, keys - queries), rows)
+    expected = rows @ value.repeat_interleave(3, 1)
+    torch.testing.assert_close(kernels.causal_attention(query, key, value), expected)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.0])
+@pytest.mark.parametrize("queries, keys", [(1, 9), (5, 9), (9, 9)])
+def test_column_sums_equal_weighted_rows(queries, keys, decay, monkeypatch):
+    monkeypatch.setattr(kernels, "SCORE_BLOCK", 4)  # several blocks, the first one short
+    query, key, _ = random_attention(queries=queries, keys=keys)
+    rows = naive_rows(query, key)
+    expected = sum(decay ** (queries - 1 - t) * rows[:, :, t] for t in range(queries))
+    torch.testing.assert_close(kernels.column_sums(query, key, decay), expected)
+
+
+def test_full_step_ignores_what_is_beyond_each_length():
+    query, key, value = random_attention(queries=1, keys=9)
+    key[:, :, 7:] = torch.nan
+    value[:, :, 7:] = 0
+    out, rows = kernels.full_attention_step(query, key, value, torch.tensor([6, 3]))
+    for b, length in ((0, 7), (1, 4)):
+        expected = naive_rows(query[b : b + 1], key[b : b + 1, :, :length])
+        torch.testing.assert_close(rows[b, :, :length], expected[0, :, 0])
+        assert not rows[b, :, length:].any()
+        values = value[b : b + 1, :, :length].repeat_interleave(3, 1)
+        torch.testing.assert_close(out[b : b + 1], expected @ values)
+
+
+@pytest.mark.parametrize("critical, marginal", [(1, 0), (1, 8), (4, 3), (9, 0), (5, 4)])
+def test_tiered_attention_equals_equation_6(critical, marginal):
+    """A naive loop over Eq. 6, on pools in random order with NaN in the slots nobody uses."""
+    query, key, value = random_attention(queries=1)
+    B, H, _, D = query.shape
+    G, share, spare = 2, 3, 2
+    generator = torch.Generator().manual_seed(1)
+    lent = torch.rand(B, H, marginal, generator=generator) / (marginal + 1)
+    key_pool = torch.full((B, G, critical + spare, D), torch.nan)
+    value_pool = torch.full((B, G, critical + marginal + spare, D), torch.nan)
+    used = torch.zeros(B, G, critical + spare, dtype=torch.bool)
+    slots = torch.zeros(B, G, critical + spare, dtype=torch.long)
+    borrowed = torch.zeros(B, H, critical + marginal + spare)
+    expected = torch.zeros(B, H, 1, D)
+    for b, g in itertools.product(range(B), range(G)):
+        key_slot = torch.randperm(critical + spare, generator=generator)[:critical]
+        value_slot = torch.randperm(critical + marginal + spare, generator=generator)[: critical + marginal]
+        key_pool[b, g, key_slot] = key[b, g, :critical]
+        value_pool[b, g, value_slot] = value[b, g, : critical + marginal]
+        used[b, g, key_slot] = True
+        slots[b, g, key_slot] = value_slot[:critical]
+        for h in range(g * share, (g + 1) * share):
+            borrowed[b, h, value_slot[critical:]] = lent[b, h]
+            softmax = torch.stack([query[b, h, 0] @ key[b, g, j] / D**0.5 for j in range(critical)]).softmax(0)
+            mass = lent[b, h].sum()
+            expected[b, h, 0] = (1 - mass) * softmax @ value[b, g, :critical]
+            expected[b, h, 0] += lent[b, h] @ value[b, g, critical : critical + marginal]
+    out, weight = kernels.tiered_attention(query, key_pool, value_pool, used, slots, borrowed)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(weight.sum(-1), torch.ones(B, H))
+
+
+# ---- slots and tiers ---------------------------------------------------------------------------------------------------
+
+
+def test_slots_hold_exactly_what_is_wanted_and_keep_what_stays():
+    rng = random.Random(0)
+    B, G, slots, tokens = 2, 3, 5, 12
+    position = torch.full((B, G, slots), -1)
+    for _ in range(30):
+        wanted = torch.zeros(B, G, tokens, dtype=torch.bool)
+        for b, g in itertools.product(range(B), range(G)):
+            wanted[b, g, rng.sample(range(tokens), rng.randint(0, slots))] = True
+        new, slot, fresh = assign_slots(position, wanted)
+        for b, g in itertools.product(range(B), range(G)):
+            before, after = position[b, g].tolist(), new[b, g].tolist()
+            want = wanted[b, g].nonzero().flatten().tolist()
+            assert sorted(token for token in after if token >= 0) == want
+            stays = [(i, token) for i, token in enumerate(before) if token in want]
+            assert all(after[i] == token for i, token in stays)
+            assert fresh[b, g].nonzero().flatten().tolist() == [t for t in want if t not in before]
+            assert all(after[slot[b, g, token]] == token for token in want)
+        position = new
+
+
+def test_plan_is_the_ranking_cut_in_three():
+    lengths = [12, 7]
+    sizes = [TierSizes(5, 2, 4), TierSizes(3, 1, 2)]
+    scores = torch.rand(2, 3, 12, generator=torch.Generator().manual_seed(0))
+    scores[0, 0, :4] = 0.5  # equal scores rank by position
+    critical, marginal = plan_tiers(scores, sizes, lengths)
+    for b, g in itertools.product(range(2), range(3)):
+        n, size = lengths[b], sizes[b]
+        recent = list(range(n - size.recent, n))
+        rest = sorted((j for j in range(n) if j not in recent), key=lambda j: (-scores[b, g, j].item(), j))
+        ranked = recent + rest
+        assert critical[b, g].nonzero().flatten().tolist() == sorted(ranked[: size.critical])
+        expected = sorted(ranked[size.critical : size.critical + size.marginal])
+        assert marginal[b, g].nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("length", [100, 137, 1000, 16384])
+def test_split_of_the_budget(length):
+    """2:1:2 at 20 %, the floor below 7.5 %, the ceiling above 80 %; never more bytes than the budget."""
+    at_20 = Settings(budget=0.2, marginal=True).sizes(length)
+    assert at_20.recent == int(0.05 * length + 1e-9)
+    assert at_20.critical - at_20.recent == int(0.1 * length + 1e-9)
+    assert abs(at_20.marginal - 0.1 * length) <= 4  # the odd rows that rounding leaves go here
+    at_5 = Settings(budget=0.05, marginal=True).sizes(length)
+    assert at_5.critical - at_5.recent == int(CRITICAL_FLOOR * length + 1e-9)
+    assert at_5.recent == max(1, int(0.00625 * length + 1e-9))
+    assert Settings(budget=1.0).sizes(length) == TierSizes(length, int(0.25 * length + 1e-9), 0)
+    covered = Settings(budget=0.9, marginal=True).sizes(length)
+    assert covered.critical + covered.marginal == length
+    no_marginal = Settings(budget=0.2, marginal=False).sizes(length)
+    assert (no_marginal.critical, no_marginal.marginal) == (int(0.2 * length + 1e-9), 0)
+    for percent, marginal in itertools.product(range(1, 101), (True, False)):
+        size = Settings(budget=percent / 100, marginal=marginal).sizes(length)
+        rows = 2 * size.critical + size.marginal
+        assert rows <= max(2, 2 * percent * length / 100 + 1e-6), (percent, size)
+        assert rows >= 2 * percent * length // 100 - 1, (percent, size)
+        assert 1 <= size.recent <= size.critical and size.critical + size.marginal <= length
+    assert Settings(budget_tokens=64).sizes(length).critical <= 64
+    assert Settings(budget_tokens=length).sizes(length).critical == length
+
+
+def test_nothing_is_dropped_before_the_matching_window():
+    assert Settings(budget=0.1).sizes(99) == TierSizes(99, 1, 0)
+    assert Settings(budget=0.1).sizes(100).critical < 20
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"budget": 0.0}, "budget 0.0 is outside"), ({"budget": 1.5}, "budget 1.5 is outside"),
+     ({"budget_tokens": 0}, "budget of 0 tokens"), ({"score_decay": 1.2}, "score decay 1.2"),
+     ({"matcher": "dice"}, "unknown matcher 'dice'")],
+)  # fmt: skip
+def test_settings_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**change)
+
+
+# ---- matching ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matcher", ["jaccard", "cosine"])
+def test_matcher_finds_a_planted_permutation(matcher):
+    """An SLM that is the LLM with its heads shuffled in every layer: the map must undo the shuffle."""
+    llm, slm = tiny_decoder(kv_heads=6), tiny_decoder(kv_heads=6)
+    shuffles = [torch.randperm(6, generator=torch.Generator().manual_seed(layer)) for layer in range(2)]
+    for block, shuffle in zip(slm.layers, shuffles):
+        attention = block.self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight.copy_(projection.weight.view(6, 16, -1)[shuffle].flatten(0, 1))
+        attention.o_proj.weight.copy_(attention.o_proj.weight.view(-1, 6, 16)[:, shuffle].flatten(1))
+    (window,) = random_prompts(150)
+    found = match_heads(llm, slm, window, matcher)
+    for layer, shuffle in enumerate(shuffles):
+        assert found.index[layer].tolist() == (layer * 6 + shuffle.argsort()).tolist()
+    torch.testing.assert_close(found.similarity, torch.ones(2, 6), atol=1e-4, rtol=0)
+
+
+def test_jaccard_equals_set_arithmetic():
+    one, other = (torch.rand(h, 30, generator=torch.Generator().manual_seed(h)) for h in (4, 5))
+    similarity = jaccard_similarity(one, other, 7)
+    for i, s in itertools.product(range(4), range(5)):
+        a, b = set(one[i].topk(7).indices.tolist()), set(other[s].topk(7).indices.tolist())
+        assert similarity[i, s].item() == pytest.approx(len(a & b) / len(a | b))
+
+
+def test_matching_waits_for_100_tokens_and_uses_at_most_200():
+    llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
+    short, long = random_prompts(97, 230)
+    policy = SmallKV(llm, slm, Settings(budget=0.2))
+    session = Session(llm, policy, [short, long], 10)
+    session.prefill()
+    assert policy.maps[0] is None
+    assert torch.equal(policy.maps[1].index, match_heads(llm, slm, long[:200]).index)
+    kept = []
+    for token in (5, 6, 7, 8):
+        session.step([token, token])
+        kept.append((session.cache.key_position[:, 0] >= 0).sum(-1).unique().tolist())
+    assert kept == [[98], [99], [15 + 0], [15]]  # 20 % of 100 and of 101: 10 critical and 5 recent
+    assert torch.equal(policy.maps[0].index, match_heads(llm, slm, short + [5, 6, 7]).index)
+
+
+# ---- the method, end to end --------------------------------------------------------------------------------------------
+
+LENGTHS = (150, 97, 260, 101)
+VARIANTS = {
+    "default": Settings(),
+    "paper": Settings.paper(),
+    "newest row": Settings(score_decay=0.0),
+    "cosine": Settings(matcher="cosine"),
+    "no marginal": Settings(marginal=False),
+    "no shift": Settings(saliency_shift=False, score_decay=1.0),
+    "no shift, decay": Settings(saliency_shift=False),
+    "neither": Settings(saliency_shift=False, marginal=False),
+    "5 %": Settings(budget=0.05),
+    "tokens": Settings(budget_tokens=40),
+}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
+
+
+@pytest.fixture(scope="module")
+def full_answers(pair):
+    return generate(pair[0], FullPolicy(pair[0]), random_prompts(*LENGTHS), 30)
+
+
+def test_full_cache_equals_one_pass(pair, full_answers):
+    for prompt, answer in zip(random_prompts(*LENGTHS), full_answers):
+        logits = pair[0](torch.tensor([prompt + answer]))[0]
+        assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer
+
+
+@pytest.mark.parametrize("marginal", [True, False])
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_whole_budget_equals_full_cache(pair, full_answers, decay, marginal):
+    policy = SmallKV(*pair, Settings(budget=1.0, score_decay=decay, marginal=marginal))
+    assert generate(pair[0], policy, random_prompts(*LENGTHS), 30) == full_answers
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_batch_changes_nothing(pair, full_answers, name):
+    """Mixed lengths, one below the matching window: the same tokens as each prompt alone, and without prefetch."""
+    prompts = random_prompts(*LENGTHS)
+    together = generate(pair[0], SmallKV(*pair, VARIANTS[name]), prompts, 30)
+    alone = [generate(pair[0], SmallKV(*pair, VARIANTS[name]), [prompt], 30)[0] for prompt in prompts]
+    assert together == alone
+    late = Settings(**{**vars(VARIANTS[name]), "prefetch": False})
+    assert generate(pair[0], SmallKV(*pair, late), prompts, 30) == together
+    assert together != full_answers  # the budget must bite, or this test shows nothing
+
+
+def test_left_padded_batches_are_taken_as_tokenizers_make_them():
+    padded = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]])
+    assert strip_pads(padded, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])) == [[5, 6], [1, 2, 3, 4]]
+    with pytest.raises(ValueError, match="padded on the left"):
+        strip_pads(padded, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]))
+
+
+class Covering(Settings):
+    """Everything stays: `share` of the tokens critical, the rest marginal."""
+
+    share = 0.5
+
+    def sizes(self, length: int) -> TierSizes:
+        critical = max(1, int(self.share * length))
+        return TierSizes(critical, 1, length - critical)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("decay", [1.0, 0.0])
+def test_own_assistant_and_nothing_evicted_is_full_attention(pair, share, decay, monkeypatch, device):
+    """SLM := LLM with the identity map: borrowed probabilities are exact, so Eq. 6 must be, at any split."""
+    monkeypatch.setattr(Covering, "share", share)
+    llm = tiny_decoder(device=device)
+    prompts = random_prompts(120, 110)
+    identity = torch.arange(12).view(2, 6)
+    full = Session(llm, FullPolicy(llm), prompts, 20)
+    split = Session(llm, SmallKV(llm, llm, Covering(score_decay=decay), head_map=identity), prompts, 20)
+    expected, logits = full.prefill(), split.prefill()
+    for token in range(20):
+        expected, logits = full.step([token, token + 1]), split.step([token, token + 1])
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["default", "paper", "newest row", "no marginal", "no shift"])
+def test_tiers_partition_the_positions_and_hold_the_right_bits(pair, name, device):
+    """After every step: K pool within V pool, sizes as planned, every slot equal to the full cache's row, bit for bit.
+
+    The full cache here is filled with the very keys and values that the compressed LLM made.
+    """
+    llm, slm = (model.to(device) for model in pair)
+    settings = VARIANTS[name]
+    policy = SmallKV(llm, slm, settings)
+    session = Session(llm, policy, random_prompts(150, 120), 40)
+    session.prefill()
+    cache = session.cache
+    came_back = False
+    seen_out: set[tuple[int, ...]] = set()
+    for step in range(30):
+        session.step([step % 97, (7 * step) % 97])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        for layer, b, g in itertools.product(range(2), range(2), range(2)):
+            keys, values = cache.key_position[layer, b, g].tolist(), cache.value_position[layer, b, g].tolist()
+            critical, held = {j for j in keys if j >= 0}, {j for j in values if j >= 0}
+            n = session.lengths[b]
+            size = settings.sizes(n)
+            assert critical <= held <= set(range(n))
+            assert (len(critical), len(held)) == (size.critical, size.critical + size.marginal)
+            assert set(range(n - size.recent, n)) <= critical
+            for pool, names, host in ((cache.key, keys, cache.host_key), (cache.value, values, cache.host_value)):
+                for slot, j in enumerate(names):
+                    if 0 <= j < n - 1:  # the newest token's row is on its way to the host
+                        assert torch.equal(pool[layer, b, g, slot].cpu(), host[layer, b, g, j])
+            for slot, j in enumerate(keys):
+                if j >= 0:
+                    assert values[cache.value_slot[layer, b, g, slot]] == j
+            came_back |= any((layer, b, g, j) in seen_out for j in critical)
+            seen_out |= {(layer, b, g, j) for j in range(n) if j not in held}
+    if name != "paper":  # accumulated scores hardly move in 30 steps
+        assert came_back == settings.saliency_shift  # without it, what is dropped is gone
+
+
+def test_host_keeps_what_was_made(pair):
+    """The host's K and V after a run are those of a full cache fed by the same tokens, where attention was full."""
+    llm, slm = (model.to("cpu") for model in pair)
+    prompts = random_prompts(130)
+    whole = Session(llm, SmallKV(llm, slm, Settings(budget=1.0)), prompts, 10)
+    full = Session(llm, FullPolicy(llm), prompts, 10)
+    whole.prefill(), full.prefill()
+    for token in range(8):
+        whole.step([token]), full.step([token])
+    made = 130 + 7  # the last token goes to the host with the next step
+    torch.testing.assert_close(whole.cache.host_key[:, :, :, :made], full.cache.key[:, :, :, :made], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.0])
+@pytest.mark.parametrize("chunk", [1024, 50])
+def test_scores_are_the_decayed_sum_of_attention_rows(decay, chunk):
+    """Prefill in chunks plus decode steps against full attention matrices: score[j] = sum d^(age of q) A[q, j]."""
+    slm = tiny_decoder(heads=4, head_dim=8, seed=1)
+    (tokens,) = random_prompts(140)
+    cache = ScoredCache(slm.config, 1, 140, "cpu", torch.float32, decay)
+    for start in range(0, 130, chunk):
+        end = min(130, start + chunk)
+        slm(torch.tensor([tokens[start:end]]), Span.block(start, end, "cpu"), cache)
+    for i in range(130, 140):
+        slm(torch.tensor([tokens[i : i + 1]]), Span.step([i], "cpu"), cache)
+    rows = window_rows(slm, torch.tensor([tokens]))  # (L * H, 140, 140)
+    weight = torch.tensor([decay ** (139 - q) for q in range(140)])
+    expected = (weight[:, None] * rows).sum(1)
+    torch.testing.assert_close(cache.score.flatten(0, 2), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cache.row.flatten(0, 2), rows[:, -1], atol=1e-5, rtol=1e-4)
+    if decay == 1.0:
+        torch.testing.assert_close(cache.score.flatten(0, 2), accumulated_scores(rows), atol=1e-5, rtol=1e-4)
+
+
+def test_without_saliency_shift_the_ranking_is_the_llms_own(pair):
+    """The LLM's own scores against a naive loop that replays its weights: prefill rows, then what each step saw."""
+    llm, slm = (model.to("cpu") for model in pair)
+    (prompt,) = random_prompts(120)
+    policy = SmallKV(llm, slm, Settings(budget=0.2, marginal=False, saliency_shift=False, score_decay=1.0))
+    session = Session(llm, policy, [prompt], 20)
+    session.prefill()
+    rows = window_rows(llm, torch.tensor([prompt])).view(2, 2, 3, 120, 120)
+    expected = rows.sum((2, 3))  # summed over queries and the three heads of a KV head
+    torch.testing.assert_close(session.cache.score[:, 0, :, :120], expected, atol=1e-4, rtol=1e-4)
+    session.step([3])
+    gained = session.cache.score[:, 0, :, :121].sum(-1) - expected.sum(-1)
+    torch.testing.assert_close(gained, torch.full((2, 2), 3.0), atol=1e-3, rtol=0)  # each head hands out one unit
+    top = expected.topk(24 - 6 + 0).indices  # 20 % of 121 is 24 tokens, 6 of them recent
+    for layer, g in itertools.product(range(2), range(2)):
+        kept = {j for j in session.cache.key_position[layer, 0, g].tolist() if 0 <= j < 115}
+        assert kept == {j for j in top[layer, g].tolist() if j < 115} | kept and len(kept) == 18
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["default", "no marginal", "no shift"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ledger_is_what_is_allocated(pair, name, dtype, device):
+    """Predicted from shapes = measured on the tensors, line by line; and no cache tensor is missing from it."""
+    llm, slm = tiny_decoder().to(device, dtype), tiny_decoder(heads=4, head_dim=8, seed=1).to(device, dtype)
+    policy = SmallKV(llm, slm, VARIANTS[name])
+    cache = policy.make_cache([150, 120], 300)
+    predicted = policy.predict([150, 120], 300)
+    assert predicted["LLM"] == cache.ledger()
+    assert predicted["SLM"] == policy.slm_cache.ledger()
+    for owner in (cache, policy.slm_cache):
+        held = sum(value.nbytes for value in vars(owner).values() if torch.is_tensor(value))
+        assert held == sum(entry.size for entry in owner.ledger())
+    full = FullPolicy(llm)
+    assert full.make_cache([150, 120], 300).ledger() == full.predict([150, 120], 300)["LLM"]
+
+
+def test_slots_follow_the_budget_not_the_context():
+    llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
+    full = FullCache.predict(llm.config, 1, 2000, "cpu", torch.float32)[0].size
+    for budget in (0.05, 0.1, 0.2, 0.5):
+        cache = SmallKV(llm, slm, Settings(budget=budget)).make_cache([1000], 2000)
+        assert isinstance(cache, TieredCache)
+        one_row = 2 * 2 * 16 * 4  # in each layer and KV head: two lengths may round in favour of different tiers
+        assert cache.key.nbytes + cache.value.nbytes <= budget * full + one_row
+
+
+def test_no_tensor_as_large_as_the_prompt_squared(monkeypatch):
+    """Prefill of both models, scores of every kind: the largest tensor ever made stays far below n x n."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if torch.is_tensor(tensor):
+                    self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+            return result
+
+    def mask(queries, keys):  # what the bias object turns into on a CPU; the mode below cannot see the object itself
+        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+    monkeypatch.setattr(kernels, "causal_lower_right", mask)
+    llm, slm = tiny_decoder(kv_heads=6), tiny_decoder(heads=4, head_dim=8, seed=1)
+    n = 3000
+    for settings in (Settings(score_decay=1.0), Settings(saliency_shift=False, score_decay=1.0)):
+        with Largest() as largest:
+            Session(llm, SmallKV(llm, slm, settings), random_prompts(n), 5, chunk=256).prefill()
+        assert 256 * n < largest.elements < n * n / 1.5  # 6 heads x 256 queries x 3,000 keys, against 9,000,000
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def test_sampler_keeps_the_right_tokens():
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    assert Sampler(1.0).probabilities(logits).tolist() == pytest.approx([0.5, 0.25, 0.15, 0.1])
+    assert Sampler(1.0, top_k=2).probabilities(logits).tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert Sampler(1.0, top_p=0.6).probabilities(logits).tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert Sampler(1.0, top_p=0.1).probabilities(logits).tolist() == pytest.approx([1, 0, 0, 0])
+    assert Sampler(0.5).probabilities(logits)[0].item() == pytest.approx(0.25 / (0.25 + 0.0625 + 0.0225 + 0.01))
+    assert Sampler()(logits[None], []) == [0]
+
+
+def test_sampling_depends_on_the_seed_alone(pair):
+    prompts = random_prompts(120, 130)
+    policy = SmallKV(*pair, Settings())
+    first = generate(pair[0], policy, prompts, 20, sampler=Sampler(1.0, seed=3))
+    assert generate(pair[0], policy, prompts[1:], 20, sampler=Sampler(1.0, seed=3)) == first[1:]
+    assert generate(pair[0], policy, prompts, 20, sampler=Sampler(1.0, seed=4)) != first
