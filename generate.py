@@ -250,7 +250,7 @@ def run(args) -> int:
         show = (lambda b, token: print(stream.push(token), end="", flush=True)) if live else None
         results[name], interrupted = answer(pair, policy, prompts, args.max_new_tokens, sampler, show)
         if live:
-            print()
+            print(stream.finish())
         if interrupted:
             break
     if args.compare and len(results) == 2:

@@ -104,7 +104,7 @@ def test_prefill_in_chunks_equals_one_pass(chunk):
     torch.testing.assert_close(torch.cat(parts, 1), decoder(tokens), atol=1e-5, rtol=1e-4)
 
 
-# ---- What cannot be loaded ---------------------------------------------------------------------------------------------
+# ---- What cannot be loaded -------------------------------------------------------------------------------------------
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -180,7 +180,7 @@ def test_what_does_not_fit_says_what_is_needed_and_there():
     check_fits({"weights": 2 << 30}, torch.device("cpu"), available=5 << 29)
 
 
-# ---- The real thing ----------------------------------------------------------------------------------------------------
+# ---- The real thing --------------------------------------------------------------------------------------------------
 
 SMOLLM2 = Path(__file__).parent / "models" / "smollm2"
 

@@ -33,7 +33,7 @@ def naive_rows(query, key):
     return rows
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------------------
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, 9), (5, 9), (9, 9)])
@@ -100,7 +100,7 @@ def test_tiered_attention_equals_equation_6(critical, marginal):
     torch.testing.assert_close(weight.sum(-1), torch.ones(B, H))
 
 
-# ---- slots and tiers ---------------------------------------------------------------------------------------------------
+# ---- slots and tiers -------------------------------------------------------------------------------------------------
 
 
 def test_slots_hold_exactly_what_is_wanted_and_keep_what_stays():
@@ -180,7 +180,7 @@ def test_settings_out_of_range(change, message):
         Settings(**change)
 
 
-# ---- matching ----------------------------------------------------------------------------------------------------------
+# ---- matching --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("matcher", ["jaccard", "cosine"])
@@ -224,7 +224,7 @@ def test_matching_waits_for_100_tokens_and_uses_at_most_200():
     assert torch.equal(policy.maps[0].index, match_heads(llm, slm, short + [5, 6, 7]).index)
 
 
-# ---- the method, end to end --------------------------------------------------------------------------------------------
+# ---- the method, end to end ------------------------------------------------------------------------------------------
 
 LENGTHS = (150, 97, 260, 101)
 VARIANTS = {
@@ -358,7 +358,8 @@ def test_host_keeps_what_was_made(pair):
     for token in range(8):
         whole.step([token]), full.step([token])
     made = 130 + 7  # the last token goes to the host with the next step
-    torch.testing.assert_close(whole.cache.host_key[:, :, :, :made], full.cache.key[:, :, :, :made], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(whole.cache.host_key[:, :, :, :made], full.cache.key[:, :, :, :made],
+        atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.0])
@@ -401,7 +402,7 @@ def test_without_saliency_shift_the_ranking_is_the_llms_own(pair):
         assert kept == {j for j in top[layer, g].tolist() if j < 115} | kept and len(kept) == 18
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["default", "no marginal", "no shift"])
@@ -457,7 +458,7 @@ def test_no_tensor_as_large_as_the_prompt_squared(monkeypatch):
         assert 256 * n < largest.elements < n * n / 1.5  # 6 heads x 256 queries x 3,000 keys, against 9,000,000
 
 
-# ---- sampling ----------------------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------------------
 
 
 def test_sampler_keeps_the_right_tokens():

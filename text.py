@@ -74,11 +74,19 @@ class TextStream:
     """Text of one answer as its tokens come; holds back bytes that do not make a character yet."""
 
     def __init__(self, text: Text):
-        self.tokenizer = text.tokenizer
+        self.text, self.ids, self.shown = text, [], ""
         self.decoder = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
-        return self.decoder.step(self.tokenizer, token) or ""
+        self.ids.append(token)
+        piece = self.decoder.step(self.text.tokenizer, token) or ""
+        self.shown += piece
+        return piece
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        whole = self.text.decode(self.ids)
+        return whole[len(self.shown) :] if whole.startswith(self.shown) else ""
 
 
 def _raise(message: str) -> None:
