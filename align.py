@@ -180,12 +180,14 @@ def row_losses(target: Tensor, query: Tensor, key: Tensor, positions: Tensor) ->
     """
     logits = row_logits(query, key, positions)  # (B, H', R, T)
     norm = logits.logsumexp(-1)
-    products, entropy = target * logits, torch.special.entr(target)
-    whole = norm - products.sum(-1) - entropy.sum(-1)  # (B, H', R)
+    gain = target * logits + torch.special.entr(target)
+    whole = norm - gain.sum(-1)  # (B, H', R)
 
-    mass = target[..., SINKS:].sum(-1)  # m; with P' = P / m and S' likewise, m * KL(P' | S') is
-    tail_norm = logits[..., SINKS:].logsumexp(-1)
-    tail = mass * tail_norm - products[..., SINKS:].sum(-1) - entropy[..., SINKS:].sum(-1) - torch.xlogy(mass, mass)
+    # The sinks are masked, not cut off: sums of one shape are one pass over the rows when this is compiled.
+    outside = torch.arange(logits.shape[-1], device=logits.device) >= SINKS  # (T,)
+    mass = (target * outside).sum(-1)  # m, (B, H', R)
+    tail_norm = logits.masked_fill(~outside, FAR).logsumexp(-1)
+    tail = mass * tail_norm - (gain * outside).sum(-1) - torch.xlogy(mass, mass)  # m * KL of the rows without sinks
     tail = tail.mean((0, 2)) / (mass.mean((0, 2)) + MASS_FLOOR)
     sums = (logits - norm[..., None]).exp().sum(2)  # (B, H', T)
     return whole.mean((0, 2)), tail, sums

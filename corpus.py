@@ -1,0 +1,216 @@
+"""Text files to training sequences: books, the tokenizer, and the mixture of prose and recall documents.
+
+Where it sits: text -> **corpus** -> pretrain.py and distill.py. Books (.txt or .txt.xz) are divided by a line
+<|endoftext|>; the last book of every file is held out. `Mixture` makes the batch of a step when it is asked for:
+
+    kept, held_out = read_books(["a.txt", "b.txt.xz"])
+    data = Mixture(encode_books(kept, tokenizer, end), recall, stages, batch_tokens=131072, share=0.7, seed=1, end=end)
+    tokens, answers = data[0]  # (B, T + 1) each
+"""
+
+import gc
+import lzma
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from checkpoint import read_json
+from recall import Document, Prose, document_ids, encoder, make_document
+
+END = "<|endoftext|>"  # divides books in the text files; the only special token of our own tokenizer
+RECALL_CHARS = 12_000_000  # of prose between facts; cutting books into sentences takes a second per 2 MB
+SHORTEST = 160  # tokens of a recall document's prompt
+TOKENS_A_TURN = 160  # of prompt that a question needs, so that the facts fit in
+TURN_ROOM = 36  # tokens that a question and its answer may take
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"no text file {path}")
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
+            return file.read()
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not UTF-8 text (.txt or .txt.xz): {error}") from None
+
+
+def read_books(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Books to train on and books held out: the last of every file, or the last tenth of a file that is one book."""
+    kept, held_out = [], []
+    for path in map(Path, paths):
+        books = [book.strip() for book in f"\n{read_text(path)}\n".split(f"\n{END}\n") if book.strip()]
+        if not books:
+            raise ValueError(f"{path} holds no text")
+        if len(books) == 1:
+            cut = len(books[0]) * 9 // 10
+            books = [books[0][:cut], books[0][cut:]]
+        kept += books[:-1]
+        held_out.append(books[-1])
+    return kept, held_out
+
+
+def train_tokenizer(books: list[str], vocab: int) -> Tokenizer:
+    """Byte-level BPE on the beginnings of all books and on recall documents; every digit is a token."""
+    samples = [book[:20_000] for book in books]
+    draft = _bpe(samples, vocab)  # recall documents are measured in tokens, so making some takes a tokenizer
+    recall = Recall.from_books(books[:4], draft, "train")
+    return _bpe(samples + [recall.document(random.Random(f"tokenizer-{i}"), 400).text for i in range(200)], vocab)
+
+
+def _bpe(texts: list[str], vocab: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode_books(books: list[str], tokenizer: Tokenizer, end: int) -> np.ndarray:
+    """All books as one array of token ids, each followed by `end`."""
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
+    parts = []
+    for at in range(0, len(books), 32):  # the tokenizer's own records are far larger than the ids
+        for encoding in tokenizer.encode_batch_fast(books[at : at + 32], add_special_tokens=False):
+            parts.append(np.array([*encoding.ids, end], dtype=dtype))
+    return np.concatenate(parts)
+
+
+def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
+    """A checkpoint's tokenizer, and the token that divides texts."""
+    read_json(folder, "tokenizer.json")  # for its errors
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        end = read_json(folder, "generation_config.json", required=False).get("eos_token_id")
+        end = end or read_json(folder, "config.json").get("eos_token_id") or 0
+        end = end[0] if isinstance(end, list) else end
+    return tokenizer, end
+
+
+def windows(tokens: np.ndarray, length: int, count: int) -> list[list[int]]:
+    """Windows spread evenly over a text."""
+    if len(tokens) < length:
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {length}; give more text")
+    starts = np.linspace(0, len(tokens) - length, count).astype(int)
+    return [tokens[start : start + length].tolist() for start in starts]
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A source of recall documents of one split, on its own prose."""
+
+    prose: Prose
+    tokenizer: Tokenizer
+    split: str
+    turns: int = 6  # at most
+
+    @classmethod
+    def from_books(cls, books: list[str], tokenizer: Tokenizer, split: str, turns: int = 6) -> "Recall":
+        stride = math.ceil(sum(map(len, books)) / RECALL_CHARS)
+        return cls(Prose.from_text("\n\n".join(books[::stride]), tokenizer), tokenizer, split, turns)
+
+    def document(self, rng: random.Random, length: int) -> Document:
+        turns = max(1, min(self.turns, length // TOKENS_A_TURN))
+        return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns)
+
+
+# ---- training data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    length: int  # tokens of a sequence
+    end: int  # the first step that is not in it
+
+
+def parse_stages(text: str, steps: int) -> list[Stage]:
+    """'512:0.4,2048:0.6' -> sequence lengths by share of the steps."""
+    stages, total = [], 0.0
+    try:
+        for part in text.split(","):
+            length, share = part.split(":")
+            total += float(share)
+            stages.append(Stage(int(length), round(total * steps)))
+    except ValueError:
+        raise ValueError(f"--stages {text!r} should look like 512:0.4,2048:0.6 (length:share of the steps)") from None
+    if abs(total - 1) > 1e-6 or any(stage.length < 8 for stage in stages):
+        raise ValueError(f"--stages {text!r}: the shares should add up to 1 and lengths be at least 8")
+    return stages
+
+
+class Mixture(Dataset):
+    """data[step] -> tokens (B, T + 1) int32 and answers (B, T + 1) bool, a pure function of seed and step.
+
+    A sequence is, with probability `share`, recall documents one after the other, else a slice of the prose.
+    """
+
+    def __init__(self, prose: np.ndarray, recall: Recall | None, stages: list[Stage], batch_tokens: int, share: float,
+                 seed: int, end: int):  # fmt: skip
+        self.prose, self.recall, self.stages, self.batch_tokens = prose, recall, stages, batch_tokens
+        self.share, self.seed, self.end = share, seed, end
+        longest = max(stage.length for stage in stages) + 1
+        if len(prose) <= longest:
+            raise ValueError(f"the text has {len(prose)} tokens, too few for sequences of {longest}; give more --text")
+        if batch_tokens < longest - 1:
+            raise ValueError(f"a step of {batch_tokens} tokens does not hold one sequence of {longest - 1}")
+
+    def __len__(self) -> int:
+        return self.stages[-1].end
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        length = next(stage.length for stage in self.stages if step < stage.end)
+        rows = self.batch_tokens // length
+        tokens, answers = np.empty((rows, length + 1), np.int32), np.zeros((rows, length + 1), bool)
+        for row in range(rows):
+            rng = random.Random(f"{self.seed}-{step}-{row}")
+            filled = self._documents(rng, tokens[row], answers[row]) if rng.random() < self.share else 0
+            self._slice(rng, tokens[row, filled:])
+        return torch.from_numpy(tokens), torch.from_numpy(answers)
+
+    def _slice(self, rng: random.Random, out: np.ndarray) -> None:
+        start = rng.randrange(len(self.prose) - len(out))
+        out[:] = self.prose[start : start + len(out)]
+
+    def _documents(self, rng: random.Random, tokens: np.ndarray, answers: np.ndarray) -> int:
+        """Documents of log-uniform lengths until none fits any more; returns how many tokens were filled."""
+        filled = 0
+        while True:
+            room = len(tokens) - filled - 1
+            room -= TURN_ROOM * min(self.recall.turns, max(1, room // TOKENS_A_TURN))
+            if room < SHORTEST:
+                return filled
+            length = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(room))))
+            ids, mask = document_ids(self.recall.document(rng, length))
+            ids, mask = ids[: len(tokens) - filled - 1], mask[: len(tokens) - filled - 1]
+            end = filled + len(ids)
+            tokens[filled:end], answers[filled:end], tokens[end] = ids, mask, self.end
+            filled = end + 1
+
+
+def freeze_for_workers() -> None:
+    """Before data workers are forked: keep the garbage collector off what they share, and the tokenizer's threads off
+    a fork that they do not survive."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,349 @@
+"""What both trainers share: optimizer, schedule, the loop with stop and resume, the log, the checkpoint folder.
+
+Where it sits: pretrain.py (an LLM from scratch) and distill.py (an assistant for an LLM) bring data and a loss; `train`
+below does the rest and `save_hf` writes what checkpoint.load_decoder reads:
+
+    report = train(decoder, data, loss, evaluate, options, folder)   # folder/state.pt, folder/log.jsonl
+    save_hf(decoder, folder, tokenizer, card)
+
+Nothing here draws random numbers while training: there is no dropout, and the data of a step is a pure function of
+seed and step. So weights, optimizer and a step count are all the state there is, and a run that was stopped and resumed
+ends with the same bits.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from corpus import END
+from model import Block, Config, Decoder
+
+STATE, LOG = "state.pt", "log.jsonl"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train, whatever is trained."""
+
+    steps: int
+    lr: float
+    warmup: float  # share of the steps
+    seed: int
+    device: torch.device
+    workers: int
+    log_every: int
+    eval_every: int
+    stop_after_minutes: float | None
+    resume: bool
+    compile: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a call of `train` ended; `seconds` counts the calls before it that were resumed."""
+
+    step: int
+    seconds: float
+    tokens: int
+    figures: dict  # of the last log record with an evaluation
+
+    @property
+    def summary(self) -> str:
+        return f"{self.step} steps, {self.tokens / 1e6:.1f}M tokens, {self.seconds / 60:.1f} minutes"
+
+
+def add_arguments(parser: argparse.ArgumentParser, steps: int, lr: float) -> None:
+    """The flags behind `Options`, with this trainer's defaults."""
+    cuda = torch.cuda.is_available()
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, default=steps, help="steps of the whole run, which the schedule refers to")
+    group.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+    group.add_argument("--warmup", type=float, default=0.02, help="share of the steps in which the rate rises")
+    group.add_argument("--seed", type=int, default=1)
+    group.add_argument("--device", default="cuda" if cuda else "cpu")
+    workers = max(1, min(14, (os.cpu_count() or 1) - 2)) if cuda else 0
+    group.add_argument("--workers", type=int, default=workers, help="processes that make the data")
+    group.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    group.add_argument("--eval-every", type=int, default=500, metavar="STEPS", help="evaluate and save the state")
+    group.add_argument("--stop-after-minutes", type=float, metavar="M", help="save the state and end; --resume goes on")
+    group.add_argument("--resume", action="store_true", help=f"go on from {STATE} in --out")
+    group.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster")
+
+
+def options_from(args: argparse.Namespace) -> Options:
+    """Check what the user typed. ValueError in one line."""
+    for name in ("steps", "log_every", "eval_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # the few fp32 products (attention rows) go to the tensor cores
+    names = Options.__dataclass_fields__
+    return Options(**{name: getattr(args, name) for name in names if name != "device"}, device=device)
+
+
+# ---- model and optimizer ---------------------------------------------------------------------------------------------
+
+
+def initialise(decoder: Decoder, seed: int) -> Decoder:
+    """Fresh weights: normal with std 0.02, what adds to the residual stream scaled by 1/sqrt(2L), norms 1, biases 0."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() < 2:
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * decoder.config.layers) if residual else 0.02
+            nn.init.normal_(parameter, std=std, generator=generator)
+    return decoder
+
+
+def make_optimizer(decoder: Decoder, lr: float) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": 0.1},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=decoder.device.type == "cuda")
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak; a function of step / steps."""
+    done = (step + 1) / options.steps
+    if done < options.warmup:
+        return options.lr * done / options.warmup
+    part = (done - options.warmup) / max(1 - options.warmup, 1e-9)
+    return options.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 arithmetic over fp32 weights on the GPU; plain fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def compile_blocks(decoder: Decoder) -> None:
+    """torch.compile block by block: blocks of one shape share the compiled code, so it costs seconds and not a minute.
+
+    An `observe` callback has to be marked with torch.compiler.disable, and gets the layer's number as a tensor.
+    """
+    for module in decoder.modules():
+        if isinstance(module, Block):
+            # As an int it would be a constant in the code, and every layer a compilation of its own.
+            module.self_attn.layer = torch.tensor(module.self_attn.layer)
+            module.compile(dynamic=False)
+
+
+def eager(options: Options) -> AbstractContextManager:
+    """Leave out compiled code: the shapes of an evaluation would each be compiled."""
+    return torch.compiler.set_stance("force_eager") if options.compile else nullcontext()
+
+
+def copy_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """A frozen copy in another dtype, not compiled: what the saved checkpoint will be, for evaluation on the way."""
+    with torch.device("meta"):
+        copy = Decoder(decoder.config)
+    weights = {name: tensor.detach().to(dtype, copy=True) for name, tensor in decoder.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    if decoder.config.tied:
+        copy.lm_head.weight = copy.embed_tokens.weight
+    return copy.eval().requires_grad_(False)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def save_state(folder: Path, decoder: Decoder, optimizer, step: int, seconds: float, tokens: int) -> None:
+    state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"step": step, "seconds": seconds, "tokens": tokens}
+    torch.save(state, folder / f"{STATE}.part")
+    os.replace(folder / f"{STATE}.part", folder / STATE)  # a stop while writing leaves the older state whole
+
+
+def load_state(folder: Path, decoder: Decoder, optimizer) -> tuple[int, float, int]:
+    path = folder / STATE
+    if not path.is_file():
+        raise ValueError(f"--resume: there is no {path}; leave --resume out to start from the beginning")
+    state = torch.load(path, map_location=decoder.device, weights_only=True)
+    try:
+        decoder.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--resume: {path} is of another model: {str(error).splitlines()[0]}") from None
+    return state["step"], state["seconds"], state["tokens"]
+
+
+class Log:
+    """log.jsonl: one record every --log-every steps; an evaluation is a record of its own with `eval` in it."""
+
+    def __init__(self, path: Path, start: int):
+        kept = []
+        if start and path.is_file():  # a run that was killed may have logged steps after the state it resumes from
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.path = path
+
+    def write(self, **record) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+Loss = Callable[[list[Tensor], int], tuple[Tensor, dict[str, Tensor]]]  # batch, step -> loss, its parts for the log
+
+
+def train(
+    decoder: Decoder,
+    data: Dataset,
+    loss_of: Loss,
+    evaluate: Callable[[], dict],
+    options: Options,
+    folder: Path,
+) -> Report:
+    """Train `decoder` (fp32, on options.device) up to options.steps, or until the time is over.
+
+    data[step] is the whole batch of a step, a tuple of tensors, the first of them (B, T) tokens. evaluate() returns
+    figures for the log; it runs every eval_every steps and at the end, with torch.compile out of the way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    device, begin = options.device, time.monotonic()
+    optimizer = make_optimizer(decoder, options.lr)
+    start, before, tokens = load_state(folder, decoder, optimizer) if options.resume else (0, 0.0, 0)
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        sampler=range(start, options.steps),
+        num_workers=options.workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if options.workers else None,
+        multiprocessing_context="fork" if options.workers else None,  # shares the text instead of sending it
+    )
+    log, figures, names, window = Log(folder / LOG, start), {}, [], []
+    mark_time, mark_tokens, step = begin, tokens, start - 1
+    decoder.train()
+    pause = 1.0 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
+    bar = tqdm(total=options.steps, initial=start, unit="step", dynamic_ncols=True, mininterval=pause)
+    for step, batch in enumerate(loader, start):
+        lr = learning_rate(step, options)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = [tensor.to(device, non_blocking=True) for tensor in batch]
+        loss, parts = loss_of(batch, step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        tokens += batch[0].numel()
+        names = ["loss", *parts]
+        window.append(torch.stack([loss.detach(), *(part.detach() for part in parts.values())]))  # no wait for the GPU
+        done = step + 1 == options.steps
+        over = options.stop_after_minutes is not None and time.monotonic() - begin > 60 * options.stop_after_minutes
+        bar.update()
+        if done or over or (step + 1) % options.log_every == 0:
+            means = dict(zip(names, torch.stack(window).mean(0).tolist()))
+            window = []
+            if not math.isfinite(means["loss"]):
+                raise ValueError(f"the loss is {means['loss']} at step {step + 1}; try a lower --lr than {options.lr}")
+            now = time.monotonic()
+            rate = (tokens - mark_tokens) / (now - mark_time)
+            mark_time, mark_tokens = now, tokens
+            speed = dict(tokens=tokens, tokens_per_s=round(rate), seconds=before + now - begin)
+            log.write(step=step + 1, **means, lr=lr, **speed)
+            bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{rate:.3g}", refresh=False)
+        if done or over or (step + 1) % options.eval_every == 0:
+            with eager(options):
+                figures = evaluate()
+            seconds = before + time.monotonic() - begin
+            log.write(step=step + 1, seconds=seconds, eval=figures)
+            bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+            save_state(folder, decoder, optimizer, step + 1, seconds, tokens)
+            mark_time = time.monotonic()  # the time of an evaluation is not the trainer's
+        if over:
+            break
+    bar.close()
+    return Report(step + 1, before + time.monotonic() - begin, tokens, figures)
+
+
+# ---- the checkpoint folder -------------------------------------------------------------------------------------------
+
+
+def config_to_hf(config: Config, special: dict) -> dict:
+    """The config.json that Config.from_hf, and Transformers, read back as this config; `special` are token ids."""
+    rope = {name: value for name, value in config.rope.items() if name != "rope_theta"}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.query_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tied,
+        "torch_dtype": "bfloat16",
+        **special,
+    }
+
+
+def write_tokenizer(tokenizer: Tokenizer | Path, folder: Path) -> None:
+    """The tokenizer's files: our own with END as its one special token, or those of another checkpoint folder."""
+    if isinstance(tokenizer, Path):
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, folder / name)
+        return
+    end = tokenizer.token_to_id(END)
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    names = {"bos_token": END, "eos_token": END, "pad_token": END}
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    _write_json(folder / "generation_config.json", ids)
+
+
+def save_hf(decoder: Decoder, folder: Path, tokenizer: Tokenizer | Path, card: str) -> None:
+    """Write a Hugging Face folder: weights in bf16 under their usual names, a tied embedding once, the model card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(tokenizer, folder)
+    generation = folder / "generation_config.json"
+    known = json.loads(generation.read_text()) if generation.is_file() else {}
+    special = {name: known[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in known}
+    _write_json(folder / "config.json", config_to_hf(decoder.config, special))
+    weights = {}
+    for name, tensor in decoder.state_dict().items():
+        if name != "lm_head.weight":
+            weights[f"model.{name}"] = tensor
+        elif not decoder.config.tied:
+            weights[name] = tensor
+    weights = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
