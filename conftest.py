@@ -5,6 +5,8 @@ import torch
 
 from model import Config, Decoder
 
+torch.set_num_threads(1)  # the models here are tiny: threads that wait for each other cost more than they bring
+
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 

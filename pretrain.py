@@ -230,7 +230,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--stages", default="512:0.4,2048:0.6", help="sequence lengths and their share of the steps")
     data.add_argument("--batch-tokens", type=int, default=131072, help="tokens of a step")
     data.add_argument("--recall-share", type=float, default=0.7, help="share of sequences that are recall documents")
-    data.add_argument("--turns", type=int, default=6, help="questions of a recall document at most")
+    data.add_argument("--turns", type=int, default=16, help="questions of a recall document at most")
     data.add_argument("--answer-weight", type=float, default=8.0)
     data.add_argument("--eval-documents", type=int, default=128, help="held-out recall documents, of 4 questions each")
     data.add_argument("--eval-length", type=int, default=1000)

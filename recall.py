@@ -25,7 +25,20 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from recall_words import DEEDS, KEYS, KINDS, PEOPLE, VOCABULARIES, Vocabulary, held_out, plural, with_article
+from recall_words import (
+    ANSWERS,
+    DEEDS,
+    KEYS,
+    KINDS,
+    PEOPLE,
+    VOCABULARIES,
+    WEIGHTS,
+    Vocabulary,
+    held_out,
+    plural,
+    unseen_words,
+    with_article,
+)
 
 Encode = Callable[[list[str]], list[list[int]]]  # texts -> token ids, one list per text
 
@@ -44,11 +57,11 @@ class Limits:
     goods: int = 7  # in a scene, for collect tasks
     nouns: int = 3  # of every other pool in a scene: "key", "lamp", "cup"
     looks: int = 2  # first words to each noun: "brass key", "old key"
-    count: tuple[int, int] = (1, 5)  # facts of a count task
-    collect: tuple[int, int] = (2, 4)  # facts of a collect task
-    parts: tuple[int, int] = (2, 3)  # facts of a sum task
-    amount: tuple[int, int] = (2, 9)  # in one fact of a sum task; from 2, so that the noun is a plural
-    total: int = 20  # largest sum
+    count: tuple[int, int] = (1, 4)  # facts of a count task
+    collect: tuple[int, int] = (2, 3)  # facts of a collect task
+    parts: tuple[int, int] = (2, 2)  # facts of a sum task
+    amount: tuple[int, int] = (2, 6)  # in one fact of a sum task; from 2, so that the noun is a plural
+    total: int = 12  # largest sum
     digits: tuple[int, int] = (3, 4)  # of a code
     extra: tuple[float, float] = (3, 7)  # facts never asked for, per 1,000 tokens of prompt; at least 2
     fact_share: float = 0.6  # of the prompt at most; the rest is prose
@@ -73,7 +86,7 @@ class Task(NamedTuple):
 
 class Turn(NamedTuple):
     question: str  # "\nQuestion: ...?\nAnswer:"
-    answer: str  # " in the tall cupboard."
+    answer: str  # " The brass key is in the tall cupboard."
     kind: str
     depth: float  # where the last fact it needs begins, as a share of the prompt's tokens
     key: tuple
@@ -129,6 +142,7 @@ class Prose:
 
     pieces: list[Piece]
     starts: list[int]  # pieces that begin a paragraph
+    lexicon: tuple[list[str], list[str]]  # its words, and those that are always capitalised, less those held out
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Tokenizer) -> "Prose":
@@ -136,14 +150,18 @@ class Prose:
         for paragraph in re.split(r"\n\s*\n", text):
             kept = [piece for piece in _pieces(" ".join(paragraph.split())) if _is_prose(piece)]
             texts += [(" " if i else "\n\n") + piece for i, piece in enumerate(kept)]
-        encode, names = encoder(tokenizer), frozenset(PEOPLE)
+        # Neither plurals, which the wordings would double, nor the words that only begin a sentence with a capital.
+        words = {word for text in texts for word in re.findall(r"[A-Za-z][a-z]{2,9}", text)} - unseen_words()
+        common = sorted(word for word in words if word[0].islower() and word[-1] != "s")
+        proper = sorted(w for w in words if w[0].isupper() and w.lower() not in words and w not in PEOPLE)
+        encode, names = encoder(tokenizer), frozenset(PEOPLE) | frozenset(proper)
         pieces = []
         for at in range(0, len(texts), CHUNK):
             chunk = texts[at : at + CHUNK]
             for piece, ids in zip(chunk, encode(chunk), strict=True):
                 if len(ids) <= MAX_PIECE:
                     pieces.append(Piece(piece, array("i", ids), names.intersection(re.findall(r"[A-Z][a-z]+", piece))))
-        return cls(pieces, [i for i, piece in enumerate(pieces) if piece.text[0] == "\n"])
+        return cls(pieces, [i for i, piece in enumerate(pieces) if piece.text[0] == "\n"], (common, proper))
 
     def take(self, rng: random.Random, encode: Encode, people: set[str], length: int) -> list[tuple[str, list[int]]]:
         """Consecutive pieces of `length` tokens, from a random paragraph on. Left out are those with a name of the
@@ -196,7 +214,8 @@ def _values(
     """What each fact of a task says, and the answer they make together."""
     if kind == "count":
         number = rng.randint(*limits.count)
-        return [with_article(slots["fruit"])] * number, NUMBERS[number - 1]
+        many = plural(slots["fruit"]) if number > 1 else slots["fruit"]
+        return [with_article(slots["fruit"])] * number, f"{NUMBERS[number - 1]} {many}"
     if kind == "collect":
         goods = [with_article(good) for good in rng.sample(scene["good"], rng.randint(*limits.collect))]
         return goods, ", ".join(goods[:-1]) + " and " + goods[-1]
@@ -241,17 +260,20 @@ def _task(
     chosen = rng.sample(wordings * (len(values) // len(wordings) + 1), len(values))
     facts = [Fact(key, v, " " + wording.format(value=v, **forms)) for v, wording in zip(values, chosen, strict=True)]
     question = rng.choice(vocabulary.questions[kind]).format(**forms)
-    return Task(key, slots, facts, f"\nQuestion: {question}\nAnswer:", f" {answer}.")
+    answer = ANSWERS[kind].format(value=answer, **forms)
+    return Task(key, slots, facts, f"\nQuestion: {question}\nAnswer:", f" {answer}")
 
 
 def _tasks(
-    rng: random.Random, vocabulary: Vocabulary, kinds: tuple[str, ...], turns: int, length: int, limits: Limits
+    rng: random.Random, vocabulary: Vocabulary, lexicon, kinds: tuple[str, ...], turns: int, length: int,
+    limits: Limits,
 ) -> tuple[list[Task], list[Task], set[str]]:
     """The tasks asked, those only told, and the people of the scene. First told are neighbours of those asked."""
-    scene = vocabulary.scene(rng, limits.people, limits.goods, limits.nouns, limits.looks)
+    scene = vocabulary.scene(rng, limits.people, limits.goods, limits.nouns, limits.looks, lexicon)
+    weights = [WEIGHTS.get(kind, 1.0) for kind in kinds]
     asked: dict[tuple, Task] = {}
     for _ in range(ATTEMPTS * turns):
-        task = _task(rng, rng.choice(kinds), scene, vocabulary, limits)
+        task = _task(rng, rng.choices(kinds, weights)[0], scene, vocabulary, limits)
         asked.setdefault(task.key, task)
         if len(asked) == turns:
             break
@@ -285,7 +307,7 @@ def make_document(
 ) -> Document:
     """One document of `split`, its prompt of `length` tokens or up to SLACK fewer; the turns come on top."""
     for _ in range(ATTEMPTS):
-        asked, told, people = _tasks(rng, VOCABULARIES[split], kinds, turns, length, limits)
+        asked, told, people = _tasks(rng, VOCABULARIES[split], prose.lexicon, kinds, turns, length, limits)
         owners = [task for task in asked + told for _ in task.facts]
         rng.shuffle(owners)
         upcoming = {task.key: iter(task.facts) for task in asked + told}

