@@ -276,6 +276,17 @@ def test_a_batch_changes_nothing(pair, full_answers, name):
     assert together != full_answers  # the budget must bite, or this test shows nothing
 
 
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_prefetch_and_device_change_nothing(prefetch, device):
+    """On a GPU: the side stream, pinned memory and all, against the same run on the CPU."""
+    settings = Settings(budget=0.2, score_decay=0.5, marginal=True, prefetch=prefetch)
+    prompts = random_prompts(*LENGTHS)
+    cpu = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
+    expected = generate(cpu[0], SmallKV(*cpu, settings), prompts, 20)
+    llm, slm = tiny_decoder(device=device), tiny_decoder(heads=4, head_dim=8, seed=1, device=device)
+    assert generate(llm, SmallKV(llm, slm, settings), prompts, 20) == expected
+
+
 def test_left_padded_batches_are_taken_as_tokenizers_make_them():
     padded = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]])
     assert strip_pads(padded, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])) == [[5, 6], [1, 2, 3, 4]]
