@@ -175,8 +175,9 @@ class TieredCache:
     written once when the token is made; so leaving a pool copies nothing, a marginal token that turns critical brings
     its key alone, and what comes back is the same to the bit.
 
-    prefetch: the rows of layer l + 1 travel while layer l computes (on CUDA: on a side stream); without it they travel
-    when layer l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S), for
+    prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
+    l + 1 begins. The plain path gathers them on the host, which waits for the indices: the copies overlap with the
+    LLM's kernels, the gathering does not. own_decay: if given, the LLM's own scores are kept too (L, B, G, S), for
     --no-saliency-shift: what the LLM's attention weights say of the tokens that it still holds.
     """
 
@@ -231,7 +232,7 @@ class TieredCache:
         if self.prefetch:
             if self.stream is not None:
                 # The scores are made on the current stream, and the last step read the slots there.
-                self.stream.wait_stream(torch.cuda.current_stream())
+                self.stream.wait_stream(torch.cuda.current_stream(self.key.device))
             self._prefetch(0)
 
     def _store_newest(self) -> None:
@@ -251,7 +252,7 @@ class TieredCache:
         if self.stream is None:
             self._ready[layer] = (self._move(layer), None)
             return
-        compute = torch.cuda.current_stream()
+        compute = torch.cuda.current_stream(self.key.device)
         with torch.cuda.stream(self.stream):
             borrowed = self._move(layer)
             borrowed.record_stream(compute)  # made on one stream, used on the other: keep its memory until then
@@ -302,7 +303,7 @@ class TieredCache:
             self._ready[layer] = (self._move(layer), None)
         borrowed, arrived = self._ready.pop(layer)
         if arrived is not None:
-            torch.cuda.current_stream().wait_event(arrived)
+            torch.cuda.current_stream(self.key.device).wait_event(arrived)
         position = span.positions[:, :, None]  # (B, 1, 1)
         for pool, where, row in ((self.key, self.key_position, key), (self.value, self.value_position, value)):
             slot = (where[layer] == position).byte().argmax(-1)  # (B, G)
@@ -326,6 +327,12 @@ class TieredCache:
         self.score[layer].mul_(self.own_decay).scatter_add_(-1, index, weight.view(B, G, -1, N).sum(2))
 
     # -- accounting --
+
+    def tokens(self, b: int) -> tuple[float, float]:
+        """Critical and marginal tokens of sequence b that are in the slots now, mean over layers and KV heads."""
+        pools = self.key_position[:, b], self.value_position[:, b]
+        critical, held = ((position >= 0).sum(-1).float().mean().item() for position in pools)
+        return critical, held - critical
 
     def ledger(self) -> list[Entry]:
         """What is allocated, by tier and device."""

@@ -106,7 +106,10 @@ def check_fits(needed: dict[str, int], device: torch.device, available: int | No
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / file for file in read_json(folder, index.name).get("weight_map", {}).values()})
+        shards = read_json(folder, index.name).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files")
+        files = sorted({folder / file for file in shards.values()})
         absent = [file.name for file in files if not file.is_file()]
         if absent or not files:
             raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent) or '(none named)'}")

@@ -64,6 +64,16 @@ def strip_pads(padded: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[len(row) - n :].tolist() for row, n in zip(padded, lengths.tolist())]
 
 
+def check_positions(policy, lengths: list[int], max_new_tokens: int) -> None:
+    """ValueError if the longest prompt and its answer do not fit the positions of the models."""
+    total, limit = max(lengths) + max_new_tokens, min(model.config.max_positions for model in policy.models)
+    if total > limit:
+        raise ValueError(
+            f"prompt of {max(lengths)} tokens plus {max_new_tokens} new ones is {total}, longer than the {limit} "
+            "positions of the model; shorten the prompt or lower --max-new-tokens"
+        )
+
+
 class Session:
     """A batch of sequences being decoded by one LLM under one policy."""
 
@@ -80,12 +90,9 @@ class Session:
         self.llm, self.policy, self.prompts, self.chunk, self.progress = llm, policy, prompts, chunk, progress
         self.lengths = [len(prompt) for prompt in prompts]
         self.capacity = max(self.lengths) + max_new_tokens
-        limit = min(model.config.max_positions for model in policy.models)
-        if self.capacity > limit:
-            raise ValueError(
-                f"prompt of {max(self.lengths)} tokens plus {max_new_tokens} new ones is {self.capacity}, longer than "
-                f"the {limit} positions of the model; shorten the prompt or lower --max-new-tokens"
-            )
+        check_positions(policy, self.lengths, max_new_tokens)
+        # Ids that only padding rows of the larger embedding have mean nothing, and the SLM could not read them.
+        self.vocab = min(model.config.vocab_size for model in policy.models)
         self.cache = policy.make_cache(self.lengths, self.capacity)
 
     @torch.inference_mode()
@@ -94,6 +101,7 @@ class Session:
         logits = []
         for b, prompt in enumerate(self.prompts):
             chunks = [(start, min(start + self.chunk, len(prompt))) for start in range(0, len(prompt), self.chunk)]
+            self.policy.prefill(b, prompt, chunks)
             staged = self.cache.staging(b, len(prompt))
             for start, end in chunks:
                 ids = torch.tensor([prompt[start:end]], device=self.llm.device)  # (1, T)
@@ -101,8 +109,7 @@ class Session:
                 if self.progress:
                     self.progress(end - start)
             self.cache.load(b, staged, len(prompt))
-            self.policy.prefill(b, prompt, chunks)
-            logits.append(last[:, 0])
+            logits.append(last[:, 0, : self.vocab])
         return torch.cat(logits)
 
     @torch.inference_mode()
@@ -112,7 +119,7 @@ class Session:
         self.policy.observe(tokens, span)
         self.cache.migrate(self.policy.plan, span)
         ids = torch.tensor(tokens, device=self.llm.device)[:, None]  # (B, 1)
-        logits = self.llm(ids, span, self.cache, logits="last")[:, 0]
+        logits = self.llm(ids, span, self.cache, logits="last")[:, 0, : self.vocab]
         self.lengths = [length + 1 for length in self.lengths]
         return logits
 
@@ -127,8 +134,10 @@ class Sampler:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative; 0 is greedy")
+        if self.temperature != 0 and not 1e-4 <= self.temperature <= 1e4:
+            raise ValueError(f"temperature {self.temperature} is not 0 (greedy) nor between 0.0001 and 10000")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is outside [0, 2^63)")
         if self.top_k < 0:
             raise ValueError(f"top-k {self.top_k} is negative; 0 keeps every token")
         if not 0 < self.top_p <= 1:
@@ -161,7 +170,7 @@ class Sampler:
 class Timing:
     """Seconds, measured on the host around work that ends on the host (the sampled token)."""
 
-    first_token: float = 0.0  # TTFT: prefill of the whole batch and the first token
+    first_token: float | None = None  # TTFT: prefill of the whole batch and the first token; None before there is one
     per_token: float = 0.0  # TPOT: mean over the decode steps
     steps: int = 0
 

@@ -25,10 +25,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, load_decoder, resolve
+from checkpoint import CheckpointError
 from decode import Session
-from generate import DTYPE_CHOICES, pick_device
-from match import MATCHERS
+from generate import DTYPE_CHOICES, check_writable, load_pair
+from match import MATCHERS, WINDOW_MIN
 from model import Decoder
 from smallkv import Settings, SmallKV
 
@@ -96,6 +96,9 @@ def measure(llm: Decoder, slm: Decoder, settings: Settings, windows: list[list[i
 
 def grid(args) -> list[Settings]:
     """Every combination asked for; without saliency shift only the LLM's own scores matter, and both halves show."""
+    unknown = [name for name in args.variants.split(",") if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"unknown variant {unknown[0]!r}; supported: {', '.join(VARIANTS)}")
     halves = [tuple(name.split("+")) for name in args.variants.split(",")]
     settings = []
     for budget, decay, half in itertools.product(_floats(args.budgets), _floats(args.decays), halves):
@@ -111,6 +114,7 @@ def _floats(text: str) -> list[float]:
         raise ValueError(f"{text!r} is not a list of numbers; write it like 0.2,0.1") from None
 
 
+VARIANTS = ("both", "no-marginal", "no-saliency-shift", "no-marginal+no-saliency-shift")
 HEADINGS = ("budget", "matcher", "decay", "marginal", "shift", "perplexity", "KL to full", "top-1", "moved")
 
 
@@ -135,13 +139,14 @@ def print_markdown(rows: list[Row], title: str) -> None:
 
 def run_wikitext(args) -> None:
     settings = grid(args)
-    llm_folder, slm_folder = resolve(args.llm), resolve(args.slm)
-    device = pick_device(args.device)
-    dtype = DTYPE_CHOICES[args.dtype]
-    tokenizer = Tokenizer.from_file(str(llm_folder / "tokenizer.json"))
+    if args.prompt < WINDOW_MIN or args.steps < 2 or args.samples < 1:
+        raise ValueError(f"--prompt should be at least {WINDOW_MIN}, --steps at least 2 and --samples at least 1")
+    if args.json:
+        check_writable(Path(args.json))
+    pair = load_pair(args.llm, args.slm, args.device, args.dtype)
+    llm, slm, device = pair.llm, pair.slm, pair.llm.device
     length = args.prompt + args.steps + 1
-    windows = read_windows(Path(args.data) / "wikitext-2" / "test.txt", tokenizer, length, args.samples)
-    llm, slm = load_decoder(llm_folder, device, dtype), load_decoder(slm_folder, device, dtype)
+    windows = read_windows(Path(args.data) / "wikitext-2" / "test.txt", pair.text.tokenizer, length, args.samples)
     full = full_logits(llm, windows, args.prompt)
     targets = torch.tensor([window[args.prompt + 1 :] for window in windows], device=full.device)
     perplexity = F.cross_entropy(full.flatten(0, 1), targets.flatten()).exp().item()
@@ -168,8 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     task.add_argument("--data", default="../shared/data", help="folder that holds wikitext-2/test.txt")
     task.add_argument("--budgets", default="0.5,0.2,0.1,0.05")
     task.add_argument("--decays", default="1,0.9,0.5,0")
-    variants = "both,no-marginal,no-saliency-shift,no-marginal+no-saliency-shift"
-    task.add_argument("--variants", default="both,no-marginal", help=f"of {variants}")
+    task.add_argument("--variants", default="both,no-marginal", help=f"of {', '.join(VARIANTS)}")
     task.add_argument("--matcher", default=Settings.matcher, choices=MATCHERS)
     task.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     task.add_argument("--prompt", type=int, default=512)

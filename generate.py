@@ -27,7 +27,8 @@ from checkpoint import (
     resolve,
     weight_bytes,
 )
-from decode import FullPolicy, Sampler, Session, Timing, generate_ids
+from decode import FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
+from kernels import SCORE_BLOCK
 from match import MATCHERS
 from model import Decoder
 from report import make_report, print_comparison, print_report
@@ -108,7 +109,8 @@ def check_caches_fit(policy, lengths: list[int], capacity: int) -> None:
     on_host = {name: entry.size for name, entry in entries if entry.device != device.type}
     config = policy.llm.config
     prompt = 2 * config.layers * config.kv_heads * max(lengths) * config.head_dim * policy.llm.dtype.itemsize
-    on_device["prefill of the longest prompt"] = prompt
+    scored = max(model.config.query_heads for model in policy.models) * SCORE_BLOCK * max(lengths) * 4
+    on_device["prefill of the longest prompt"] = prompt + 4 * scored  # logits, their softmax, and copies of both
     if device.type == "cpu":
         check_fits({**on_device, **on_host}, device)
     else:
@@ -123,8 +125,10 @@ def answer(
 
     Returns the answers and whether Ctrl-C cut them short: then they are what was there by that time.
     """
-    check_caches_fit(policy, [len(prompt) for prompt in prompts], max(map(len, prompts)) + max_new_tokens)
-    total = sum(map(len, prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    check_positions(policy, lengths, max_new_tokens)
+    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens)
+    total = sum(lengths)
     bar = tqdm(total=total, desc="prefill", unit="token", leave=False, disable=None if total >= PROGRESS_FROM else True)
     session = Session(pair.llm, policy, prompts, max_new_tokens, progress=bar.update)
     timing = Timing()
@@ -227,6 +231,8 @@ def run(args) -> int:
     settings = make_settings(args)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     texts = read_prompts(args)
+    if args.json:
+        check_writable(Path(args.json))  # before the work, not after it
     smallkv = args.method == "smallkv"
     if (smallkv or args.compare) and not args.slm:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
@@ -278,6 +284,13 @@ def backend_line(pair: Pair, settings: Settings | None) -> str:
     return f"backend: PyTorch {torch.__version__} attention, {device} ({name}), {dtype}, tier movement {moving}"
 
 
+def check_writable(path: Path) -> None:
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
 def write_json(path: Path, text: Text, prompts: list[list[int]], results: dict[str, Answer]) -> None:
     content = {
         name: {
@@ -289,10 +302,7 @@ def write_json(path: Path, text: Text, prompts: list[list[int]], results: dict[s
         }
         for name, result in results.items()
     }
-    try:
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,8 +313,16 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has gone, as in `generate.py ... | head`
+        sys.stdout = None
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted before the first token", file=sys.stderr)

@@ -12,6 +12,8 @@ the twins that a faster kernel must equal, argument for argument.
 | `tiered_attention`    | LLM's decode step               | Eq. 6                              |
 | `move_rows`           | migration, host -> GPU slots    | Algorithm 1, line 9                |
 
+Queries are scaled before the product, not after: unscaled products of fp16 can pass 65,504.
+
 Shapes follow the legend in model.py.
 """
 
@@ -44,7 +46,7 @@ def attention_rows(query: Tensor, key: Tensor, first: int = 0) -> Tensor:
     B, H, T, D = query.shape
     G, S = key.shape[1], key.shape[2]
     grouped = query.view(B, G, H // G, T, D)
-    logits = (grouped @ key[:, :, None].transpose(-1, -2)).float() * D**-0.5  # (B, G, H/G, T, S)
+    logits = (grouped * D**-0.5 @ key[:, :, None].transpose(-1, -2)).float()  # (B, G, H/G, T, S)
     queries = torch.arange(first, first + T, device=query.device)[:, None]
     future = torch.arange(S, device=query.device) > queries  # (T, S)
     return logits.masked_fill(future, -torch.inf).softmax(-1).view(B, H, T, S)
@@ -59,10 +61,11 @@ def column_sums(query: Tensor, key: Tensor, decay: float) -> Tensor:
     B, H, T, _ = query.shape
     S = key.shape[2]
     scores = torch.zeros(B, H, S, dtype=torch.float32, device=query.device)
-    for end in range(T, 0, -SCORE_BLOCK):
+    block = SCORE_BLOCK if decay > 0 else 1
+    for end in range(T, 0, -block):
         if decay ** (T - end) < 1e-9:  # python: 0.0 ** 0 == 1, so decay 0 keeps the newest row alone
             break
-        start = max(0, end - SCORE_BLOCK)
+        start = max(0, end - block)
         age = torch.arange(T - start - 1, T - end - 1, -1, device=query.device, dtype=torch.float32)  # (block,)
         weight = torch.as_tensor(decay, dtype=torch.float32, device=query.device) ** age
         rows = attention_rows(query[:, :, start:end], key[:, :, : S - T + end], first=S - T + start)
@@ -79,7 +82,7 @@ def full_attention_step(query: Tensor, key: Tensor, value: Tensor, positions: Te
     B, H, _, D = query.shape
     G, S = key.shape[1], key.shape[2]
     grouped = query.view(B, G, H // G, D)
-    logits = (grouped @ key.transpose(-1, -2)).float() * D**-0.5  # (B, G, H/G, S)
+    logits = (grouped * D**-0.5 @ key.transpose(-1, -2)).float()  # (B, G, H/G, S)
     unseen = torch.arange(S, device=query.device) > positions[:, None]  # (B, S)
     rows = logits.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
     out = rows.to(value.dtype) @ value  # (B, G, H/G, D)
@@ -104,7 +107,7 @@ def tiered_attention(
     B, H, _, D = query.shape
     G, N = key.shape[1], value.shape[2]
     grouped = query.view(B, G, H // G, D)
-    logits = (grouped @ key.transpose(-1, -2)).float() * D**-0.5  # (B, G, H/G, C)
+    logits = (grouped * D**-0.5 @ key.transpose(-1, -2)).float()  # (B, G, H/G, C)
     critical = logits.masked_fill(~key_used[:, :, None], -torch.inf).softmax(-1)
     weight = borrowed.view(B, G, H // G, N)
     mass = weight.sum(-1, keepdim=True)  # m, (B, G, H/G, 1)

@@ -51,9 +51,14 @@ def jaccard_similarity(scores: Tensor, others: Tensor, k: int) -> Tensor:
     return common / (2 * k - common)
 
 
+def unit_rows(features: Tensor) -> Tensor:
+    """Each row divided by its length; (h, F) -> (h, F)."""
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
 def cosine_similarity(features: Tensor, others: Tensor) -> Tensor:
     """Cosine between all pairs; (h, F) x (s, F) -> (h, s)."""
-    return torch.nn.functional.normalize(features, dim=-1) @ torch.nn.functional.normalize(others, dim=-1).T
+    return unit_rows(features) @ unit_rows(others).T
 
 
 def row_features(rows: Tensor) -> Tensor:
@@ -80,14 +85,14 @@ def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str) -> 
     top_k = max(1, round(TOP_SHARE * len(window)))
     slm_rows = window_rows(slm, tokens.to(slm.device)).to(llm.device)
     slm_scores = accumulated_scores(slm_rows)  # (L' * H', W)
-    slm_features = row_features(slm_rows) if matcher == "cosine" else None
+    slm_features = unit_rows(row_features(slm_rows)) if matcher == "cosine" else None
     index, similarity = [], []
 
     def match_layer(layer: int, query: Tensor, key: Tensor) -> None:
         rows = attention_rows(query, key)[0]  # (H, W, W)
         scores = accumulated_scores(rows)
         if matcher == "cosine":
-            pairwise = cosine_similarity(row_features(rows), slm_features)  # (H, L' * H')
+            pairwise = unit_rows(row_features(rows)) @ slm_features.T  # (H, L' * H')
         else:
             pairwise = jaccard_similarity(scores, slm_scores, top_k)
         best = pairwise.argmax(-1)  # Eq. 3, (H,)

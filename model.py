@@ -60,6 +60,10 @@ class Config:
         missing = [name for name in required if name not in raw]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
+        counts = (*required, "num_key_value_heads", "head_dim", "max_position_embeddings")
+        wrong = [n for n in counts if raw.get(n) is not None and not (isinstance(raw[n], int) and raw[n] > 0)]
+        if wrong:
+            raise ValueError("config.json: " + ", ".join(f"{n} {raw[n]!r} should be above 0" for n in wrong))
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
         windowed = [t for t in raw.get("layer_types") or [] if t != "full_attention"]
@@ -82,7 +86,7 @@ class Config:
             query_heads=query_heads,
             kv_heads=kv_heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // query_heads,
-            max_positions=raw.get("max_position_embeddings", 2048),
+            max_positions=_max_positions(raw),
             norm_eps=raw.get("rms_norm_eps", 1e-6),
             tied=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias or model_type == "qwen2",  # Qwen2 has it always and does not say so
@@ -93,12 +97,21 @@ class Config:
         )
 
 
+def _max_positions(raw: dict) -> int:
+    """Positions the model can address. Qwen2.5's recipe turns yarn on and leaves the number as it was."""
+    positions, rope = raw.get("max_position_embeddings") or 2048, _rope_parameters(raw)
+    if rope["rope_type"] == "yarn":
+        return max(positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return positions
+
+
 def _rope_parameters(raw: dict) -> dict:
     """Normalise `rope_parameters` (Transformers 5) or `rope_scaling` + `rope_theta` (4) to one dict, and check it."""
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.pop("type", None) if "rope_type" not in rope else rope["rope_type"]
     rope["rope_type"] = rope["rope_type"] or "default"
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = raw.get("rope_theta") or 10000.0
     kind = rope["rope_type"]
     if kind not in SUPPORTED_ROPE:
         raise ValueError(f"unknown rope type {kind!r} in config.json; supported: {', '.join(SUPPORTED_ROPE)}")
@@ -108,7 +121,7 @@ def _rope_parameters(raw: dict) -> dict:
     missing = [name for name in needed.get(kind, []) if rope.get(name) is None]
     if missing:
         raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)} in config.json")
-    rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 2048))
+    rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings") or 2048)
     return rope
 
 

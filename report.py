@@ -9,6 +9,7 @@ from itertools import zip_longest
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as Words
 
 from cache import FullCache
 from decode import Session, Timing
@@ -18,9 +19,9 @@ from text import Text
 def make_report(session: Session, timing: Timing) -> dict:
     """Everything the report says, as JSON types.
 
-    tokens: per sequence, tokens per KV head in each tier at the end. ledger: bytes allocated, by model, kind and
-    device. full_cache_bytes: what the LLM's full cache would take for the same positions. moved: rows brought from
-    the host.
+    tokens: per sequence, tokens in the slots of each tier at the end, mean over layers and KV heads. ledger: bytes
+    allocated, by model, kind and device. full_cache_bytes: what the LLM's full cache would take for the same positions.
+    moved: rows brought from the host.
     """
     policy, cache, llm = session.policy, session.cache, session.llm
     batch, capacity = len(session.prompts), session.capacity
@@ -29,10 +30,10 @@ def make_report(session: Session, timing: Timing) -> dict:
     tokens, similarity, moved = [], None, None
     if policy.name == "smallkv":
         ledgers["SLM"] = policy.slm_cache.ledger()
-        for length in session.lengths:
-            size = policy.settings.sizes(length)
-            offloaded = length - size.critical - size.marginal
-            tokens.append({"critical": size.critical, "marginal": size.marginal, "offloaded": offloaded, "all": length})
+        for b, length in enumerate(session.lengths):
+            critical, marginal = cache.tokens(b)
+            offloaded = length - critical - marginal
+            tokens.append({"critical": critical, "marginal": marginal, "offloaded": offloaded, "all": length})
         maps = [m.similarity for m in policy.maps if m is not None]
         if maps:
             values = torch.stack(maps)
@@ -75,10 +76,15 @@ def print_report(name: str, report: dict, console: Console) -> None:
     table.add_section()
     table.add_row("both", "all but the host tier", "", _size(fast), f"{fast / full:.1%}", style="bold")
     console.print(table)
+    if report["ttft_s"] is None:
+        console.print("ended in the prefill: nothing was generated", highlight=False)
+        return
+    if report["moved"] and not report["moved"]["steps"]:
+        console.print("no decode step ran, so the whole prompt is still on the host", highlight=False)
     for number, tokens in enumerate(report["tokens"], 1):
         which = f"sequence {number}: " if len(report["tokens"]) > 1 else ""
         tiers = ("critical", "marginal", "offloaded")
-        shares = ", ".join(f"{tokens[tier]} {tier} ({tokens[tier] / tokens['all']:.0%})" for tier in tiers)
+        shares = ", ".join(f"{tokens[tier]:.0f} {tier} ({tokens[tier] / tokens['all']:.0%})" for tier in tiers)
         console.print(f"{which}{tokens['all']} tokens per KV head: {shares}", highlight=False)
     if report["similarity"]:
         console.print(
@@ -104,12 +110,13 @@ def print_comparison(text: Text, full, smallkv, console: Console) -> None:
     for number, (one, other) in enumerate(zip(full.tokens, smallkv.tokens), 1):
         parting = first_difference(one, other)
         table = Table("full cache", "SmallKV", title=f"answer {number}", show_lines=True)
+        # Styled text, not markup: an answer may hold brackets and backslashes of its own.
         cut = len(one) if parting is None else parting
         cells = []
         for tokens in (one, other):
             same, rest = text.decode(tokens[:cut]), text.decode(tokens)
             rest = rest[len(same) :] if rest.startswith(same) else text.decode(tokens[cut:])
-            cells.append(f"{_plain(same)}[yellow]{_plain(rest)}[/yellow]")
+            cells.append(Words.assemble(same, (rest, "yellow")))
         table.add_row(*cells)
         console.print(table)
         if parting is None:
@@ -118,8 +125,3 @@ def print_comparison(text: Text, full, smallkv, console: Console) -> None:
             pieces = [repr(text.decode(tokens[parting : parting + 1])) for tokens in (one, other)]
             line = f"they part at token {parting + 1}: {pieces[0]} against {pieces[1]}"
             console.print(line, highlight=False, markup=False)
-
-
-def _plain(words: str) -> str:
-    """Text that rich must not read as markup."""
-    return words.replace("[", r"\[")

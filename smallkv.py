@@ -128,8 +128,11 @@ def plan_tiers(scores: Tensor, sizes: list[TierSizes], lengths: list[int]) -> tu
 
 def pool_slots(sizes: Callable[[int], TierSizes], shortest: int, capacity: int) -> tuple[int, int]:
     """Slots of the K pool and the V pool: the most that any length from `shortest` to `capacity` asks for."""
-    every = [sizes(length) for length in range(shortest, capacity + 1)]
-    return max(size.critical for size in every), max(size.critical + size.marginal for size in every)
+    critical = held = 0
+    for length in range(shortest, capacity + 1):
+        size = sizes(length)
+        critical, held = max(critical, size.critical), max(held, size.critical + size.marginal)
+    return critical, held
 
 
 class SmallKV:
@@ -217,9 +220,11 @@ class SmallKV:
             B, _, n = matched.shape
             scores = matched.view(B, G, -1, n).sum(2)  # one token set for the query heads that share a KV head
         else:
-            scores = self.cache.score[layer, :, :, : self.end]
-            scores = scores.masked_fill(self.cache.dropped[layer, :, :, : self.end], -torch.inf)
+            dropped = self.cache.dropped[layer, :, :, : self.end]
+            scores = self.cache.score[layer, :, :, : self.end].masked_fill(dropped, -torch.inf)
         critical, marginal = plan_tiers(scores, self.sizes, self.lengths)
+        if not self.settings.saliency_shift:  # a tier that grows faster than the text has nobody to take
+            critical, marginal = critical & ~dropped, marginal & ~dropped
         borrowed = self._matched(self.slm_cache.row, layer) if any(size.marginal for size in self.sizes) else None
         return TierPlan(critical, marginal, borrowed)
 

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as command
 from cache import FullCache
+from checkpoint import weight_bytes
 from conftest import tiny_decoder
 from decode import FullPolicy, Session, generate
-from report import first_difference
+from report import first_difference, print_comparison
 from smallkv import Settings, SmallKV
 from text import Text
 
@@ -89,7 +91,7 @@ def test_streams_the_answer_and_reports(pair, run, tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())["smallkv"]
     length = report["answers"][0]["prompt_tokens"] + 29  # the last token was sampled and not fed
     size = Settings(budget=0.2).sizes(length)
-    tokens = report["report"]["tokens"][0]
+    tokens = report["report"]["tokens"][0]  # counted in the slots
     assert (tokens["critical"], tokens["marginal"], tokens["all"]) == (size.critical, size.marginal, length)
     full = FullCache.predict(tiny_decoder().config, 1, length + 1, "cpu", torch.float32)[0].size
     assert report["report"]["full_cache_bytes"] == full
@@ -196,6 +198,9 @@ def test_ctrl_c_keeps_what_was_generated(pair, run, monkeypatch):
         (["--score-decay", 2, "x"], "score decay 2.0 is outside [0, 1]"),
         (["--max-new-tokens", 0, "x"], "--max-new-tokens 0"),
         (["--temperature", -1, "x"], "temperature -1.0"),
+        (["--temperature", "nan", "x"], "temperature nan"),
+        (["--seed", 2**64, "x"], "seed 18446744073709551616 is outside"),
+        (["x", "--max-new-tokens", 10**9], "longer than the 1024 positions"),
         (["--top-p", 0, "x"], "top-p 0.0"),
         ([""], "prompt 1 is empty"),
         (["x", " \n"], "prompt 2 is empty"),
@@ -242,6 +247,53 @@ def test_different_tokenizers_are_named(run, tmp_path):
     assert code == 2 and "tokenizers of LLM and SLM differ, first at id" in err
 
 
+def test_padding_rows_of_the_larger_embedding_are_never_sampled(pair, run, tmp_path):
+    """As in Qwen2.5: the LLM has more embeddings than the SLM and the tokenizer. Its best id may be one of those."""
+    folder = write_checkpoint(tmp_path / "llm", vocab=600)
+    (folder / "tokenizer.json").write_bytes((pair[0] / "tokenizer.json").read_bytes())
+    code, _, err = run(PROMPT, "--max-new-tokens", 30, llm=folder)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id is [[1]]"),
+        ("tokenizer_config.json", {"chat_template": {"a": 1}}, "chat_template is a dict, not text"),
+        ("tokenizer_config.json", {"chat_template": "{{ messages + 1 }}"}, "chat template failed"),
+        ("model.safetensors.index.json", {"weight_map": None}, "has no weight_map"),
+        ("config.json", {"model_type": "llama", "vocab_size": "280"}, "config.json lacks"),
+    ],
+)
+def test_odd_checkpoint_files(pair, run, tmp_path, file, content, message):
+    folder = tmp_path / "llm"
+    folder.mkdir()
+    for source in pair[0].iterdir():
+        (folder / source.name).write_bytes(source.read_bytes())
+    (folder / file).write_text(json.dumps(content))
+    code, _, err = run("x", "--chat", "--max-new-tokens", 2, llm=folder)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_comparison_shows_brackets_and_backslashes_as_they_are(pair):
+    text = Text.load(pair[0])
+    one, other = (text.encode(r"\[x = 2\] [/b] C:\ " + end) for end in ("fox", "dog"))
+    console = Console(file=io.StringIO(), width=200)
+    full, small = (command.Answer([ids], [False], {}) for ids in (one, other))
+    print_comparison(text, full, small, console)
+    shown = console.file.getvalue()
+    assert shown.count(r"\[x = 2\] [/b] C:\ ") == 2 and "they part at token" in shown
+
+
+def test_interrupted_in_the_prefill_says_so(run, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "prefill", interrupted)
+    code, out, err = run(PROMPT)
+    assert (code, out) == (130, "\n") and "ended in the prefill" in err and "TTFT" not in err
+
+
 def test_an_slm_with_too_few_embeddings(pair, run, tmp_path):
     folder = write_checkpoint(tmp_path / "slm", vocab=270)
     (folder / "tokenizer.json").write_bytes((pair[0] / "tokenizer.json").read_bytes())
@@ -250,9 +302,11 @@ def test_an_slm_with_too_few_embeddings(pair, run, tmp_path):
 
 
 def test_a_model_that_does_not_fit(run, monkeypatch):
-    monkeypatch.setattr("checkpoint.available_bytes", lambda device: 1 << 12)
-    code, _, err = run(PROMPT, "--max-new-tokens", 600)
-    assert code == 2 and "does not fit on cpu" in err and "GiB available" in err
+    weights = 2 * weight_bytes(tiny_decoder(vocab=280).config, torch.float32)  # more than those of both models
+    for available, named in ((1 << 12, "LLM weights"), (weights, "LLM host K, V")):
+        monkeypatch.setattr("checkpoint.available_bytes", lambda device: available)
+        code, _, err = run(PROMPT, "--max-new-tokens", 700)
+        assert code == 2 and "does not fit on cpu" in err and "GiB available" in err and named in err
 
 
 def test_unreachable_hub(run, monkeypatch):

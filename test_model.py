@@ -31,7 +31,7 @@ FAMILIES = {
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
     "llama-yarn-mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-yarn": ("Qwen2", {"rope_parameters": {**YARN, "beta_fast": 16.0, "truncate": False}}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": {**YARN, "factor": 2.5, "beta_fast": 16.0, "truncate": False}}),
     "qwen3": ("Qwen3", {"head_dim": 12}),
     "qwen3-tied-multihead": ("Qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
 }
@@ -68,6 +68,19 @@ def test_config_spelled_as_in_transformers_4(tmp_path):
     raw["rope_theta"] = rope.pop("rope_theta")
     raw["rope_scaling"] = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
     assert Config.from_hf(raw) == expected
+
+
+def test_yarn_opens_the_positions_that_it_was_turned_on_for():
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    base = {**SMALL, "model_type": "qwen2"}
+    assert Config.from_hf({**base, "rope_scaling": yarn}).max_positions == 256
+    assert Config.from_hf(base).max_positions == 64
+
+
+@pytest.mark.parametrize("name, value", [("vocab_size", "280"), ("num_attention_heads", 0), ("head_dim", -1)])
+def test_numbers_of_the_config_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"{name} {value!r} should be above 0"):
+        Config.from_hf({**SMALL, "model_type": "llama", name: value})
 
 
 def test_sharded_equals_single_and_dtype_is_converted(tmp_path):

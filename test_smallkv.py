@@ -413,6 +413,64 @@ def test_without_saliency_shift_the_ranking_is_the_llms_own(pair):
         assert kept == {j for j in top[layer, g].tolist() if j < 115} | kept and len(kept) == 18
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
+def test_plan_ranks_by_the_matched_heads_and_sums_a_group(pair, decay):
+    """Critical tokens of every layer, KV head and step against a naive top-k of sum_h sum_q d^age A_f(h)[q, j]."""
+    llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
+    head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
+    settings = Settings(budget=0.2, score_decay=decay, marginal=True)
+    prompts = random_prompts(140, 113)
+    session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), prompts, 10)
+    session.prefill()
+    fed = [list(prompt) for prompt in prompts]
+    for step in range(5):
+        tokens = [(11 * step + 3) % 97, (7 * step + 5) % 97]
+        session.step(tokens)
+        for b, token in enumerate(tokens):
+            fed[b].append(token)
+            n = len(fed[b])
+            rows = window_rows(slm, torch.tensor([fed[b]]))  # (8, n, n)
+            weight = torch.tensor([decay ** (n - 1 - q) for q in range(n)])
+            scores = (weight[:, None] * rows).sum(1)[head_map].view(2, 2, 3, n).sum(2)  # (L, G, n)
+            size = settings.sizes(n)
+            scores[..., n - size.recent :] = torch.inf
+            for layer, g in itertools.product(range(2), range(2)):
+                expected = set(scores[layer, g].topk(size.critical).indices.tolist())
+                kept = {j for j in session.cache.key_position[layer, b, g].tolist() if j >= 0}
+                assert kept == expected, (step, b, layer, g)
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.6, 0.7])
+def test_without_saliency_shift_what_is_dropped_is_gone(budget):
+    llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
+    settings = Settings(budget=budget, saliency_shift=False, marginal=True)
+    session = Session(llm, SmallKV(llm, slm, settings), random_prompts(150), 30)
+    session.prefill()
+    gone = torch.zeros(2, 2, 180, dtype=torch.bool)
+    for step in range(25):
+        session.step([step])
+        n = session.lengths[0]
+        position = session.cache.value_position[:, 0].long()  # (L, G, N)
+        held = torch.zeros(2, 2, 181, dtype=torch.bool)
+        held.scatter_(-1, position.where(position >= 0, 180), True)
+        assert not (held[..., :180] & gone).any()
+        gone[..., :n] |= ~held[..., :n]
+    assert gone.any()
+
+
+def test_fp16_survives_large_products():
+    """q . k above 65,504 before the scale: the softmax must not see infinities."""
+    query, key = torch.full((1, 1, 1, 64), 40.0).half(), torch.full((1, 1, 3, 64), 40.0).half()
+    value = torch.ones(1, 1, 3, 64).half()
+    used, slots = torch.ones(1, 1, 3, dtype=torch.bool), torch.arange(3).view(1, 1, 3)
+    for out in (
+        kernels.full_attention_step(query, key, value, torch.tensor([2]))[0],
+        kernels.tiered_attention(query, key, value, used, slots, torch.zeros(1, 1, 3))[0],
+        kernels.attention_rows(query, key, 2) @ value.float(),
+    ):
+        torch.testing.assert_close(out.float(), torch.ones(1, 1, 1, 64), atol=1e-3, rtol=0)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 

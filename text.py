@@ -39,8 +39,9 @@ class Text:
         settings = read_json(folder, "tokenizer_config.json", required=False)
         special = {}
         for name, value in settings.items():
-            if name.endswith("_token") and value is not None:
-                special[name] = value["content"] if isinstance(value, dict) else str(value)
+            value = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(value, str):
+                special[name] = value
         return cls(tokenizer, _template(folder, settings), special, _stop_tokens(folder))
 
     def encode(self, text: str) -> list[int]:
@@ -59,7 +60,7 @@ class Text:
             rendered = environment.from_string(self.template).render(
                 messages=[{"role": "user", "content": message}], add_generation_prompt=True, **self.special
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it can fail in any way
             raise ValueError(f"the checkpoint's chat template failed: {error}") from None
         return self.tokenizer.encode(rendered, add_special_tokens=False).ids  # the template has written them
 
@@ -94,11 +95,18 @@ def _raise(message: str) -> None:
 
 
 def _template(folder: Path, settings: dict) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not UTF-8: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{folder}: chat_template is a {type(template).__name__}, not text")
     return template
 
 
@@ -107,7 +115,10 @@ def _stop_tokens(folder: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         stop = read_json(folder, name, required=False).get("eos_token_id")
         if stop is not None:
-            return frozenset(stop if isinstance(stop, list) else [stop])
+            ids = stop if isinstance(stop, list) else [stop]
+            if not all(isinstance(index, int) for index in ids):
+                raise CheckpointError(f"{folder / name}: eos_token_id is {stop}, not a token id or a list of them")
+            return frozenset(ids)
     return frozenset()
 
 
