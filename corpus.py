@@ -134,13 +134,12 @@ class Recall:
 
     def document(self, rng: random.Random, length: int) -> Document:
         """One document with a prompt of `length` tokens; in training of any number of turns that it has room for."""
-        turns = max(1, min(self.turns, length // TOKENS_A_TURN))
-        if self.split == "test":
-            return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns)
-        turns = rng.randint((turns + 1) // 2, turns)
+        turns, limits = max(1, min(self.turns, length // TOKENS_A_TURN)), Limits()
+        if self.split == "train":
+            turns, limits = rng.randint((turns + 1) // 2, turns), DENSE
         while True:
             try:
-                return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns, limits=DENSE)
+                return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns, limits=limits)
             except ValueError:  # the facts of so many turns are longer than the prompt
                 if turns == 1:
                     raise

@@ -131,7 +131,7 @@ def test_documents_use_the_values_and_wordings_of_their_split(documents):
                 texts = {
                     " " + wording.format(**{"who": name, **slots, "value": fact.value})
                     for wording in vocabulary.statements[kind]
-                    for name in ([*rw.PEOPLE, fact.text.split()[0]] if kind == "where" else ["nobody"])
+                    for name in ([*rw.PEOPLE, *words_of(fact.text)] if kind == "where" else ["nobody"])
                 }
                 assert fact.text in texts
 
