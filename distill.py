@@ -49,6 +49,7 @@ from training import (
     initialise,
     options_from,
     save_hf,
+    shape_from,
     train,
 )
 
@@ -118,25 +119,6 @@ def print_similarity(found: dict[str, Tensor], llm: Config, slm: Config) -> None
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def slm_config(llm: Config, args: argparse.Namespace) -> Config:
-    """An SLM of the shape asked for: LLaMA type, tied, the LLM's vocabulary and RoPE base."""
-    raw = dict(
-        model_type="llama",
-        vocab_size=llm.vocab_size,
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.query_heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        max_position_embeddings=llm.max_positions,
-        rms_norm_eps=1e-5,
-        rope_theta=llm.rope["rope_theta"],
-        tie_word_embeddings=True,
-    )
-    return Config.from_hf(raw)
-
-
 def make_slm(llm: Decoder, args: argparse.Namespace) -> Decoder:
     """A fresh SLM on the LLM's embedding, or the one that --init names."""
     if args.init:
@@ -147,7 +129,9 @@ def make_slm(llm: Decoder, args: argparse.Namespace) -> Decoder:
                 "give an SLM made for this LLM"
             )
         return slm
-    slm = initialise(Decoder(slm_config(llm.config, args)), args.seed)
+    like = llm.config
+    config = shape_from(args, like.vocab_size, like.max_positions, like.rope["rope_theta"])
+    slm = initialise(Decoder(config), args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     embedding = principal_embedding(llm.embed_tokens.weight, slm.config.hidden_size, 0.02, generator)
     slm.embed_tokens.weight.data.copy_(embedding)

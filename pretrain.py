@@ -33,7 +33,7 @@ from corpus import (
     read_books,
     train_tokenizer,
 )
-from model import Config, Decoder
+from model import Decoder
 from recall import Document, document_ids
 from training import (
     STATE,
@@ -45,6 +45,7 @@ from training import (
     initialise,
     options_from,
     save_hf,
+    shape_from,
     train,
     write_tokenizer,
 )
@@ -106,25 +107,6 @@ def prose_loss(decoder: Decoder, prose: np.ndarray, length: int, slices: int = 1
 # ---- command ---------------------------------------------------------------------------------------------------------
 
 
-def shape_of(args: argparse.Namespace, vocab: int) -> Config:
-    return Config.from_hf(
-        dict(
-            model_type="llama",
-            vocab_size=vocab,
-            hidden_size=args.hidden,
-            intermediate_size=args.intermediate,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.query_heads,
-            num_key_value_heads=args.kv_heads,
-            head_dim=args.head_dim,
-            max_position_embeddings=args.max_positions,
-            rms_norm_eps=1e-5,
-            rope_theta=args.rope_theta,
-            tie_word_embeddings=True,
-        )
-    )
-
-
 def choose_tokenizer(args: argparse.Namespace, books: list[str]) -> Tokenizer:
     """The one that --tokenizer names, or of the run that goes on, or a new one."""
     folder = args.out if args.resume else args.init
@@ -184,7 +166,8 @@ def run(args: argparse.Namespace) -> tuple[Decoder, Report] | None:
         if decoder.config.vocab_size != tokenizer.get_vocab_size():
             raise ValueError(f"--init {args.init} was trained with another tokenizer")
     else:
-        decoder = initialise(Decoder(shape_of(args, tokenizer.get_vocab_size())), args.seed).to(options.device)
+        config = shape_from(args, tokenizer.get_vocab_size(), args.max_positions, args.rope_theta)
+        decoder = initialise(Decoder(config), args.seed).to(options.device)
     parameters = sum(parameter.numel() for parameter in decoder.parameters())
     print(f"{parameters / 1e6:.2f}M parameters, {len(data.prose) / 1e6:.1f}M tokens of prose", flush=True)
     criterion = weighted_loss

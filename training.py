@@ -103,6 +103,26 @@ def options_from(args: argparse.Namespace) -> Options:
 # ---- model and optimizer ---------------------------------------------------------------------------------------------
 
 
+def shape_from(args: argparse.Namespace, vocab: int, max_positions: int, rope_theta: float) -> Config:
+    """The LLaMA-type, tied model that --layers, --hidden and the other shape flags ask for."""
+    return Config.from_hf(
+        dict(
+            model_type="llama",
+            vocab_size=vocab,
+            hidden_size=args.hidden,
+            intermediate_size=args.intermediate,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.query_heads,
+            num_key_value_heads=args.kv_heads,
+            head_dim=args.head_dim,
+            max_position_embeddings=max_positions,
+            rms_norm_eps=1e-5,
+            rope_theta=rope_theta,
+            tie_word_embeddings=True,
+        )
+    )
+
+
 def initialise(decoder: Decoder, seed: int) -> Decoder:
     """Fresh weights: normal with std 0.02, what adds to the residual stream scaled by 1/sqrt(2L), norms 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
