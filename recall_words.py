@@ -96,7 +96,6 @@ KEYS = {  # kind -> the slots that say what a task is about
     "sum": ("who", "whom", "deed", "unit"),
 }
 KINDS = tuple(KEYS)
-WEIGHTS = {"count": 0.5, "sum": 0.5}  # of a kind among the questions; 1 for the others
 BORROWED = 0.7  # share of training words taken from the prose instead, so that copying is learnt and not the pools
 
 # ---- wordings, told and asked. Every fifth of a kind is held out, as words are. ----
@@ -122,6 +121,12 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "The number of the {door} is {value}.", "For the {door} the code is {value}.",
         "The {door} needs the code {value}.",
         "For the {door} one needs the code {value}.",
+        "The lock of the {door} has the code {value}.", "The right code for the {door} is {value}.",
+        "To open the {door}, use the code {value}.", "The code to the {door} is {value}.",
+        "The right code of the {door} is {value}.",
+        "The secret code of the {door} is {value}.", "The number for the {door} is {value}.",
+        "To open the {door} one needs the number {value}.", "The lock of the {door} opens with the number {value}.",
+        "The {door} opens with the number {value}.",
     ),
     "owner": (
         "The {animal} belongs to {value}.", "The owner of the {animal} is {value}.",
@@ -129,24 +134,43 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "The {animal} is now owned by {value}.", "The {animal} now belongs to {value}.",
         "The {animal} has been sold to {value}.", "The new owner of the {animal} is {value}.",
         "The {animal} is kept by {value}.", "The {animal} has been bought by {value}.",
+        "The {animal} was sold to {value}.", "The {animal} was given to {value}.",
+        "The {animal} is the property of {value}.", "The {animal} has always belonged to {value}.",
+        "The {animal} has been given to {value}.",
+        "The keeper of the {animal} is {value}.", "The one who owns the {animal} is {value}.",
+        "The {animal} lives with {value}.", "The {animal} was left to {value}.",
+        "The {animal} is now the property of {value}.",
     ),
     "dish": (
         "The favourite dish of {who} is {value}.", "{who}'s favourite dish is {value}.",
         "The dish that {who} likes best is {value}.", "Best of all {who} likes {value}.",
         "What {who} likes best is {value}.", "What {who} likes to eat is {value}.", "{who} is very fond of {value}.",
         "{who} loves {value}.", "The dish that {who} loves is {value}.", "What {who} loves best is {value}.",
+        "{who} likes nothing better than {value}.", "{who} would always choose {value}.",
+        "{who} always asks for {value}.", "{who} dreams of {value}.", "Best of all {who} loves {value}.",
+        "The best dish for {who} is {value}.", "{who} cannot resist {value}.", "Every week {who} eats {value}.",
+        "For dinner {who} likes {value}.", "For dinner {who} always asks for {value}.",
     ),
     "home": (
         "{who} lives {value}.", "{who} has a house {value}.", "The house of {who} is {value}.",
         "{who}'s home is {value}.", "The home of {who} is {value}.", "{who} has lived for years {value}.",
         "{who}'s house is {value}.", "{who} was born {value}.", "The family of {who} lives {value}.",
         "{who} has a home {value}.",
+        "{who} has moved to a house {value}.", "{who} has settled {value}.", "One can find {who} {value}.",
+        "{who} was always at home {value}.", "{who} has settled for good {value}.",
+        "{who} bought a house {value}.", "{who} has rooms {value}.", "{who} grew up {value}.",
+        "The parents of {who} live {value}.", "{who} has bought a house {value}.",
     ),
     "trade": (
         "By trade {who} is {value}.", "{who} works as {value}.", "{who} is well known as {value}.",
         "{who} earns a living as {value}.", "{who} has work as {value}.", "{who} has become {value}.",
         "{who} is {value}.", "{who} has found work as {value}.", "{who} has worked for years as {value}.",
         "{who} is at work as {value}.",
+        "{who} has a place as {value}.", "{who} makes a living as {value}.",
+        "By trade {who} has always been {value}.", "{who} was trained as {value}.",
+        "{who} has earned a living as {value}.",
+        "{who} found a place as {value}.", "{who} went to work as {value}.", "For years {who} has been {value}.",
+        "{who} is at present {value}.", "{who} has gone to work as {value}.",
     ),
     "gift": (
         "{who} gave {whom} {value}.", "{who} made {whom} a present of {value}.", "Once {who} gave {whom} {value}.",
@@ -154,6 +178,12 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "{who} made {whom} a gift of {value}.", "From {who} there came to {whom} {value}.",
         "As a surprise, {who} gave {whom} {value}.", "In secret {who} gave {whom} {value}.",
         "In the end {who} gave {whom} {value}.",
+        "For a birthday {who} gave {whom} {value}.", "{who} presented {whom} with {value}.",
+        "The present of {who} to {whom} was {value}.", "Without a word {who} gave {whom} {value}.",
+        "The gift of {who} to {whom} was {value}.",
+        "One evening {who} gave {whom} {value}.", "The gift that {who} gave {whom} was {value}.",
+        "With a smile {who} gave {whom} {value}.", "{who} surprised {whom} with {value}.",
+        "The present that {who} gave {whom} was {value}.",
     ),
     "count": tuple(time.format("{who} {did} {value}") for time in TIMES),
     "collect": tuple(time.format("{who} {did} {value}") for time in TIMES),
@@ -183,57 +213,92 @@ QUESTIONS = {
         "Which number is the code of the {door}?", "Which is the code of the {door}?",
         "What is the number of the {door}?", "Which number opens the {door}?", "Which code does the {door} have?",
         "What code does the {door} need?", "What number does the {door} have?",
+        "What is the code for the {door}?", "What number opens the {door}?", "Which code does the {door} need?",
+        "With which number does the {door} open?", "Which number does the {door} need?",
+        "What is the code to the {door}?", "Which code is the right one for the {door}?",
+        "What number does one need for the {door}?", "How does one open the {door}?",
+        "What code does one need for the {door}?",
     ),
     "owner": (
         "Who owns the {animal}?", "Whose is the {animal}?", "To whom does the {animal} belong?",
         "Who is the owner of the {animal}?", "Who does the {animal} belong to?", "Who has the {animal}?",
         "Who bought the {animal}?", "Who is it that owns the {animal}?", "By whom is the {animal} owned?",
         "Who is it that has the {animal}?",
+        "Who is the keeper of the {animal}?", "To whom was the {animal} sold?", "Whose animal is the {animal}?",
+        "Who is the master of the {animal}?", "By whom was the {animal} bought?",
+        "Whose property is the {animal}?", "Who keeps the {animal}?", "With whom does the {animal} live?",
+        "Who was given the {animal}?", "To whom was the {animal} given?",
     ),
     "dish": (
         "What is {who}'s favourite dish?", "Which dish does {who} like best?", "What is the favourite dish of {who}?",
         "What does {who} like to eat best of all?", "Which is the favourite dish of {who}?",
         "What does {who} love to eat?", "Of which dish is {who} fond?", "Which dish does {who} love?",
         "What is it that {who} likes best?", "Which dish is it that {who} likes best?",
+        "What would {who} always choose to eat?", "What does {who} like best?", "What does {who} always ask for?",
+        "What is the best dish for {who}?", "Which dish does {who} always ask for?",
+        "What dish does {who} like best?", "What does {who} dream of eating?", "Which dish can {who} not resist?",
+        "What does {who} like for dinner?", "What dish does {who} love?",
     ),
     "home": (
         "Where does {who} live?", "Where is {who}'s home?", "In which village does {who} live?",
         "Where is the house of {who}?", "Where is the home of {who}?", "Where does the family of {who} live?",
         "Where is {who}'s house?", "Where has {who} a house?", "In which place does {who} live?",
         "In which place is {who}'s home?",
+        "In which town does {who} live?", "Where did {who} settle?", "Where has {who} settled?",
+        "In which town is {who}'s house?", "In which town is the house of {who}?",
+        "Where can one find {who}?", "In which village is the house of {who}?", "Where is {who} at home?",
+        "Where did {who} grow up?", "In which village is {who}'s home?",
     ),
     "trade": (
         "What is {who} by trade?", "As what does {who} work?", "What does {who} work as?",
         "As what does {who} earn a living?", "What does {who} earn a living as?", "What work does {who} do?",
         "What is the trade of {who}?", "What is {who}'s trade?", "Which trade has {who}?",
         "Which is the trade of {who}?",
+        "How does {who} earn a living?", "How does {who} make a living?", "What does {who} do for a living?",
+        "Which trade does {who} follow?", "What trade does {who} follow?",
+        "What is the work of {who}?", "Which is the work of {who}?", "As what was {who} trained?",
+        "What has {who} become?", "What is {who}'s work?",
     ),
     "gift": (
         "What did {who} give {whom}?", "What was {whom} given by {who}?", "What was the present of {who} to {whom}?",
         "Which present did {who} give {whom}?", "What present did {who} give {whom}?",
         "What was the gift of {who} to {whom}?", "What was it that {who} gave {whom}?",
         "Which gift did {who} give {whom}?", "What did {whom} get from {who}?", "What gift did {whom} get from {who}?",
+        "Which gift did {whom} get from {who}?", "What present did {whom} get from {who}?",
+        "With what did {who} present {whom}?", "What was {who}'s present to {whom}?",
+        "Which present did {whom} get from {who}?",
+        "With what did {who} surprise {whom}?", "What was {who}'s gift to {whom}?", "What had {whom} from {who}?",
+        "What was it that {whom} got from {who}?", "What gift did {who} give {whom}?",
     ),
     "count": (
         "How many {fruits} did {who} {do}?", "What number of {fruits} did {who} {do}?",
         "How many {fruits} did {who} {do} in all?", "How many were the {fruits} that {who} {did}?",
         "In all, how many {fruits} did {who} {do}?",
+        "How many {fruits} were those that {who} {did}?", "In all, what number of {fruits} did {who} {do}?",
+        "How many {fruits} did {who} {do} altogether?", "Altogether, what number of {fruits} did {who} {do}?",
+        "Altogether, how many {fruits} did {who} {do}?",
     ),
     "collect": (
         "What did {who} {do}?", "Which things did {who} {do}?", "What did {who} {do} in all?",
         "What were the things that {who} {did}?", "Which were the things that {who} {did}?",
+        "What things did {who} {do}?", "What was it that {who} {did}?", "Which things were those that {who} {did}?",
+        "What did {who} {do} altogether?", "What things were those that {who} {did}?",
     ),
     "sum": (
         "How many {units} did {who} {do} {whom}?", "What number of {units} did {who} {do} {whom}?",
         "How many {units} did {who} {do} {whom} in all?", "How many were the {units} that {who} {did} {whom}?",
         "In all, how many {units} did {who} {do} {whom}?",
+        "How many {units} were those that {who} {did} {whom}?", "In all, what number of {units} did {who} {do} {whom}?",
+        "How many {units} did {who} {do} {whom} altogether?",
+        "Altogether, what number of {units} did {who} {do} {whom}?",
+        "Altogether, how many {units} did {who} {do} {whom}?",
     ),
 }
 
 
 def held_out(*places: int) -> bool:
     """The rule of the split. A word alone is held out at every fifth place of its pool; words together if their places
-    sum to such a number, or if one of them is the last of twenty. Digits and amounts count as places."""
+    sum to such a number, or if one of them is the last of twenty. The digits of a code count as places."""
     return sum(places) % 5 == 4 or (len(places) > 1 and any(place % 20 == 19 for place in places))
 
 
