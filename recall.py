@@ -34,6 +34,7 @@ from recall_words import (
     VOCABULARIES,
     Vocabulary,
     held_out,
+    opened,
     plural,
     unseen_words,
     with_article,
@@ -255,8 +256,9 @@ def _task(
     forms = slots | {"do": do, "did": did, "fruits": plural(slots["fruit"]), "units": plural(slots["unit"])}
     wordings = vocabulary.statements[kind]
     chosen = rng.sample(wordings * (len(values) // len(wordings) + 1), len(values))
+    chosen = [opened(rng, wording, vocabulary.statement_openers) for wording in chosen]
     facts = [Fact(key, v, " " + wording.format(value=v, **forms)) for v, wording in zip(values, chosen, strict=True)]
-    question = rng.choice(vocabulary.questions[kind]).format(**forms)
+    question = opened(rng, rng.choice(vocabulary.questions[kind]), vocabulary.question_openers).format(**forms)
     answer = ANSWERS[kind].format(value=answer, **forms)
     return Task(key, slots, facts, f"\nQuestion: {question}\nAnswer:", f" {answer}")
 

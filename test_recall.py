@@ -124,9 +124,12 @@ def test_documents_use_the_values_and_wordings_of_their_split(documents):
                 if kind == "code":
                     assert rw.held_out(*map(int, fact.value)) == (split == "test")
                 slots["did"], slots["units"] = slots.get("deed", ("", ""))[1], rw.plural(slots.get("unit", ""))
+                wordings = list(vocabulary.statements[kind])
+                for opener in vocabulary.statement_openers:
+                    wordings += [f"{opener} {w[0].lower()}{w[1:]}" for w in vocabulary.statements[kind]]
                 texts = {
                     " " + wording.format(**{"who": name, **slots, "value": fact.value})
-                    for wording in vocabulary.statements[kind]
+                    for wording in wordings
                     for name in ([*rw.PEOPLE, *words_of(fact.text)] if kind == "where" else ["nobody"])
                 }
                 assert fact.text in texts
