@@ -58,7 +58,7 @@ class Limits:
     nouns: int = 3  # of every other pool in a scene: "key", "lamp", "cup"
     looks: int = 2  # first words to each noun: "brass key", "old key"
     count: tuple[int, int] = (1, 3)  # facts of a count task
-    collect: tuple[int, int] = (2, 3)  # facts of a collect task
+    collect: tuple[int, int] = (2, 2)  # facts of a collect task
     parts: tuple[int, int] = (2, 2)  # facts of a sum task
     amount: tuple[int, int] = (2, 5)  # in one fact of a sum task; from 2, so that the noun is a plural
     digits: tuple[int, int] = (3, 4)  # of a code

@@ -80,7 +80,7 @@ Fairfield Greenfield Redhill Ashford Bradley Bexley Crosby Hartley Morley Ripley
 
 DEEDS = {  # kind -> its verbs as (plain form, past); no verb serves two kinds
     "count": (("pick", "picked"), ("eat", "ate"), ("wash", "washed"), ("drop", "dropped"), ("steal", "stole")),
-    "collect": (("clean", "cleaned"), ("find", "found"), ("lose", "lost"), ("mend", "mended"), ("borrow", "borrowed")),
+    "collect": (("break", "broke"), ("find", "found"), ("lose", "lost"), ("mend", "mended"), ("borrow", "borrowed")),
     "sum": (("lend", "lent"), ("send", "sent"), ("bring", "brought"), ("sell", "sold"), ("hand", "handed")),
 }
 KEYS = {  # kind -> the slots that say what a task is about
