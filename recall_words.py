@@ -96,9 +96,12 @@ KEYS = {  # kind -> the slots that say what a task is about
     "sum": ("who", "whom", "deed", "unit"),
 }
 KINDS = tuple(KEYS)
+WEIGHTS = {"count": 0.5}  # of a kind among the questions; 1 for the others
+ANY_ORDER = ("collect", "sum")  # kinds whose answers are right in any order: "a hat and a map", "3 and 4, in all 7"
 # In training only, so that copying and the question's sense are learnt, and not the pools and the wordings:
 BORROWED = 0.8  # share of words taken from the prose instead
 FIRST_BORROWED = 0.3  # the same of the first words of a pair
+WORN = 0.15  # share of statements with one of their own words, names aside, taken from the prose instead
 OPENED = 0.25  # share of statements and questions that begin with one of these
 STATEMENT_OPENERS = ("They say that", "Everyone knows that", "It is said that", "I have heard that", "You know that")
 QUESTION_OPENERS = ("Now,", "So", "And", "But", "Well,", "Then", "Tell me,", "Say,", "Do you know:", "Oh,")
@@ -155,6 +158,12 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "{who} always asks for {value}.", "{who} dreams of {value}.", "Best of all {who} loves {value}.",
         "The best dish for {who} is {value}.", "{who} cannot resist {value}.", "Every week {who} eats {value}.",
         "For dinner {who} likes {value}.", "For dinner {who} always asks for {value}.",
+        "What {who} loves most is {value}.", "What {who} likes most of all is {value}.",
+        "{who} loves best of all {value}.", "The dish that {who} loves best is {value}.",
+        "{who} likes most of all {value}.",
+        "What {who} always asks for is {value}.", "{who} is fond above all of {value}.",
+        "What {who} would choose is {value}.", "Nothing pleases {who} more than {value}.",
+        "The dish that {who} would choose is {value}.",
     ),
     "home": (
         "{who} lives {value}.", "{who} has a house {value}.", "The house of {who} is {value}.",
@@ -189,6 +198,12 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "One evening {who} gave {whom} {value}.", "The gift that {who} gave {whom} was {value}.",
         "With a smile {who} gave {whom} {value}.", "{who} surprised {whom} with {value}.",
         "The present that {who} gave {whom} was {value}.",
+        "As a small present, {who} gave {whom} {value}.", "At the end of the day {who} gave {whom} {value}.",
+        "With many kisses {who} gave {whom} {value}.", "On a birthday {who} gave {whom} {value}.",
+        "In the end {who} made {whom} a present of {value}.",
+        "In front of everyone {who} gave {whom} {value}.", "As a joke, {who} gave {whom} {value}.",
+        "In great haste {who} gave {whom} {value}.", "{whom} was given by {who} {value}.",
+        "With a smile {who} made {whom} a gift of {value}.",
     ),
     "count": tuple(time.format("{who} {did} {value}") for time in TIMES),
     "collect": tuple(time.format("{who} {did} {value}") for time in TIMES),
@@ -204,7 +219,7 @@ ANSWERS = {  # one wording a kind: an answer says again what it is about
     "gift": "{who} gave {whom} {value}.",
     "count": "{who} {did} {value}.",
     "collect": "{who} {did} {value}.",
-    "sum": "{who} {did} {whom} {value} {units}.",
+    "sum": "{who} {did} {whom} {value} {units}.",  # the value of a sum shows its parts: "3 and 4, in all 7"
 }
 QUESTIONS = {
     "where": (
@@ -318,6 +333,16 @@ def pairs(firsts: list[str], nouns: list[str], split: str) -> tuple[tuple[str, .
         for j, noun in enumerate(nouns)
     ]
     return tuple(row for row in rows if row)  # a held-out noun has no combination in training
+
+
+def worn(rng: random.Random, wording: str, words: Sequence[str]) -> str:
+    """The wording with one of its words changed for one of `words`, once in a while."""
+    own = [i for i, word in enumerate(wording.split()) if word.isalpha()]
+    if not words or not own or rng.random() >= WORN:
+        return wording
+    changed = wording.split()
+    changed[rng.choice(own)] = rng.choice(words)
+    return " ".join(changed)
 
 
 def opened(rng: random.Random, wording: str, openers: tuple[str, ...]) -> str:
