@@ -216,8 +216,7 @@ def _values(
     """What each fact of a task says, and the answer they make together."""
     if kind == "count":
         number = rng.randint(*limits.count)
-        many = plural(slots["fruit"]) if number > 1 else slots["fruit"]
-        return [with_article(slots["fruit"])] * number, f"{NUMBERS[number - 1]} {many}"
+        return [with_article(slots["fruit"])] * number, NUMBERS[number - 1]
     if kind == "collect":
         goods = [with_article(good) for good in rng.sample(scene["good"], rng.randint(*limits.collect))]
         return goods, ", ".join(goods[:-1]) + " and " + goods[-1]
@@ -323,7 +322,7 @@ def make_document(
         ids = encode([fact.text for fact in facts] + spoken)
         fact_ids, spoken_ids = ids[: len(facts)], ids[len(facts) :]
         size = sum(map(len, fact_ids))
-        if size <= limits.fact_share * length:
+        if size <= min(limits.fact_share * length, length - SLACK):  # so much prose that a sentence fits
             break
     else:
         raise ValueError(f"length {length} is too small for the facts of {turns} turns")

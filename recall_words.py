@@ -209,7 +209,7 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
     "collect": tuple(time.format("{who} {did} {value}") for time in TIMES),
     "sum": tuple(time.format("{who} {did} {whom} {value} {units}") for time in TIMES),
 }
-ANSWERS = {  # one wording a kind: an answer says again what it is about
+ANSWERS = {  # one wording a kind: an answer says again what it is about, all of it before the value
     "where": "The {thing} is {value}.",
     "code": "The code of the {door} is {value}.",
     "owner": "The {animal} belongs to {value}.",
@@ -217,9 +217,9 @@ ANSWERS = {  # one wording a kind: an answer says again what it is about
     "home": "{who} lives {value}.",
     "trade": "{who} works as {value}.",
     "gift": "{who} gave {whom} {value}.",
-    "count": "{who} {did} {value}.",
+    "count": "Of {fruits} {who} {did} {value}.",
     "collect": "{who} {did} {value}.",
-    "sum": "{who} {did} {whom} {value} {units}.",  # the value of a sum shows its parts: "3 and 4, in all 7"
+    "sum": "Of {units} {who} {did} {whom} {value}.",  # the value shows its parts: "3 and 4, in all 7"
 }
 QUESTIONS = {
     "where": (
