@@ -1,0 +1,143 @@
+"""From the lines of finished (or running) evaluations to tables: method by budget, and what each group scored.
+
+Where it sits: after evaluate.py, which writes runs; figures.py draws what is read here. A run is a folder with run.json
+(what was run, on what, by which commit) and results.jsonl (one line a sample, method and budget).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import TASKS
+from tasks import Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as it was written down; lines with an error are counted and left out."""
+
+    path: Path
+    about: dict  # run.json
+    lines: list[dict]
+    skipped: int
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.about["task"]]
+
+    @property
+    def cells(self) -> dict[tuple[str, float], list[dict]]:
+        """Lines of each (method, budget), in the order in which they were asked for."""
+        cells: dict[tuple[str, float], list[dict]] = {}
+        for line in self.lines:
+            cells.setdefault((line["method"], line["budget"]), []).append(line)
+        return cells
+
+    @property
+    def title(self) -> str:
+        given = self.about["arguments"]
+        samples = {line["sample"] for line in self.lines}
+        parts = [self.about["task"], f"{len(samples)} samples", f"equal {given['equal']}"]
+        parts += [f"LLM {Path(given['llm']).name}"] + [f"SLM {Path(given['slm']).name}"] * bool(given["slm"])
+        parts += [self.about["hardware"]["device"], self.about["dtype"], f"commit {self.about['commit'][:7]}"]
+        return ", ".join(parts) + (f"; {self.skipped} lines left out, see `error` in {self.path}" * bool(self.skipped))
+
+
+def read_results(path: Path) -> list[dict]:
+    """Whole lines of a results.jsonl; a last one that a killed run left unfinished does not count."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line and run again") from None
+    return rows
+
+
+def read_about(path: Path) -> dict:
+    """run.json of a run's folder."""
+    try:
+        return json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} is not a run: cannot read run.json ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{path / 'run.json'} is not JSON ({error}); give another folder") from None
+
+
+def read_run(path: Path) -> Run:
+    about = read_about(path)
+    if about.get("task") not in TASKS:
+        raise ValueError(f"{path / 'run.json'}: unknown task {about.get('task')!r}; supported: {', '.join(TASKS)}")
+    rows = TASKS[about["task"]].complete(path, read_results(path / "results.jsonl"))
+    kept = [row for row in rows if "error" not in row]
+    if not kept:
+        raise ValueError(f"{path} has no results yet; run evaluate.py {about['task']} --out {path}")
+    return Run(path, about, kept, len(rows) - len(kept))
+
+
+def show(name: str, value: float) -> str:
+    """A figure as tables print it: shares in percent, the rest with three digits after the point."""
+    if name in ("perplexity", "rating"):
+        return f"{value:.2f}"
+    return f"{value:.3f}" if name == "KL" else f"{value:.1%}"
+
+
+def by_budget(run: Run) -> list[list[str]]:
+    """Heading and rows: a method a row, a budget a column; further figures of the task in brackets."""
+    cells = run.cells
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    budgets = sorted({budget for _, budget in cells}, reverse=True)
+    rows = [["method", *(f"{budget:.4g}" for budget in budgets)]]
+    for method in methods:
+        row = [method]
+        for budget in budgets:
+            figures = run.task.summary(cells[method, budget]) if (method, budget) in cells else {}
+            shown = [show(name, value) for name, value in figures.items()]
+            row.append("-" if not shown else shown[0] + f" ({', '.join(shown[1:])})" * (len(shown) > 1))
+        rows.append(row)
+    return rows
+
+
+def by_group(run: Run) -> list[list[str]]:
+    """Heading and rows: a group a row, a method at a budget a column; empty if the task has no groups."""
+    scores: dict[str, dict[tuple, list[float]]] = {}
+    for cell, lines in run.cells.items():
+        for group, score in (part for line in lines for part in run.task.parts(line)):
+            scores.setdefault(group, {}).setdefault(cell, []).append(score)
+    if len(scores) < 2:
+        return []
+    rows = [["group", *(f"{method} {budget:.4g}" for method, budget in run.cells), "n"]]
+    for group in sorted(scores):
+        found = [scores[group].get(cell, []) for cell in run.cells]
+        shown = [show(run.task.metric, sum(values) / len(values)) if values else "-" for values in found]
+        rows.append([group, *shown, str(max(map(len, found)))])
+    return rows
+
+
+def print_rows(rows: list[list[str]], title: str, markdown: bool) -> None:
+    if markdown:
+        print(f"{title}\n\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
+        for row in rows[1:]:
+            print(f"| {' | '.join(row)} |")
+        print()
+        return
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="left" if i == 0 else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_tables(paths: list[Path], markdown: bool) -> None:
+    for run in map(read_run, paths):  # all are read before any is printed
+        rows = by_budget(run)
+        further = list(run.task.summary(run.lines))[1:]
+        legend = f"{run.task.metric}" + f" ({', '.join(further)})" * bool(further)
+        print_rows(rows, f"{run.title}\n{legend}", markdown)
+        if groups := by_group(run):
+            print_rows(groups, f"{run.task.metric} by group", markdown)
