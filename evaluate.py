@@ -33,8 +33,8 @@ from decode import FullPolicy
 from generate import DTYPE_CHOICES, Pair, load_pair
 from model import Config
 from smallkv import Settings, SmallKV
-from tables import print_tables, read_about, read_results
-from tasks import Sample, Task
+from tables import print_tables, read_about
+from tasks import Sample, Task, read_results
 
 HOME = Path(__file__).parent
 FREE = ("out", "method", "budget", "limit")  # a run may go on with other values of these
@@ -150,6 +150,11 @@ def make_batches(samples: list[Sample], size: int, window: int) -> list[list[Sam
     return batches
 
 
+def positions(pair: Pair) -> int:
+    """The window: what all models in use can address."""
+    return min(model.config.max_positions for model in (pair.llm, pair.slm) if model is not None)
+
+
 def too_long(sample: Sample, window: int) -> str | None:
     total = len(sample.prompt) + sample.new_tokens
     if total <= window:
@@ -181,7 +186,7 @@ class Results:
 
 def evaluate(pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], batch: int, results: Results) -> dict:
     """Run what is missing, batch by batch with all cells; returns the seconds of every cell."""
-    window = min(model.config.max_positions for model in (pair.llm, pair.slm) if model is not None)
+    window = positions(pair)
     unfit = [sample for sample in samples if too_long(sample, window)]
     for sample in unfit:
         for cell in cells:
@@ -293,9 +298,8 @@ def run_task(args) -> None:
         about["invocations"] = before["invocations"]
         if before["commit"] != about["commit"]:
             about["commit"] = f"{before['commit']}, {about['commit']}"
-    window = min(model.config.max_positions for model in (pair.llm, pair.slm) if model is not None)
     cells = make_cells(args.method, args.budget, args.equal, pair)
-    samples = task.samples(args, pair.text, window)
+    samples = task.samples(args, pair.text, pair.llm.config.max_positions)
     if not samples:
         raise ValueError(f"{args.task}: no samples; look at --limit and --data")
     try:
@@ -330,7 +334,8 @@ def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     limit = "all" if task.default_limit is None else task.default_limit
     run.add_argument("--limit", type=int, default=task.default_limit, help=f"samples, of each sub-task where there are "
                      f"any (default: {limit})")  # fmt: skip
-    run.add_argument("--batch", type=int, default=8, help="samples that run together (default: 8)")
+    run.add_argument("--batch", type=int, default=task.default_batch, help="samples that run together (default: "
+                     f"{task.default_batch})")  # fmt: skip
     run.add_argument("--seed", type=int, default=0, help="another choice of samples (default: 0)")
     run.add_argument("--data", type=Path, default=HOME / ".." / "shared" / "data", help="folder of the data sets")
     run.add_argument("--markdown", action="store_true", help="print the table as Markdown")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import TASKS
-from tasks import Task
+from tasks import Task, mean, read_results
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,6 @@ class Run:
         parts += [f"LLM {Path(given['llm']).name}"] + [f"SLM {Path(given['slm']).name}"] * bool(given["slm"])
         parts += [self.about["hardware"]["device"], self.about["dtype"], f"commit {self.about['commit'][:7]}"]
         return ", ".join(parts) + (f"; {self.skipped} lines left out, see `error` in {self.path}" * bool(self.skipped))
-
-
-def read_results(path: Path) -> list[dict]:
-    """Whole lines of a results.jsonl; a last one that a killed run left unfinished does not count."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line and run again") from None
-    return rows
 
 
 def read_about(path: Path) -> dict:
@@ -113,7 +101,7 @@ def by_group(run: Run) -> list[list[str]]:
     rows = [["group", *(f"{method} {budget:.4g}" for method, budget in run.cells), "n"]]
     for group in sorted(scores):
         found = [scores[group].get(cell, []) for cell in run.cells]
-        shown = [show(run.task.metric, sum(values) / len(values)) if values else "-" for values in found]
+        shown = [show(run.task.metric, mean(values)) if values else "-" for values in found]
         rows.append([group, *shown, str(max(map(len, found)))])
     return rows
 
@@ -125,7 +113,8 @@ def print_rows(rows: list[list[str]], title: str, markdown: bool) -> None:
             print(f"| {' | '.join(row)} |")
         print()
         return
-    table = Table(title=title, title_justify="left")
+    Console().print(title, soft_wrap=True, highlight=False, markup=False)  # a table's own title is broken to its width
+    table = Table()
     for i, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if i == 0 else "right")
     for row in rows[1:]:
@@ -134,10 +123,9 @@ def print_rows(rows: list[list[str]], title: str, markdown: bool) -> None:
 
 
 def print_tables(paths: list[Path], markdown: bool) -> None:
-    for run in map(read_run, paths):  # all are read before any is printed
-        rows = by_budget(run)
-        further = list(run.task.summary(run.lines))[1:]
-        legend = f"{run.task.metric}" + f" ({', '.join(further)})" * bool(further)
-        print_rows(rows, f"{run.title}\n{legend}", markdown)
+    for run in [read_run(path) for path in paths]:  # all are read before any is printed
+        names = list(run.task.summary(run.lines)) or [run.task.metric]
+        legend = names[0] + f" ({', '.join(names[1:])})" * (len(names) > 1)
+        print_rows(by_budget(run), f"{run.title}\n{legend}", markdown)
         if groups := by_group(run):
             print_rows(groups, f"{run.task.metric} by group", markdown)

@@ -56,18 +56,19 @@ class Task:
 
     name: str
     help: str
-    metric: str  # of the table, best first
-    higher_is_better = True
+    metric: str  # what tables call the mean of `score`
+    further: tuple[str, ...] = ()  # figures whose means tables show beside it
     macro = False  # the mean over groups of their means, not over samples
     stops: tuple[str, ...] = ()  # an answer ends before the first of these
     default_limit: int | None = None
+    default_batch = 8
     fixed_limit = False  # a run may not go on with another --limit: the samples depend on it
 
     def add_arguments(self, parser) -> None:
         """Flags of this task alone."""
 
     def samples(self, args, text: Text, window: int) -> list[Sample]:
-        """The samples, the same for one seed; `window` is how many positions the models have."""
+        """The samples, the same for one seed; `window` is how many positions the LLM has."""
         raise NotImplementedError
 
     def score(self, sample: Sample, answers: list[str]) -> dict:
@@ -95,10 +96,17 @@ class Task:
         by_group: dict[str, list[float]] = {}
         for group, score in (part for line in lines for part in self.parts(line)):
             by_group.setdefault(group, []).append(score)
-        if self.macro:
-            return {self.metric: sum(sum(s) / len(s) for s in by_group.values()) / len(by_group)}
         scores = [score for group in by_group.values() for score in group]
-        return {self.metric: sum(scores) / len(scores)}
+        if not scores:
+            return {}
+        if self.macro:
+            scores = [mean(group) for group in by_group.values()]
+        known = {name: [line[name] for line in lines if name in line] for name in self.further}
+        return {self.metric: mean(scores), **{name: mean(values) for name, values in known.items() if values}}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _similarity(policy, b: int) -> dict:
@@ -172,7 +180,7 @@ class RecallTask(Task):
 
     name, metric, stops = "recall", "exact", (".", "\n")
     help = "held-out recall documents: every turn's answer must be right"
-    default_limit = 50
+    default_limit, default_batch = 50, 25  # its models are small: a step of 25 takes little longer than one of 8
 
     def add_arguments(self, parser) -> None:
         parser.add_argument("--prose", type=Path, default=PROSE, help="held-out text (.txt or .txt.xz)")
@@ -214,7 +222,7 @@ class Wikitext(Task):
     the critical set.
     """
 
-    name, metric, higher_is_better, fixed_limit = "wikitext", "KL", False, True
+    name, metric, further, fixed_limit = "wikitext", "KL", ("agreement", "moved"), True
     help = "perplexity and KL to the full cache on wikitext-2, teacher-forced"
     default_limit = 8
 
@@ -228,10 +236,7 @@ class Wikitext(Task):
         if args.prompt < WINDOW_MIN or args.steps < 2:
             raise ValueError(f"--prompt should be at least {WINDOW_MIN} and --steps at least 2")
         path, length = Path(args.data) / args.file, args.prompt + args.steps + 1
-        try:
-            ids = text.tokenizer.encode(path.read_text(encoding="utf-8")).ids
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}; name its folder with --data") from None
+        ids = text.encode(read_text_file(path))
         if len(ids) < args.limit * length:
             raise ValueError(f"{path} has {len(ids)} tokens, too few for {args.limit} samples of {length}")
         stride = (len(ids) - length) // max(1, args.limit - 1)
@@ -285,27 +290,37 @@ class Wikitext(Task):
         return torch.stack(rows)
 
     def summary(self, lines: list[dict]) -> dict[str, float]:
-        def mean(name):
-            values = [line[name] for line in lines if name in line]
-            return {name: sum(values) / len(values)} if values else {}
-
-        perplexity = {"perplexity": math.exp(mean("loss")["loss"])}
-        return {self.metric: mean("score")["score"], **perplexity, **mean("agreement"), **mean("moved")}
+        figures = super().summary(lines)
+        perplexity = {"perplexity": math.exp(mean([line["loss"] for line in lines]))}
+        return {self.metric: figures.pop(self.metric), **perplexity, **figures}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
-    """The objects of a .jsonl file, each with at least the keys `needed`; ValueError names the line that is not so."""
+def read_text_file(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; name the folder of the data with --data") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def read_json_file(path: Path) -> dict:
+    try:
+        content = json.loads(read_text_file(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def read_lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
+    """The objects of a .jsonl file, each with at least the keys `needed`; ValueError names the line that is not so."""
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_text_file(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -316,6 +331,18 @@ def read_lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
         if missing:
             raise ValueError(f"{path}, line {number}: no {', '.join(map(repr, missing))}; mend or remove the line")
         rows.append(row)
+    return rows
+
+
+def read_results(path: Path) -> list[dict]:
+    """Whole lines of a results.jsonl; a last one that a killed run left unfinished does not count."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line and run again") from None
     return rows
 
 
