@@ -37,7 +37,7 @@ from tables import print_tables, read_about
 from tasks import Sample, Task, read_results
 
 HOME = Path(__file__).parent
-FREE = ("out", "method", "budget", "limit")  # a run may go on with other values of these
+FREE = ("out", "method", "budget", "limit", "markdown")  # a run may go on with other values of these
 
 
 @dataclass(frozen=True)

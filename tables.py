@@ -116,7 +116,7 @@ def print_rows(rows: list[list[str]], title: str, markdown: bool) -> None:
     Console().print(title, soft_wrap=True, highlight=False, markup=False)  # a table's own title is broken to its width
     table = Table()
     for i, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="left" if i == 0 else "right")
+        table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
     for row in rows[1:]:
         table.add_row(*row)
     Console().print(table)
