@@ -68,10 +68,10 @@ def read_run(path: Path) -> Run:
 
 
 def show(name: str, value: float) -> str:
-    """A figure as tables print it: shares in percent, the rest with three digits after the point."""
+    """A figure as tables print it: shares in percent, KL with three digits after the point (and never as -0)."""
     if name in ("perplexity", "rating"):
         return f"{value:.2f}"
-    return f"{value:.3f}" if name == "KL" else f"{value:.1%}"
+    return f"{round(value, 3) + 0.0:.3f}" if name == "KL" else f"{value:.1%}"
 
 
 def by_budget(run: Run) -> list[list[str]]:
