@@ -12,8 +12,8 @@ from tables import read_run
 def write_run(path, task, cells, equal="budget", **facts):
     """A run's folder by hand; cells: {(method, budget): [figures of a sample, ...]}."""
     path.mkdir()
-    arguments = {"llm": "llm", "slm": "slm", "equal": equal}
-    about = {"task": task, "arguments": arguments, "commit": "0" * 40, "dtype": "float32", "hardware": {"device": "cpu"}}
+    about = {"task": task, "arguments": {"llm": "llm", "slm": "slm", "equal": equal}, "commit": "0" * 40}
+    about |= {"dtype": "float32", "hardware": {"device": "cpu"}}
     (path / "run.json").write_text(json.dumps(about))
     lines = [
         {"method": method, "budget": budget, "sample": str(i), "group": "", **sample}
@@ -87,8 +87,9 @@ def test_every_picture_is_made(wikitext, needle, log, tmp_path, capsys):
 
 
 def test_what_is_no_run_is_named(tmp_path, capsys):
-    (tmp_path / "x-similarity.json").write_text("{}")
-    for path, message in ((tmp_path, "is neither a run's folder nor"), (tmp_path / "x-similarity.json", "none of best")):
+    empty = tmp_path / "x-similarity.json"
+    empty.write_text("{}")
+    for path, message in ((tmp_path, "is neither a run's folder nor"), (empty, "none of best")):
         assert figures.main([str(path)]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
