@@ -33,11 +33,11 @@ from decode import FullPolicy
 from generate import DTYPE_CHOICES, Pair, load_pair
 from model import Config
 from smallkv import Settings, SmallKV
-from tables import print_tables, read_about
+from tables import CELLS, print_tables, read_about
 from tasks import Sample, Task, read_results
 
 HOME = Path(__file__).parent
-FREE = ("out", "method", "budget", "limit", "markdown")  # a run may go on with other values of these
+FREE = (*CELLS, "limit")  # a run may go on with other values of these
 
 
 @dataclass(frozen=True)
@@ -201,13 +201,13 @@ def evaluate(pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], b
     with tqdm(total=todo, desc=task.name, unit="sample", disable=None) as bar:
         for group in batches:
             for cell in cells:
-                missing = results.missing(cell, group)
+                missing = {sample.id for sample in results.missing(cell, group)}
                 if not missing:
                     continue
                 begin = time.perf_counter()
                 # The whole batch once more, where a killed run wrote a part: the same batch gives the same numbers.
                 for sample, figures in zip(group, task.run(pair, cell.policy(pair), group), strict=True):
-                    if sample in missing:
+                    if sample.id in missing:
                         results.add(cell, sample, figures)
                 seconds[f"{cell.method} {cell.budget:g}"] += time.perf_counter() - begin
                 bar.update(len(missing))
@@ -267,8 +267,8 @@ def check_same(out: Path, task: Task, before: dict, now: dict) -> None:
             raise ValueError(
                 f"{out} was run with {flag} {before['arguments'].get(name)}, not {value}; give another --out"
             )
-    if before["commit"] != now["commit"]:
-        print(f"note: {out} was begun at commit {before['commit']}, this is {now['commit']}", file=sys.stderr)
+    if now["commit"] not in before["commit"].split(", "):
+        print(f"note: {out} holds lines of commit {before['commit']}, this is {now['commit']}", file=sys.stderr)
 
 
 def write_about(out: Path, about: dict) -> None:
@@ -284,8 +284,7 @@ def run_task(args) -> None:
     task, out = TASKS[args.task], args.out
     if args.limit is not None and args.limit < 1 or args.batch < 1:
         raise ValueError(f"--limit {args.limit} and --batch {args.batch} should both be at least 1")
-    methods = [parse_method(text)[0] for text in args.method]
-    needs_slm = args.equal == "bytes" or any(method.needs_slm for method in methods)
+    needs_slm = any([parse_method(text)[0].needs_slm for text in args.method])
     if needs_slm and not args.slm:
         raise ValueError("--slm is missing: one of the methods needs a small model of the same series")
     before = read_about(out) if (out / "run.json").is_file() else None
@@ -296,8 +295,7 @@ def run_task(args) -> None:
     if before:
         check_same(out, task, before, about)
         about["invocations"] = before["invocations"]
-        if before["commit"] != about["commit"]:
-            about["commit"] = f"{before['commit']}, {about['commit']}"
+        about["commit"] = ", ".join(dict.fromkeys([*before["commit"].split(", "), about["commit"]]))
     cells = make_cells(args.method, args.budget, args.equal, pair)
     samples = task.samples(args, pair.text, pair.llm.config.max_positions)
     if not samples:
@@ -363,6 +361,9 @@ def main(argv: list[str] | None = None) -> int:
             run_task(args)
     except (CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory, lower --batch: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)

@@ -4,8 +4,8 @@
 
 Where it sits: after evaluate.py, pretrain.py and distill.py, whose files it reads; nothing is computed here but means.
 
-- a run's folder: the score of each method by budget (the paper's Fig. 5), one picture for all runs of a task, pair and
-  kind of budget; of a needle run a grid of depth and length, too
+- a run's folder: the score of each method by budget (the paper's Fig. 5), one picture for all runs of the
+  same samples and models; of a needle run a grid of depth and length, too
 - similarity.json of distill.py: similarity of every LLM head (the paper's Fig. 8)
 - log.jsonl of a training run: losses, and what its evaluations found
 """
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tables import Run, read_run
+from tables import Run, merge, read_run
 from tasks import mean, read_json_file, read_lines
 
 BOOKKEEPING = ("step", "seconds", "lr", "tokens", "tokens_per_s")  # of log.jsonl: not drawn
@@ -37,20 +37,19 @@ def pyplot():
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: list[Run]) -> dict[str, list[tuple[float, float]]]:
-    """(budget, score) points of each method, by budget; of runs of the same task."""
+def curves(run: Run) -> dict[str, list[tuple[float, float]]]:
+    """(budget, score) points of each method, by budget."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for run in runs:
-        for (method, budget), lines in run.cells.items():
-            if figures := run.task.summary(lines):
-                points.setdefault(method, []).append((budget, figures[run.task.metric]))
+    for (method, budget), lines in run.cells.items():
+        if figures := run.task.summary(lines):
+            points.setdefault(method, []).append((budget, figures[run.task.metric]))
     return {method: sorted(found) for method, found in points.items()}
 
 
-def draw_budgets(runs: list[Run], plt):
+def draw_budgets(run: Run, plt):
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    task, ticks = runs[0].task, set()
-    for method, points in curves(runs).items():
+    task, ticks = run.task, set()
+    for method, points in curves(run).items():
         budgets, scores = zip(*points)
         if budgets != (1.0,):
             axes.plot(budgets, scores, marker="o", markersize=4, label=method)
@@ -63,7 +62,7 @@ def draw_budgets(runs: list[Run], plt):
     axes.minorticks_off()
     if task.metric == "KL":
         axes.set_yscale("log")
-    equal = runs[0].about["arguments"]["equal"]
+    equal = run.about["arguments"]["equal"]
     axes.set_xlabel("share of the full cache's bytes" + ", the SLM's own included" * (equal == "bytes"))
     axes.set_ylabel(f"{task.name}: {task.metric}" + " to the full cache" * (task.metric == "KL"))
     axes.legend(fontsize="small")
@@ -153,26 +152,21 @@ def draw_log(path: Path, plt):
 
 def pictures(paths: list[Path], plt) -> Iterator[tuple[str, object]]:
     """(name, figure) of everything that was given."""
-    runs: dict[tuple, list[Run]] = {}
+    runs = []
     for path in paths:
         if path.name.endswith("similarity.json"):
             yield f"{path.resolve().parent.name}-similarity", draw_similarity(path, plt)
         elif path.suffix == ".jsonl":
             yield f"{path.resolve().parent.name}-log", draw_log(path, plt)
         elif (path / "run.json").is_file():
-            run = read_run(path)
-            given = run.about["arguments"]
-            key = (run.task.name, given["equal"], Path(given["llm"]).resolve(), Path(given["slm"]).resolve())
-            runs.setdefault(key, []).append(run)
+            runs.append(read_run(path))
         else:
             raise ValueError(f"{path} is neither a run's folder nor a similarity.json or log.jsonl")
-    names = [f"{task}-{equal}" for task, equal, *_ in runs]
-    for number, (name, group) in enumerate(zip(names, runs.values())):
-        name += f"-{number}" * (names.count(name) > 1)  # other models
-        yield name, draw_budgets(group, plt)
-        if group[0].task.name == "needle":
-            for i, run in enumerate(group):
-                yield f"{name}-grid" + f"-{i}" * (len(group) > 1), draw_needle(run, plt)
+    for run in merge(runs):
+        name = f"{run.path.resolve().name}-{run.about['arguments']['equal']}"
+        yield name, draw_budgets(run, plt)
+        if run.task.name == "needle":
+            yield f"{name}-grid", draw_needle(run, plt)
 
 
 def main(argv: list[str] | None = None) -> int:

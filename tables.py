@@ -14,10 +14,12 @@ from rich.table import Table
 from benchmarks import TASKS
 from tasks import Task, mean, read_results
 
+CELLS = ("out", "method", "budget", "markdown")  # arguments that may differ between runs shown as one
+
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it was written down; lines with an error are counted and left out."""
+    """One run as it was written down, or several of the same samples; lines with an error are counted and left out."""
 
     path: Path
     about: dict  # run.json
@@ -40,9 +42,10 @@ class Run:
     def title(self) -> str:
         given = self.about["arguments"]
         samples = {line["sample"] for line in self.lines}
+        commits = ", ".join(f"{name[:7]}{'+' * name.endswith('+')}" for name in self.about["commit"].split(", "))
         parts = [self.about["task"], f"{len(samples)} samples", f"equal {given['equal']}"]
-        parts += [f"LLM {Path(given['llm']).name}"] + [f"SLM {Path(given['slm']).name}"] * bool(given["slm"])
-        parts += [self.about["hardware"]["device"], self.about["dtype"], f"commit {self.about['commit'][:7]}"]
+        parts += [f"{role} {Path(given[role.lower()]).name}" for role in self.about["token_bytes"]]
+        parts += [self.about["hardware"]["device"], self.about["dtype"], f"commit {commits}"]
         return ", ".join(parts) + (f"; {self.skipped} lines left out, see `error` in {self.path}" * bool(self.skipped))
 
 
@@ -65,6 +68,24 @@ def read_run(path: Path) -> Run:
     if not kept:
         raise ValueError(f"{path} has no results yet; run evaluate.py {about['task']} --out {path}")
     return Run(path, about, kept, len(rows) - len(kept))
+
+
+def merge(runs: list[Run]) -> list[Run]:
+    """Runs of the same task, samples and models become one, their methods and budgets side by side."""
+    merged: dict[str, Run] = {}
+    for run in runs:
+        given = {name: value for name, value in run.about["arguments"].items() if name not in CELLS}
+        key = json.dumps([run.about["task"], given], sort_keys=True)
+        if key not in merged:
+            merged[key] = run
+            continue
+        first = merged[key]
+        new = [line for line in run.lines if (line["method"], line["budget"]) not in first.cells]
+        both = {**run.about["token_bytes"], **first.about["token_bytes"]}
+        commits = dict.fromkeys(f"{first.about['commit']}, {run.about['commit']}".split(", "))
+        about = {**first.about, "token_bytes": both, "commit": ", ".join(commits)}
+        merged[key] = Run(first.path, about, first.lines + new, first.skipped + run.skipped)
+    return list(merged.values())
 
 
 def show(name: str, value: float) -> str:
@@ -123,7 +144,7 @@ def print_rows(rows: list[list[str]], title: str, markdown: bool) -> None:
 
 
 def print_tables(paths: list[Path], markdown: bool) -> None:
-    for run in [read_run(path) for path in paths]:  # all are read before any is printed
+    for run in merge([read_run(path) for path in paths]):
         names = list(run.task.summary(run.lines)) or [run.task.metric]
         legend = names[0] + f" ({', '.join(names[1:])})" * (len(names) > 1)
         print_rows(by_budget(run), f"{run.title}\n{legend}", markdown)

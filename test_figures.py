@@ -6,14 +6,14 @@ import math
 import pytest
 
 import figures
-from tables import read_run
+from tables import merge, read_run
 
 
 def write_run(path, task, cells, equal="budget", **facts):
     """A run's folder by hand; cells: {(method, budget): [figures of a sample, ...]}."""
     path.mkdir()
     about = {"task": task, "arguments": {"llm": "llm", "slm": "slm", "equal": equal}, "commit": "0" * 40}
-    about |= {"dtype": "float32", "hardware": {"device": "cpu"}}
+    about |= {"dtype": "float32", "hardware": {"device": "cpu"}, "token_bytes": {"LLM": 2, "SLM": 1}}
     (path / "run.json").write_text(json.dumps(about))
     lines = [
         {"method": method, "budget": budget, "sample": str(i), "group": "", **sample}
@@ -42,11 +42,17 @@ def needle(tmp_path):
     return write_run(tmp_path / "needle", "needle", {("full", 1.0): found, ("window", 0.2): found[:2]}, "bytes")
 
 
-def test_curves_are_the_means_by_budget(wikitext, tmp_path):
-    other = write_run(tmp_path / "more", "wikitext", {("window", 0.3): [{"score": 7, "loss": 1.0, "agreement": 0.5}]})
-    assert figures.curves([read_run(wikitext), read_run(other)]) == {
+def test_curves_are_the_means_by_budget_of_runs_of_the_same_samples(wikitext, tmp_path):
+    sample = {"score": 7, "loss": 1.0, "agreement": 0.5}
+    cells = {("window", 0.3): [sample], ("smallkv", 0.1): [sample]}
+    paths = [wikitext, write_run(tmp_path / "more", "wikitext", cells)]
+    paths.append(write_run(tmp_path / "bytes", "wikitext", cells, "bytes"))
+    one, other = merge([read_run(path) for path in paths])
+    assert figures.curves(one) == {  # what two runs have is the first one's
         "full": [(1.0, 0.0)], "smallkv": [(0.1, 4.0), (0.2, 1.5)], "window": [(0.3, 7.0)],
     }  # fmt: skip
+    assert figures.curves(other) == {"window": [(0.3, 7.0)], "smallkv": [(0.1, 7.0)]}
+    assert one.title == "wikitext, 2 samples, equal budget, LLM llm, SLM slm, cpu, float32, commit 0000000"
 
 
 def test_grid_has_a_row_a_depth_and_a_column_a_length(needle):
