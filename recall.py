@@ -27,16 +27,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from recall_words import (
     ANSWERS,
+    ANY_ORDER,
     DEEDS,
     KEYS,
     KINDS,
     PEOPLE,
     VOCABULARIES,
+    WEIGHTS,
     Vocabulary,
     held_out,
+    opened,
     plural,
     unseen_words,
     with_article,
+    worn,
 )
 
 Encode = Callable[[list[str]], list[list[int]]]  # texts -> token ids, one list per text
@@ -57,7 +61,7 @@ class Limits:
     nouns: int = 3  # of every other pool in a scene: "key", "lamp", "cup"
     looks: int = 2  # first words to each noun: "brass key", "old key"
     count: tuple[int, int] = (1, 3)  # facts of a count task
-    collect: tuple[int, int] = (2, 3)  # facts of a collect task
+    collect: tuple[int, int] = (2, 2)  # facts of a collect task
     parts: tuple[int, int] = (2, 2)  # facts of a sum task
     amount: tuple[int, int] = (2, 5)  # in one fact of a sum task; from 2, so that the noun is a plural
     digits: tuple[int, int] = (3, 4)  # of a code
@@ -220,7 +224,8 @@ def _values(
     if kind == "sum":
         # No amounts are held out: what a test asks for is to find them, not to add what was never added.
         amounts = [rng.randint(*limits.amount) for _ in range(rng.randint(*limits.parts))]
-        return [str(amount) for amount in amounts], str(sum(amounts))
+        parts = [str(amount) for amount in amounts]
+        return parts, f"{' and '.join(parts)}, in all {sum(amounts)}"
     if kind == "code":
         code = ""
         while not code or held_out(*map(int, code)) != test:
@@ -239,9 +244,11 @@ def _values(
 
 
 def _task(
-    rng: random.Random, kind: str, scene: dict, vocabulary: Vocabulary, limits: Limits, near: Task | None = None
-) -> Task:
-    """One task with its facts. `near`: another of this kind; the new one differs from it in one slot of its key."""
+    rng: random.Random, kind: str, scene: dict, vocabulary: Vocabulary, words: list[str], limits: Limits,
+    near: Task | None = None,
+) -> Task:  # fmt: skip
+    """One task with its facts. `near`: another of this kind; the new one differs from it in one slot of its key.
+    words: what training puts in place of some words of its statements; none for tests."""
     slots = {name: rng.choice(pool) for name, pool in scene.items()}
     slots["who"], slots["whom"] = rng.sample(scene["who"], 2)
     if kind in DEEDS:
@@ -255,8 +262,10 @@ def _task(
     forms = slots | {"do": do, "did": did, "fruits": plural(slots["fruit"]), "units": plural(slots["unit"])}
     wordings = vocabulary.statements[kind]
     chosen = rng.sample(wordings * (len(values) // len(wordings) + 1), len(values))
+    chosen = [worn(rng, wording, words) for wording in chosen]
+    chosen = [opened(rng, wording, vocabulary.statement_openers) for wording in chosen]
     facts = [Fact(key, v, " " + wording.format(value=v, **forms)) for v, wording in zip(values, chosen, strict=True)]
-    question = rng.choice(vocabulary.questions[kind]).format(**forms)
+    question = opened(rng, rng.choice(vocabulary.questions[kind]), vocabulary.question_openers).format(**forms)
     answer = ANSWERS[kind].format(value=answer, **forms)
     return Task(key, slots, facts, f"\nQuestion: {question}\nAnswer:", f" {answer}")
 
@@ -267,9 +276,11 @@ def _tasks(
 ) -> tuple[list[Task], list[Task], set[str]]:
     """The tasks asked, those only told, and the people of the scene. First told are neighbours of those asked."""
     scene = vocabulary.scene(rng, limits.people, limits.goods, limits.nouns, limits.looks, lexicon)
+    weights = [WEIGHTS.get(kind, 1.0) for kind in kinds]
+    words = lexicon[0] if vocabulary.split == "train" else []
     asked: dict[tuple, Task] = {}
     for _ in range(ATTEMPTS * turns):
-        task = _task(rng, rng.choice(kinds), scene, vocabulary, limits)
+        task = _task(rng, rng.choices(kinds, weights)[0], scene, vocabulary, words, limits)
         asked.setdefault(task.key, task)
         if len(asked) == turns:
             break
@@ -280,7 +291,7 @@ def _tasks(
     for near in [*asked.values(), *[None] * ATTEMPTS]:
         if missing <= 0:
             break
-        task = _task(rng, near.key[0] if near else rng.choice(kinds), scene, vocabulary, limits, near)
+        task = _task(rng, near.key[0] if near else rng.choice(kinds), scene, vocabulary, words, limits, near)
         if task.key in asked or task.key in told or task.slots["who"] == task.slots["whom"]:
             continue
         told[task.key] = task
@@ -339,9 +350,12 @@ def document_ids(document: Document) -> tuple[list[int], list[bool]]:
     return ids, mask
 
 
-def exact(answer: str, generated: str) -> bool:
-    """Whether the generated text begins with the answer: up to its first newline or full stop, case and space aside."""
-    first, second = (" ".join(re.split(r"[\n.]", text.strip())[0].lower().split()) for text in (answer, generated))
+def exact(answer: str, generated: str, kind: str) -> bool:
+    """Whether the generated text begins with the answer to a question of this kind: up to its first newline or full
+    stop, case and space aside; the things and parts of ANY_ORDER in any order."""
+    first, second = (re.split(r"[\n.]", text.strip())[0].lower().split() for text in (answer, generated))
+    if kind in ANY_ORDER:
+        first, second = (sorted(word.strip(",") for word in words) for words in (first, second))
     return first == second
 
 

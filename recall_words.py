@@ -80,7 +80,7 @@ Fairfield Greenfield Redhill Ashford Bradley Bexley Crosby Hartley Morley Ripley
 
 DEEDS = {  # kind -> its verbs as (plain form, past); no verb serves two kinds
     "count": (("pick", "picked"), ("eat", "ate"), ("wash", "washed"), ("drop", "dropped"), ("steal", "stole")),
-    "collect": (("buy", "bought"), ("find", "found"), ("lose", "lost"), ("mend", "mended"), ("borrow", "borrowed")),
+    "collect": (("break", "broke"), ("find", "found"), ("lose", "lost"), ("mend", "mended"), ("borrow", "borrowed")),
     "sum": (("lend", "lent"), ("send", "sent"), ("bring", "brought"), ("sell", "sold"), ("hand", "handed")),
 }
 KEYS = {  # kind -> the slots that say what a task is about
@@ -96,7 +96,15 @@ KEYS = {  # kind -> the slots that say what a task is about
     "sum": ("who", "whom", "deed", "unit"),
 }
 KINDS = tuple(KEYS)
-BORROWED = 0.7  # share of training words taken from the prose instead, so that copying is learnt and not the pools
+WEIGHTS = {"count": 0.5}  # of a kind among the questions; 1 for the others
+ANY_ORDER = ("collect", "sum")  # kinds whose answers are right in any order: "a hat and a map", "3 and 4, in all 7"
+# In training only, so that copying and the question's sense are learnt, and not the pools and the wordings:
+BORROWED = 0.8  # share of words taken from the prose instead
+FIRST_BORROWED = 0.3  # the same of the first words of a pair
+WORN = 0.15  # share of statements with one of their own words, names aside, taken from the prose instead
+OPENED = 0.25  # share of statements and questions that begin with one of these
+STATEMENT_OPENERS = ("They say that", "Everyone knows that", "It is said that", "I have heard that", "You know that")
+QUESTION_OPENERS = ("Now,", "So", "And", "But", "Well,", "Then", "Tell me,", "Say,", "Do you know:", "Oh,")
 
 # ---- wordings, told and asked. Every fifth of a kind is held out, as words are. ----
 
@@ -150,6 +158,12 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "{who} always asks for {value}.", "{who} dreams of {value}.", "Best of all {who} loves {value}.",
         "The best dish for {who} is {value}.", "{who} cannot resist {value}.", "Every week {who} eats {value}.",
         "For dinner {who} likes {value}.", "For dinner {who} always asks for {value}.",
+        "What {who} loves most is {value}.", "What {who} likes most of all is {value}.",
+        "{who} loves best of all {value}.", "The dish that {who} loves best is {value}.",
+        "{who} likes most of all {value}.",
+        "What {who} always asks for is {value}.", "{who} is fond above all of {value}.",
+        "What {who} would choose is {value}.", "Nothing pleases {who} more than {value}.",
+        "The dish that {who} would choose is {value}.",
     ),
     "home": (
         "{who} lives {value}.", "{who} has a house {value}.", "The house of {who} is {value}.",
@@ -158,18 +172,18 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "{who} has a home {value}.",
         "{who} has moved to a house {value}.", "{who} has settled {value}.", "One can find {who} {value}.",
         "{who} was always at home {value}.", "{who} has settled for good {value}.",
-        "{who} bought a house {value}.", "{who} has rooms {value}.", "{who} grew up {value}.",
-        "The parents of {who} live {value}.", "{who} has bought a house {value}.",
+        "{who} took a house {value}.", "{who} has rooms {value}.", "{who} grew up {value}.",
+        "The parents of {who} live {value}.", "{who} has taken a house {value}.",
     ),
     "trade": (
         "By trade {who} is {value}.", "{who} works as {value}.", "{who} is well known as {value}.",
         "{who} earns a living as {value}.", "{who} has work as {value}.", "{who} has become {value}.",
-        "{who} is {value}.", "{who} has found work as {value}.", "{who} has worked for years as {value}.",
+        "{who} is {value}.", "{who} has got work as {value}.", "{who} has worked for years as {value}.",
         "{who} is at work as {value}.",
         "{who} has a place as {value}.", "{who} makes a living as {value}.",
         "By trade {who} has always been {value}.", "{who} was trained as {value}.",
         "{who} has earned a living as {value}.",
-        "{who} found a place as {value}.", "{who} went to work as {value}.", "For years {who} has been {value}.",
+        "{who} got a place as {value}.", "{who} went to work as {value}.", "For years {who} has been {value}.",
         "{who} is at present {value}.", "{who} has gone to work as {value}.",
     ),
     "gift": (
@@ -184,6 +198,12 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "One evening {who} gave {whom} {value}.", "The gift that {who} gave {whom} was {value}.",
         "With a smile {who} gave {whom} {value}.", "{who} surprised {whom} with {value}.",
         "The present that {who} gave {whom} was {value}.",
+        "As a small present, {who} gave {whom} {value}.", "At the end of the day {who} gave {whom} {value}.",
+        "With many kisses {who} gave {whom} {value}.", "On a birthday {who} gave {whom} {value}.",
+        "In the end {who} made {whom} a present of {value}.",
+        "In front of everyone {who} gave {whom} {value}.", "As a joke, {who} gave {whom} {value}.",
+        "In great haste {who} gave {whom} {value}.", "{whom} was given by {who} {value}.",
+        "With a smile {who} made {whom} a gift of {value}.",
     ),
     "count": tuple(time.format("{who} {did} {value}") for time in TIMES),
     "collect": tuple(time.format("{who} {did} {value}") for time in TIMES),
@@ -199,7 +219,7 @@ ANSWERS = {  # one wording a kind: an answer says again what it is about
     "gift": "{who} gave {whom} {value}.",
     "count": "{who} {did} {value}.",
     "collect": "{who} {did} {value}.",
-    "sum": "{who} {did} {whom} {value} {units}.",
+    "sum": "{who} {did} {whom} {value} {units}.",  # the value of a sum shows its parts: "3 and 4, in all 7"
 }
 QUESTIONS = {
     "where": (
@@ -315,6 +335,23 @@ def pairs(firsts: list[str], nouns: list[str], split: str) -> tuple[tuple[str, .
     return tuple(row for row in rows if row)  # a held-out noun has no combination in training
 
 
+def worn(rng: random.Random, wording: str, words: Sequence[str]) -> str:
+    """The wording with one of its words changed for one of `words`, once in a while."""
+    own = [i for i, word in enumerate(wording.split()) if word.isalpha()]
+    if not words or not own or rng.random() >= WORN:
+        return wording
+    changed = wording.split()
+    changed[rng.choice(own)] = rng.choice(words)
+    return " ".join(changed)
+
+
+def opened(rng: random.Random, wording: str, openers: tuple[str, ...]) -> str:
+    """The wording, after one of the openers once in a while."""
+    if not openers or rng.random() >= OPENED:
+        return wording
+    return f"{rng.choice(openers)} {wording[0].lower()}{wording[1:]}"  # "{who}", a name to come, has no lower case
+
+
 def with_article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
@@ -349,6 +386,8 @@ class Vocabulary:
             self.pools[name] = tuple((word,) for word in words(pool, split))
         self.statements = {kind: words(wordings, split) for kind, wordings in STATEMENTS.items()}
         self.questions = {kind: words(wordings, split) for kind, wordings in QUESTIONS.items()}
+        self.statement_openers = STATEMENT_OPENERS if split == "train" else ()
+        self.question_openers = QUESTION_OPENERS if split == "train" else ()
 
     def scene(
         self, rng: random.Random, people: int, goods: int, nouns: int, looks: int, lexicon: Sequence[Sequence[str]]
@@ -356,20 +395,31 @@ class Vocabulary:
         """The few words that one document is about: so many people, goods, and nouns with `looks` first words each.
 
         lexicon: words and capitalised words of the prose. In training they take the place of most words: of single
-        ones, and of the last one of a pair ("brass yesterday").
+        ones, of the last one of a pair ("brass yesterday"), and of some first ones ("never yesterday").
         """
         sizes = {"who": people, "good": goods}
         made, used = {}, set()
+
+        def borrow(share: float, instead_of: str) -> str:
+            """A word of the prose, or the one there is; no word for two things in one scene."""
+            source = lexicon[instead_of[0].isupper()]
+            if self.split == "train" and source and rng.random() < share:
+                word = rng.choice(source)
+                if word not in used:
+                    used.add(word)
+                    return word
+            return instead_of
+
         for name, rows in self.pools.items():
             chosen = [list(rng.sample(row, min(looks, len(row)))) for row in rng.sample(rows, sizes.get(name, nouns))]
             for row in chosen:
                 last = row[0].split()[-1]
-                source = lexicon[last[0].isupper()]
-                if self.split == "train" and source and rng.random() < BORROWED:
-                    word = rng.choice(source)
-                    if word not in used:  # no word for two things in one scene
-                        row[:] = [phrase.removesuffix(last) + word for phrase in row]
-                        used.add(word)
+                noun = borrow(BORROWED, last)
+                row[:] = [phrase.removesuffix(last) + noun for phrase in row]
+                if " " in row[0]:
+                    for i, phrase in enumerate(row):
+                        *start, first, noun = phrase.split()
+                        row[i] = " ".join([*start, borrow(FIRST_BORROWED, first), noun])
             made[name] = [word for row in chosen for word in row]
         return made
 

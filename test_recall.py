@@ -111,6 +111,12 @@ def test_test_documents_name_only_unseen_people(documents):
             assert not words_of(text) & known, text
 
 
+def differing(text: str, other: str) -> float:
+    """In how many words two texts differ; infinitely many if one is longer."""
+    words, others = text.split(), other.split()
+    return sum(a != b for a, b in zip(words, others)) if len(words) == len(others) else float("inf")
+
+
 def test_documents_use_the_values_and_wordings_of_their_split(documents):
     for split, vocabulary in rw.VOCABULARIES.items():
         phrases = {name: {w for row in rows for w in row} for name, rows in vocabulary.pools.items()}
@@ -124,12 +130,16 @@ def test_documents_use_the_values_and_wordings_of_their_split(documents):
                 if kind == "code":
                     assert rw.held_out(*map(int, fact.value)) == (split == "test")
                 slots["did"], slots["units"] = slots.get("deed", ("", ""))[1], rw.plural(slots.get("unit", ""))
+                wordings = list(vocabulary.statements[kind])
+                for opener in vocabulary.statement_openers:
+                    wordings += [f"{opener} {w[0].lower()}{w[1:]}" for w in vocabulary.statements[kind]]
                 texts = {
                     " " + wording.format(**{"who": name, **slots, "value": fact.value})
-                    for wording in vocabulary.statements[kind]
+                    for wording in wordings
                     for name in ([*rw.PEOPLE, *words_of(fact.text)] if kind == "where" else ["nobody"])
                 }
-                assert fact.text in texts
+                worn = 1 if split == "train" else 0  # words that training may have changed
+                assert any(differing(fact.text, text) <= worn for text in texts)
 
 
 # ---- answers ----
@@ -148,8 +158,8 @@ def test_every_answer_follows_from_the_facts(documents):
                 assert 2 <= len(values) <= 4
                 expected = {2: "{} and {}", 3: "{}, {} and {}", 4: "{}, {}, {} and {}"}[len(values)].format(*values)
             elif turn.kind == "sum":
-                assert 2 <= len(values) <= 3 and sum(map(int, values)) <= 20
-                expected = str(sum(map(int, values)))
+                assert len(values) == 2
+                expected = f"{values[0]} and {values[1]}, in all {sum(map(int, values))}"
             else:
                 (expected,) = values
             assert expected not in turn.question
@@ -290,7 +300,14 @@ def test_grammar():
     ],
 )
 def test_exact(generated, right):
-    assert exact(" in the tall cupboard.", generated) is right
+    assert exact(" in the tall cupboard.", generated, "where") is right
+
+
+def test_exact_takes_lists_in_any_order():
+    for kind, right in (("collect", True), ("sum", True), ("gift", False)):
+        assert exact(" Ann lost a hat and a map.", "Ann lost a map and a hat.", kind) is right
+        assert not exact(" Ann lost a hat and a map.", "Ann lost a map and a map.", kind)
+        assert not exact(" Ann lost a hat and a map.", "Ann lost a hat.", kind)
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
