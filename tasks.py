@@ -202,7 +202,7 @@ class RecallTask(Task):
 
     def score(self, sample: Sample, answers: list[str]) -> dict:
         turns = [
-            {**turn, "given": given, "exact": exact(turn["answer"], given)}
+            {**turn, "given": given, "exact": exact(turn["answer"], given, turn["kind"])}
             for turn, given in zip(sample.facts["turns"], answers, strict=True)
         ]
         return {"score": sum(turn["exact"] for turn in turns) / len(turns), "turns": turns}
