@@ -27,7 +27,7 @@ from recall import exact
 from text import Text
 
 PROSE = Path(__file__).parent / "pair" / "prose.txt"  # a book that the embedded pair has not seen
-ANSWER_TOKENS = 32  # of a recall answer; the longest right ones have about 20
+ANSWER_TOKENS = 32  # of a recall answer; the longest right ones have about 25
 STOP_TAIL = 8  # tokens that a stop string is looked for in: none is longer
 
 
