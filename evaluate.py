@@ -1,193 +1,373 @@
-"""What a method costs in quality, measured: every figure beside the full cache on the same tokens.
+"""What a method costs in quality: one harness for every task, method and budget.
 
-Where it sits: above everything, like generate.py; it drives `decode.Session` with given tokens instead of its own.
+    python evaluate.py recall --method full smallkv window --budget 0.2 0.1 --out runs/recall
+    python evaluate.py wikitext --llm DIR --slm DIR --method smallkv smallkv-paper smallkv-paper:marginal=no \
+        smallkv-paper:marginal=no,saliency_shift=no --budget 0.2 0.1 --out runs/wikitext
+    python evaluate.py table runs/recall runs/wikitext --markdown
 
-    python evaluate.py wikitext --llm DIR --slm DIR --data ../shared/data --budgets 0.2,0.1 --decays 1,0.5
-
-`wikitext`: the model reads `--prompt` tokens, then `--steps` more one by one (teacher forcing). At every step the
-prediction under the method is compared with the full cache's: perplexity of the true next token, KL(full || method),
-agreement of the most likely token. One table row a setting; `--json FILE` keeps every figure.
+Where it sits: above everything, like generate.py. tasks.py and benchmarks.py make the samples and score the answers,
+tables.py reads what is written here: DIR/results.jsonl, one line a sample, method and budget, and DIR/run.json. A run
+that was killed goes on where it was; the same arguments give the same lines.
 """
 
 import argparse
-import dataclasses
-import itertools
 import json
-import math
+import os
+import platform
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from baselines import Window
+from benchmarks import TASKS
 from checkpoint import CheckpointError
-from decode import Session
-from generate import DTYPE_CHOICES, check_writable, load_pair
-from match import MATCHERS, WINDOW_MIN
-from model import Decoder
+from decode import FullPolicy
+from generate import DTYPE_CHOICES, Pair, load_pair
+from model import Config
 from smallkv import Settings, SmallKV
+from tables import CELLS, print_tables, read_about
+from tasks import Sample, Task, read_results
+
+HOME = Path(__file__).parent
+FREE = (*CELLS, "limit")  # a run may go on with other values of these
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One setting's figures. moved: rows of K brought in per step, as a share of the critical set."""
+@dataclass(frozen=True)
+class Method:
+    """How a policy is made. needs_slm: it keeps a second model's cache. budgets: it compresses at all."""
 
+    make: Callable  # (pair, budget, **options) -> policy
+    needs_slm: bool = False
+    budgets: bool = True
+
+
+# A method is one line. What follows a colon in --method (name:option=value,option=value) are its options.
+METHODS = {
+    "full": Method(lambda pair, budget, **options: FullPolicy(pair.llm, **options), budgets=False),
+    "window": Method(lambda pair, budget, **options: Window(pair.llm, budget, **options)),
+    "smallkv": Method(lambda pair, budget, **o: SmallKV(pair.llm, pair.slm, Settings(budget=budget, **o)), True),
+    "smallkv-paper": Method(
+        lambda pair, budget, **o: SmallKV(pair.llm, pair.slm, Settings.paper(budget=budget, **o)), True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at a budget. budget: as asked for; own: what is left of it for the LLM's cache."""
+
+    method: str
     budget: float
-    score_decay: float
-    marginal: bool
-    saliency_shift: bool
-    matcher: str
-    perplexity: float
-    kl: float
-    top1: float
-    moved: float
-    similarity: float
-    seconds: float
+    own: float
+
+    def policy(self, pair: Pair):
+        method, options = parse_method(self.method)
+        try:
+            return method.make(pair, self.own, **options)
+        except TypeError as error:
+            raise ValueError(f"method {self.method!r}: {error}") from None
 
 
-def read_windows(path: Path, tokenizer: Tokenizer, length: int, samples: int) -> list[list[int]]:
-    """`samples` windows of `length` token ids, spread evenly over a text file."""
+# ---- methods and budgets ---------------------------------------------------------------------------------------------
+
+
+def parse_method(text: str) -> tuple[Method, dict]:
+    """'smallkv:score_decay=0.5,marginal=yes' -> the method and its options."""
+    name, _, rest = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; supported: {', '.join(METHODS)}")
+    options = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"method {text!r}: {part!r} should look like option=value")
+        options[key] = _value(value)
+    return METHODS[name], options
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("yes", "no"):
+        return text == "yes"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def token_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of K and V of one token in all layers."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+
+
+def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair) -> list[Cell]:
+    """Every method at every budget.
+
+    equal "bytes": LLM's cache and SLM's own K and V together take the budget's share of the full LLM cache, so that
+    much is taken off the budget of a method with an SLM. The scores (fp32) are counted for nobody.
+    """
+    cells = []
+    for text in methods:
+        method = parse_method(text)[0]
+        for budget in budgets if method.budgets else [1.0]:
+            own = budget
+            if equal == "bytes" and method.needs_slm:
+                share = token_bytes(pair.slm.config, pair.slm.dtype) / token_bytes(pair.llm.config, pair.llm.dtype)
+                own = budget - share
+                if own <= 0:
+                    raise ValueError(
+                        f"--equal bytes: the SLM's own cache is {share:.1%} of the LLM's full cache, so a budget of "
+                        f"{budget:g} leaves {text} nothing; ask for more than {share:.4g}, or --equal budget"
+                    )
+            cell = Cell(text, budget, own)
+            cell.policy(pair)  # for its errors, before anything is run
+            cells.append(cell)
+    return list(dict.fromkeys(cells))
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def make_batches(samples: list[Sample], size: int, window: int) -> list[list[Sample]]:
+    """At most `size` samples each, in order; cut where the longest prompt and the longest answer would not fit."""
+    batches: list[list[Sample]] = []
+    for sample in samples:
+        wider = [*batches[-1], sample] if batches else []
+        room = max((len(s.prompt) for s in wider), default=0) + max((s.new_tokens for s in wider), default=0)
+        if wider and len(wider) <= size and room <= window:
+            batches[-1] = wider
+        else:
+            batches.append([sample])
+    return batches
+
+
+def positions(pair: Pair) -> int:
+    """The window: what all models in use can address."""
+    return min(model.config.max_positions for model in (pair.llm, pair.slm) if model is not None)
+
+
+def too_long(sample: Sample, window: int) -> str | None:
+    total = len(sample.prompt) + sample.new_tokens
+    if total <= window:
+        return None
+    return f"{len(sample.prompt)} tokens and up to {sample.new_tokens} new ones are more than the {window} positions"
+
+
+class Results:
+    """results.jsonl: what is there already, and more at its end, a batch at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        rows = read_results(path)
+        self.done = {(row["method"], row["budget"], row["sample"]) for row in rows}
+        if path.is_file():  # cut off what a killed run left of its last line
+            whole = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, whole)
+
+    def missing(self, cell: Cell, samples: list[Sample]) -> list[Sample]:
+        return [sample for sample in samples if (cell.method, cell.budget, sample.id) not in self.done]
+
+    def add(self, cell: Cell, sample: Sample, figures: dict) -> None:
+        head = {"method": cell.method, "budget": cell.budget, "llm_budget": cell.own}
+        line = {**head, "sample": sample.id, "group": sample.group, **figures}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.done.add((cell.method, cell.budget, sample.id))
+
+
+def evaluate(pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], batch: int, results: Results) -> dict:
+    """Run what is missing, batch by batch with all cells; returns the seconds of every cell."""
+    window = positions(pair)
+    unfit = [sample for sample in samples if too_long(sample, window)]
+    for sample in unfit:
+        for cell in cells:
+            if results.missing(cell, [sample]):
+                results.add(cell, sample, {"error": too_long(sample, window)})
+    if unfit:
+        print(f"{len(unfit)} of {len(samples)} samples are longer than the window and left out; the first, "
+              f"{unfit[0].id}: {too_long(unfit[0], window)}", file=sys.stderr)  # fmt: skip
+    batches = make_batches([sample for sample in samples if not too_long(sample, window)], batch, window)
+    todo = sum(len(results.missing(cell, samples)) for cell in cells)
+    seconds = {f"{cell.method} {cell.budget:g}": 0.0 for cell in cells}
+    with tqdm(total=todo, desc=task.name, unit="sample", disable=None) as bar:
+        for group in batches:
+            for cell in cells:
+                missing = {sample.id for sample in results.missing(cell, group)}
+                if not missing:
+                    continue
+                begin = time.perf_counter()
+                # The whole batch once more, where a killed run wrote a part: the same batch gives the same numbers.
+                for sample, figures in zip(group, task.run(pair, cell.policy(pair), group), strict=True):
+                    if sample.id in missing:
+                        results.add(cell, sample, figures)
+                seconds[f"{cell.method} {cell.budget:g}"] += time.perf_counter() - begin
+                bar.update(len(missing))
+    return seconds
+
+
+# ---- run.json --------------------------------------------------------------------------------------------------------
+
+
+def commit() -> str:
+    """The commit this code stands at, with a + where files differ from it."""
     try:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8")).ids
+        git = ["git", "-C", str(HOME)]
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return found + "+" * bool(changed.stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def hardware(device: torch.device) -> dict:
+    cpu = platform.processor() or platform.machine()
+    names = Path("/proc/cpuinfo")
+    if names.is_file():
+        found = [line.partition(":")[2].strip() for line in names.read_text().splitlines() if "model name" in line]
+        cpu = found[0] if found else cpu
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {"device": device.type, "name": name, "cpu": cpu, "threads": torch.get_num_threads()}
+
+
+def describe(args, pair: Pair) -> dict:
+    """run.json: all that a figure needs beside it."""
+    about = {
+        "task": args.task,
+        "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "task"},
+        "commit": commit(),
+        "dtype": str(pair.llm.dtype).removeprefix("torch."),
+        "versions": {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")},
+        "hardware": hardware(pair.llm.device),
+        "token_bytes": {"LLM": token_bytes(pair.llm.config, pair.llm.dtype)},
+        "invocations": [],
+    }
+    about["versions"]["python"] = platform.python_version()
+    if pair.slm is not None:
+        about["token_bytes"]["SLM"] = token_bytes(pair.slm.config, pair.slm.dtype)
+    return about
+
+
+def check_same(out: Path, task: Task, before: dict, now: dict) -> None:
+    """ValueError if the folder holds a run of other arguments; a note if only the code is another."""
+    if before["task"] != now["task"]:
+        raise ValueError(f"{out} is a run of {before['task']}, not {now['task']}; give another --out")
+    free = [name for name in FREE if not (name == "limit" and task.fixed_limit)]
+    for name, value in now["arguments"].items():
+        if name not in free and before["arguments"].get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{out} was run with {flag} {before['arguments'].get(name)}, not {value}; give another --out"
+            )
+    if now["commit"] not in before["commit"].split(", "):
+        print(f"note: {out} holds lines of commit {before['commit']}, this is {now['commit']}", file=sys.stderr)
+
+
+def write_about(out: Path, about: dict) -> None:
+    part = out / "run.json.part"
+    part.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(out / "run.json")  # a run that is killed here keeps the old one
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def run_task(args) -> None:
+    task, out = TASKS[args.task], args.out
+    if args.limit is not None and args.limit < 1 or args.batch < 1:
+        raise ValueError(f"--limit {args.limit} and --batch {args.batch} should both be at least 1")
+    needs_slm = any([parse_method(text)[0].needs_slm for text in args.method])
+    if needs_slm and not args.slm:
+        raise ValueError("--slm is missing: one of the methods needs a small model of the same series")
+    before = read_about(out) if (out / "run.json").is_file() else None
+    if before is None and (out / "results.jsonl").is_file():
+        raise ValueError(f"{out} has results but no run.json; give another --out")
+    pair = load_pair(args.llm, args.slm if needs_slm else None, args.device, args.dtype)
+    about = describe(args, pair)
+    if before:
+        check_same(out, task, before, about)
+        about["invocations"] = before["invocations"]
+        about["commit"] = ", ".join(dict.fromkeys([*before["commit"].split(", "), about["commit"]]))
+    cells = make_cells(args.method, args.budget, args.equal, pair)
+    samples = task.samples(args, pair.text, pair.llm.config.max_positions)
+    if not samples:
+        raise ValueError(f"{args.task}: no samples; look at --limit and --data")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        results = Results(out / "results.jsonl")
+        this = {"command": sys.argv, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": None}
+        about["invocations"].append(this)
+        write_about(out, about)
+        this["seconds"] = evaluate(pair, task, samples, cells, args.batch, results)
+        task.finish(args, samples, out)
+        write_about(out, about)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; name its folder with --data") from None
-    if len(ids) < samples * length:
-        raise ValueError(f"{path} has {len(ids)} tokens, too few for {samples} samples of {length}")
-    stride = (len(ids) - length) // max(1, samples - 1)
-    return [ids[i * stride : i * stride + length] for i in range(samples)]
+        raise ValueError(f"cannot write to {out}: {error.strerror}; give another --out") from None
+    print_tables([out], args.markdown)
 
 
-@torch.inference_mode()
-def full_logits(llm: Decoder, windows: list[list[int]], prompt: int) -> torch.Tensor:
-    """The full cache's predictions after each teacher-forced token: (B, steps, V) fp32."""
-    rows = [llm(torch.tensor([window[:-1]], device=llm.device))[0, prompt:] for window in windows]
-    return torch.stack(rows).float()
+def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
+    models = parser.add_argument_group("models")
+    models.add_argument("--llm", default=str(HOME / "pair" / "llm"), help="folder or hub id (default: pair/llm)")
+    models.add_argument("--slm", default=str(HOME / "pair" / "slm"), help="folder or hub id (default: pair/slm)")
+    models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
+    what = parser.add_argument_group("methods")
+    names = ", ".join(METHODS)
+    what.add_argument("--method", nargs="+", default=["full", "smallkv"], help=f"of {names}; with options after a "
+                      "colon, as in smallkv:score_decay=0.5,marginal=yes (default: full smallkv)")  # fmt: skip
+    what.add_argument("--budget", nargs="+", type=float, default=[0.2], help="shares of the full cache's bytes")
+    what.add_argument("--equal", choices=("budget", "bytes"), default="budget",
+                      help="bytes: the SLM's own cache is part of the budget")  # fmt: skip
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, default=Path("runs") / task.name, help=f"folder (default: runs/{task.name})")
+    limit = "all" if task.default_limit is None else task.default_limit
+    run.add_argument("--limit", type=int, default=task.default_limit, help=f"samples, of each sub-task where there are "
+                     f"any (default: {limit})")  # fmt: skip
+    run.add_argument("--batch", type=int, default=task.default_batch, help="samples that run together (default: "
+                     f"{task.default_batch})")  # fmt: skip
+    run.add_argument("--seed", type=int, default=0, help="another choice of samples (default: 0)")
+    run.add_argument("--data", type=Path, default=HOME / ".." / "shared" / "data", help="folder of the data sets")
+    run.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
 
-def measure(llm: Decoder, slm: Decoder, settings: Settings, windows: list[list[int]], prompt: int, full) -> Row:
-    """Teacher-force the windows under one setting, and compare with the full cache's logits (B, steps, V)."""
-    begin = time.perf_counter()
-    policy = SmallKV(llm, slm, settings)
-    steps = full.shape[1]
-    session = Session(llm, policy, [window[:prompt] for window in windows], steps)
-    session.prefill()
-    loss = kl = top1 = 0.0
-    for i in range(steps):
-        logits = session.step([window[prompt + i] for window in windows]).float()  # (B, V)
-        target = torch.tensor([window[prompt + i + 1] for window in windows], device=logits.device)
-        loss += F.cross_entropy(logits, target).item() / steps
-        reference = full[:, i].log_softmax(-1)
-        kl += F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction="batchmean").item() / steps
-        top1 += (logits.argmax(-1) == reference.argmax(-1)).float().mean().item() / steps
-        if i == 0:
-            first_moves = session.cache.keys_moved  # the first plan fills the slots: not a movement of the steady state
-    heads = len(windows) * llm.config.layers * llm.config.kv_heads
-    critical = sum(settings.sizes(prompt + i).critical for i in range(2, steps + 1)) * heads
-    moved = (session.cache.keys_moved - first_moves) / critical
-    similarity = torch.stack([m.similarity for m in policy.maps]).mean().item()
-    chosen = (settings.budget, settings.score_decay, settings.marginal, settings.saliency_shift, settings.matcher)
-    return Row(*chosen, math.exp(loss), kl, top1, moved, similarity, time.perf_counter() - begin)
-
-
-def grid(args) -> list[Settings]:
-    """Every combination asked for; without saliency shift only the LLM's own scores matter, and both halves show."""
-    unknown = [name for name in args.variants.split(",") if name not in VARIANTS]
-    if unknown:
-        raise ValueError(f"unknown variant {unknown[0]!r}; supported: {', '.join(VARIANTS)}")
-    halves = [tuple(name.split("+")) for name in args.variants.split(",")]
-    settings = []
-    for budget, decay, half in itertools.product(_floats(args.budgets), _floats(args.decays), halves):
-        marginal, shift = "no-marginal" not in half, "no-saliency-shift" not in half
-        settings.append(Settings(budget, None, decay, args.matcher, marginal, shift))
-    return settings
-
-
-def _floats(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{text!r} is not a list of numbers; write it like 0.2,0.1") from None
-
-
-VARIANTS = ("both", "no-marginal", "no-saliency-shift", "no-marginal+no-saliency-shift")
-HEADINGS = ("budget", "matcher", "decay", "marginal", "shift", "perplexity", "KL to full", "top-1", "moved")
-
-
-def cells(row: Row) -> list[str]:
-    halves = ["yes" if half else "no" for half in (row.marginal, row.saliency_shift)]
-    figures = [f"{row.perplexity:.2f}", f"{row.kl:.3f}", f"{row.top1:.3f}", f"{row.moved:.1%}"]
-    return [f"{row.budget:.0%}", row.matcher, f"{row.score_decay:g}", *halves, *figures]
-
-
-def print_table(rows: list[Row], title: str, console: Console) -> None:
-    table = Table(*HEADINGS, title=title)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
-
-
-def print_markdown(rows: list[Row], title: str) -> None:
-    print(f"{title}\n\n| {' | '.join(HEADINGS)} |\n|{' --- |' * len(HEADINGS)}")
-    for row in rows:
-        print(f"| {' | '.join(cells(row))} |")
-
-
-def run_wikitext(args) -> None:
-    settings = grid(args)
-    if args.prompt < WINDOW_MIN or args.steps < 2 or args.samples < 1:
-        raise ValueError(f"--prompt should be at least {WINDOW_MIN}, --steps at least 2 and --samples at least 1")
-    if args.json:
-        check_writable(Path(args.json))
-    pair = load_pair(args.llm, args.slm, args.device, args.dtype)
-    llm, slm, device = pair.llm, pair.slm, pair.llm.device
-    length = args.prompt + args.steps + 1
-    windows = read_windows(Path(args.data) / "wikitext-2" / "test.txt", pair.text.tokenizer, length, args.samples)
-    full = full_logits(llm, windows, args.prompt)
-    targets = torch.tensor([window[args.prompt + 1 :] for window in windows], device=full.device)
-    perplexity = F.cross_entropy(full.flatten(0, 1), targets.flatten()).exp().item()
-    rows = []
-    for setting in tqdm(settings, desc="settings", unit="setting", disable=None):
-        rows.append(measure(llm, slm, setting, windows, args.prompt, full))
-        if args.json:  # after every setting: a run that is stopped keeps what it has
-            content = {"arguments": vars(args), "full_perplexity": perplexity, "rows": [vars(row) for row in rows]}
-            Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
-    title = f"wikitext-2 test, prompt {args.prompt}, {args.steps} steps, {args.samples} sequences, {llm.dtype}, "
-    title += f"{device}: full cache perplexity {perplexity:.3f}, head similarity {rows[0].similarity:.3f}"
-    if args.markdown:
-        print_markdown(rows, title)
-    else:
-        print_table(rows, title, Console())
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for task in TASKS.values():
+        own = commands.add_parser(task.name, help=task.help, description=task.help, allow_abbrev=False)
+        add_common(own, task)
+        task.add_arguments(own.add_argument_group(task.name))
+    table = commands.add_parser("table", help="tables of runs that are there", allow_abbrev=False)
+    table.add_argument("runs", nargs="+", type=Path)
+    table.add_argument("--markdown", action="store_true", help="as Markdown")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tasks = parser.add_subparsers(dest="task", required=True)
-    task = tasks.add_parser("wikitext", help="perplexity and KL to the full cache, teacher-forced")
-    task.add_argument("--llm", required=True, help="folder or hub id")
-    task.add_argument("--slm", required=True, help="folder or hub id")
-    task.add_argument("--data", default="../shared/data", help="folder that holds wikitext-2/test.txt")
-    task.add_argument("--budgets", default="0.5,0.2,0.1,0.05")
-    task.add_argument("--decays", default="1,0.9,0.5,0")
-    task.add_argument("--variants", default="both,no-marginal", help=f"of {', '.join(VARIANTS)}")
-    task.add_argument("--matcher", default=Settings.matcher, choices=MATCHERS)
-    task.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    task.add_argument("--prompt", type=int, default=512)
-    task.add_argument("--steps", type=int, default=128)
-    task.add_argument("--samples", type=int, default=8)
-    task.add_argument("--device", default="auto")
-    task.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES)
-    task.add_argument("--json", help="write every figure here")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
-        run_wikitext(args)
+        if args.task == "table":
+            print_tables(args.runs, args.markdown)
+        else:
+            run_task(args)
     except (CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory, lower --batch: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -50,6 +50,25 @@ class Text:
 
     def chat(self, message: str) -> list[int]:
         """One user message in the checkpoint's chat template, up to where the answer begins."""
+        return self._words(self._render([{"role": "user", "content": message}]))
+
+    def next_turn(self, message: str) -> list[int]:
+        """What comes between an answer and the next one: the end of the answer's turn, and another user message.
+
+        For a cache that is kept between turns: the answer's own tokens are in it, so they are not written again.
+        """
+        answer = "(the answer stands here)"
+        turns = (("user", "?"), ("assistant", answer), ("user", message))
+        rendered = self._render([{"role": role, "content": content} for role, content in turns])
+        before, found, after = rendered.partition(answer)
+        if not found:
+            raise ValueError("the checkpoint's chat template leaves answers out, so a second turn cannot follow one")
+        return self._words(after)
+
+    def _words(self, rendered: str) -> list[int]:
+        return self.tokenizer.encode(rendered, add_special_tokens=False).ids  # the template has written them
+
+    def _render(self, messages: list[dict]) -> str:
         if self.template is None:
             raise ValueError("this checkpoint has no chat template; leave --chat out, or use an instruct checkpoint")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
@@ -57,12 +76,11 @@ class Text:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            rendered = environment.from_string(self.template).render(
-                messages=[{"role": "user", "content": message}], add_generation_prompt=True, **self.special
+            return environment.from_string(self.template).render(
+                messages=messages, add_generation_prompt=True, **self.special
             )
         except Exception as error:  # a template is a program: it can fail in any way
             raise ValueError(f"the checkpoint's chat template failed: {error}") from None
-        return self.tokenizer.encode(rendered, add_special_tokens=False).ids  # the template has written them
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
