@@ -142,6 +142,7 @@ class SmallKV:
     """
 
     name = "smallkv"
+    whole_prompt = False
 
     def __init__(self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None):
         """head_map (L, H) int64 replaces the matching, for experiments and tests."""
