@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from baselines import BASELINES
+from baselines import BASELINES, Fused
 from checkpoint import (
     DTYPES,
     CheckpointError,
@@ -201,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
     method = parser.add_argument_group("method")
-    method.add_argument("--method", default="smallkv", choices=("full", "smallkv", *BASELINES))
+    method.add_argument("--method", default="smallkv", choices=("full", "smallkv", "fused", *BASELINES))
     method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")
     method.add_argument("--budget", type=float, help=f"share of the full cache's bytes (default: {Settings.budget})")
     method.add_argument("--budget-tokens", type=int, help="instead: bytes of that many whole tokens")
@@ -235,9 +235,9 @@ def run(args) -> int:
     texts = read_prompts(args)
     if args.json:
         check_writable(Path(args.json))  # before the work, not after it
-    if args.compare and args.method in BASELINES:
+    if args.compare and args.method not in ("full", "smallkv"):
         raise ValueError(f"--compare sets SmallKV beside the full cache; leave --method {args.method} out")
-    smallkv = args.method == "smallkv"
+    smallkv = args.method in ("smallkv", "fused")
     if (smallkv or args.compare) and not args.slm:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
     console = Console(stderr=True)
@@ -281,8 +281,8 @@ def make_policy(method: str, pair: Pair, settings: Settings):
     """The policy of one --method; a baseline takes the budget from the settings, and the rest means nothing to it."""
     if method == "full":
         return FullPolicy(pair.llm)
-    if method == "smallkv":
-        return SmallKV(pair.llm, pair.slm, settings)
+    if method in ("smallkv", "fused"):
+        return (Fused if method == "fused" else SmallKV)(pair.llm, pair.slm, settings)
     return BASELINES[method](pair.llm, Budget(settings.budget, settings.budget_tokens))
 
 

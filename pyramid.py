@@ -198,10 +198,9 @@ class PyramidCache(EvictingCache):
         return rows[b, step % rows.shape[1]]
 
     def _remember(self, layer: int, slot: Tensor, weight: Tensor) -> None:
-        rows = self.rows[layer]
-        newest = slot[:, :1].expand(-1, rows.shape[1], -1)  # (B, R, 1): earlier queries have not seen the newest token
-        rows.scatter_(2, newest, 0.0)
-        rows[:, self.step % rows.shape[1]] = weight.mean(1)
+        # A slot's older entries speak of whoever had it before; nobody reads them, as only rows of queries that came
+        # after a token rank it.
+        self.rows[layer][:, self.step % self.rows[layer].shape[1]] = weight.mean(1)
 
     def ledger(self) -> list[Entry]:
         return super().ledger() + [

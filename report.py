@@ -14,6 +14,7 @@ from rich.text import Text as Words
 from cache import FullCache
 from decode import Session, Timing
 from evicting import EvictingCache
+from smallkv import SmallKV
 from text import Text
 
 
@@ -29,7 +30,7 @@ def make_report(session: Session, timing: Timing) -> dict:
     full = FullCache.predict(llm.config, batch, capacity, llm.device.type, llm.dtype)
     ledgers = {"LLM": cache.ledger()}
     tokens, similarity, moved = [], None, None
-    if policy.name == "smallkv":
+    if isinstance(policy, SmallKV):
         ledgers["SLM"] = policy.slm_cache.ledger()
         for b, length in enumerate(session.lengths):
             critical, marginal = cache.tokens(b)

@@ -6,13 +6,15 @@ import math
 import pytest
 import torch
 
-from baselines import BASELINES, H2O, Oracle, PyramidInfer, SnapKV
+from baselines import BASELINES, H2O, Fused, Oracle, PyramidInfer, SnapKV
 from cache import FullCache
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Session, generate, strip_pads
 from evicting import Budget
+from match import window_rows
 from model import apply_rope
 from pyramid import answer_shares, contexts, cosine, solve_pyramid
+from smallkv import Settings, SmallKV
 
 LENGTHS, STEPS = (150, 61, 9), 45
 BUDGETS = (0.05, 0.2, 0.5, 1.0)
@@ -203,7 +205,7 @@ def naive_pyramid(llm, prompt, fed, budget):
                 score = dict.fromkeys(segment, 0.0)
                 for w, row in zip(weight, rows):
                     for j in segment:
-                        score[j] += w * sum(row[g][j].sum().item() for g in range(G)) / H if j in row[0] else 0.0
+                        score[j] += w * sum(row[g][j].sum().item() for g in range(G)) / H
                 gone = set(segment) - set(top(score, keep[layer]))
                 held[layer] = [j for j in held[layer] if j not in gone]
                 settled[layer] = len(held[layer]) - recent
@@ -454,3 +456,63 @@ def test_bad_input_is_named():
         Budget(tokens=0)
     with pytest.raises(ValueError, match="unknown pooling 'min'; supported: max, avg"):
         SnapKV(llm, Budget(0.2), pooling="min")
+
+
+# ---- The rival with an SLM -------------------------------------------------------------------------------------------
+
+
+def naive_fused(llm, slm, prompt, fed, settings, head_map):
+    """Critical tokens of every step: the LLM's own weights on what it held, the SLM's rows on the rest."""
+    naive, d = Naive(llm), settings.score_decay
+    heads = list(itertools.product(range(llm.config.layers), range(llm.config.kv_heads)))
+    naive.prompt(prompt)
+    memory, history = {head: {j: 0.0 for j in range(len(prompt))} for head in heads}, []
+    for layer, g in heads:
+        for query, row in enumerate(naive.rows[layer]):
+            for j, weights in row[g].items():
+                memory[layer, g][j] += d ** (len(prompt) - 1 - query) * weights.sum().item()
+    for i, token in enumerate(fed):
+        n = len(prompt) + i + 1
+        size = settings.sizes(n)
+        rows = window_rows(slm, torch.tensor([prompt + fed[: i + 1]]))[:, -1][head_map]  # (L, H, n)
+        rows = rows.view(*head_map.shape, n).unflatten(1, (llm.config.kv_heads, -1)).sum(2)
+        held = {}
+        for layer, g in heads:
+            row, past = rows[layer, g].tolist(), memory[layer, g]
+            past[n - 1] = 0.0
+            score = {j: math.inf if j >= n - size.recent else d * past[j] + row[j] for j in range(n)}
+            held[layer, g] = top(score, size.critical)
+        naive.token(token, lambda layer, g, n: held[layer, g])
+        for layer, g in heads:
+            for j in range(n):
+                own = naive.rows[layer][-1][g].get(j)
+                gained = rows[layer, g, j].item() if own is None else own.sum().item()
+                memory[layer, g][j] = d * memory[layer, g][j] + gained
+        history.append(held)
+    return history
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+@torch.inference_mode()
+def test_fused_equals_a_naive_loop(decay, device):
+    head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
+    settings = Settings(budget=0.2, score_decay=decay)
+    prompts, fed = random_prompts(110, 101), fed_tokens(2, 15)
+    models = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
+    expected = [naive_fused(*models, *each, settings, head_map) for each in zip(prompts, fed)]
+    models = tiny_decoder(device=device), tiny_decoder(heads=4, head_dim=8, seed=1, device=device)
+    session = Session(models[0], Fused(*models, settings, head_map=head_map), prompts, 16)
+    session.prefill()
+    for i in range(15):
+        session.step([tokens[i] for tokens in fed])
+        for b, history in enumerate(expected):
+            for (layer, g), positions in history[i].items():
+                held = session.cache.key_position[layer, b, g].tolist()
+                assert sorted(j for j in held if j >= 0) == positions, (i, b, layer, g)
+
+
+def test_fused_without_memory_is_smallkv():
+    llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
+    settings, prompts = Settings(budget=0.1, score_decay=0.0), random_prompts(140, 110)
+    expected = generate(llm, SmallKV(llm, slm, settings), prompts, 30)
+    assert generate(llm, Fused(llm, slm, settings), prompts, 30) == expected

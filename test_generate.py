@@ -340,6 +340,16 @@ def test_every_baseline_answers_one_prompt_and_several(method, run, tmp_path):
     assert ("dropped" in err) == (method != "oracle")
 
 
+def test_fused_answers_with_both_models(pair, run, tmp_path):
+    code, _, err = run(PROMPT, "--method", "fused", "--score-decay", 0.5, "--max-new-tokens", 8, "--json",
+                       tmp_path / "r.json")  # fmt: skip
+    report = json.loads((tmp_path / "r.json").read_text())["fused"]["report"]
+    assert code == 0 and {entry["model"] for entry in report["ledger"]} == {"LLM", "SLM"}
+    assert sum(entry["what"] == "scores" for entry in report["ledger"]) == 2
+    code, _, err = run(PROMPT, "--method", "fused", "--no-saliency-shift")
+    assert (code, err.splitlines()[-1]) == (2, "error: fused scores need the SLM's: saliency shift cannot be off")
+
+
 def test_baselines_name_bad_input(run):
     code, _, err = run(PROMPT, "--method", "h2o", "--budget", 1.5, slm=None)
     assert (code, err.count("\n")) == (2, 1) and "budget 1.5 is outside" in err
