@@ -7,8 +7,8 @@ Where it sits: it owns the order of things. A decode step, the whole project in 
     logits = llm(tokens, span, cache)       # attention on the tiers (kernels.py)
     tokens = sampler(logits)                # and round again
 
-A policy is an object with `models`, `make_cache`, `predict`, `prefill`, `observe` and `plan`; `FullPolicy` is the
-smallest one.
+A policy is an object with `models`, `whole_prompt`, `make_cache`, `predict`, `prefill`, `observe` and `plan`;
+`FullPolicy` is the smallest one.
 Shapes follow the legend in model.py.
 """
 
@@ -29,6 +29,7 @@ class FullPolicy:
     """The full cache: nothing to observe, nothing to plan."""
 
     name = "full"
+    whole_prompt = False  # a prompt may be prefilled in chunks
 
     def __init__(self, llm: Decoder):
         self.llm, self.models = llm, [llm]
@@ -100,7 +101,8 @@ class Session:
         """Both models over every prompt, one sequence at a time, in chunks; logits (B, V) of the last tokens."""
         logits = []
         for b, prompt in enumerate(self.prompts):
-            chunks = [(start, min(start + self.chunk, len(prompt))) for start in range(0, len(prompt), self.chunk)]
+            chunk = len(prompt) if self.policy.whole_prompt else self.chunk
+            chunks = [(start, min(start + chunk, len(prompt))) for start in range(0, len(prompt), chunk)]
             self.policy.prefill(b, prompt, chunks)
             staged = self.cache.staging(b, len(prompt))
             for start, end in chunks:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
+from baselines import BASELINES, Fused
 from checkpoint import (
     DTYPES,
     CheckpointError,
@@ -28,6 +29,7 @@ from checkpoint import (
     weight_bytes,
 )
 from decode import FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
+from evicting import Budget
 from kernels import SCORE_BLOCK
 from match import MATCHERS
 from model import Decoder
@@ -199,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
     method = parser.add_argument_group("method")
-    method.add_argument("--method", default="smallkv", choices=("full", "smallkv"))
+    method.add_argument("--method", default="smallkv", choices=("full", "smallkv", "fused", *BASELINES))
     method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")
     method.add_argument("--budget", type=float, help=f"share of the full cache's bytes (default: {Settings.budget})")
     method.add_argument("--budget-tokens", type=int, help="instead: bytes of that many whole tokens")
@@ -233,7 +235,9 @@ def run(args) -> int:
     texts = read_prompts(args)
     if args.json:
         check_writable(Path(args.json))  # before the work, not after it
-    smallkv = args.method == "smallkv"
+    if args.compare and args.method not in ("full", "smallkv"):
+        raise ValueError(f"--compare sets SmallKV beside the full cache; leave --method {args.method} out")
+    smallkv = args.method in ("smallkv", "fused")
     if (smallkv or args.compare) and not args.slm:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
     console = Console(stderr=True)
@@ -250,7 +254,7 @@ def run(args) -> int:
     interrupted = False
     methods = ["full", "smallkv"] if args.compare else [args.method]
     for name in methods:
-        policy = SmallKV(pair.llm, pair.slm, settings) if name == "smallkv" else FullPolicy(pair.llm)
+        policy = make_policy(name, pair, settings)
         stream = pair.text.stream()
         live = len(prompts) == 1 and not args.compare  # several answers at once cannot be streamed into one column
         show = (lambda b, token: print(stream.push(token), end="", flush=True)) if live else None
@@ -273,11 +277,20 @@ def run(args) -> int:
     return 130 if interrupted else 0
 
 
+def make_policy(method: str, pair: Pair, settings: Settings):
+    """The policy of one --method; a baseline takes the budget from the settings, and the rest means nothing to it."""
+    if method == "full":
+        return FullPolicy(pair.llm)
+    if method in ("smallkv", "fused"):
+        return (Fused if method == "fused" else SmallKV)(pair.llm, pair.slm, settings)
+    return BASELINES[method](pair.llm, Budget(settings.budget, settings.budget_tokens))
+
+
 def backend_line(pair: Pair, settings: Settings | None) -> str:
     """What runs, in one line: nothing is chosen silently."""
     device = pair.llm.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    moving = "none (full cache)"
+    moving = "none (one tier)"
     if settings:
         moving = "side stream" if device.type == "cuda" and settings.prefetch else "in step"
     dtype = str(pair.llm.dtype).removeprefix("torch.")

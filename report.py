@@ -13,22 +13,24 @@ from rich.text import Text as Words
 
 from cache import FullCache
 from decode import Session, Timing
+from evicting import EvictingCache
+from smallkv import SmallKV
 from text import Text
 
 
 def make_report(session: Session, timing: Timing) -> dict:
     """Everything the report says, as JSON types.
 
-    tokens: per sequence, tokens in the slots of each tier at the end, mean over layers and KV heads. ledger: bytes
-    allocated, by model, kind and device. full_cache_bytes: what the LLM's full cache would take for the same positions.
-    moved: rows brought from the host.
+    tokens: per sequence, tokens in the slots of each tier at the end, mean over layers and KV heads; what a baseline
+    evicted is dropped, not offloaded. ledger: bytes allocated, by model, kind and device. full_cache_bytes: what the
+    LLM's full cache would take for the same positions. moved: rows brought from the host.
     """
     policy, cache, llm = session.policy, session.cache, session.llm
     batch, capacity = len(session.prompts), session.capacity
     full = FullCache.predict(llm.config, batch, capacity, llm.device.type, llm.dtype)
     ledgers = {"LLM": cache.ledger()}
     tokens, similarity, moved = [], None, None
-    if policy.name == "smallkv":
+    if isinstance(policy, SmallKV):
         ledgers["SLM"] = policy.slm_cache.ledger()
         for b, length in enumerate(session.lengths):
             critical, marginal = cache.tokens(b)
@@ -39,6 +41,10 @@ def make_report(session: Session, timing: Timing) -> dict:
             values = torch.stack(maps)
             similarity = {"mean": values.mean().item(), "worst": values.min().item(), "matched": len(maps)}
         moved = {"keys": cache.keys_moved, "values": cache.values_moved, "steps": cache.steps}
+    elif isinstance(cache, EvictingCache):
+        for b, length in enumerate(session.lengths):
+            kept = cache.tokens(b)
+            tokens.append({"critical": kept, "dropped": length - kept, "all": length})
     else:
         tokens = [{"critical": n, "marginal": 0, "offloaded": 0, "all": n} for n in session.lengths]
     return {
@@ -83,8 +89,8 @@ def print_report(name: str, report: dict, console: Console) -> None:
         console.print("no decode step ran, so the whole prompt is still on the host", highlight=False)
     for number, tokens in enumerate(report["tokens"], 1):
         which = f"sequence {number}: " if len(report["tokens"]) > 1 else ""
-        tiers = ("critical", "marginal", "offloaded")
-        shares = ", ".join(f"{tokens[tier]:.0f} {tier} ({tokens[tier] / tokens['all']:.0%})" for tier in tiers)
+        tiers = [(tier, count) for tier, count in tokens.items() if tier != "all"]
+        shares = ", ".join(f"{count:.0f} {tier} ({count / tokens['all']:.0%})" for tier, count in tiers)
         console.print(f"{which}{tokens['all']} tokens per KV head: {shares}", highlight=False)
     if report["similarity"]:
         console.print(

@@ -142,11 +142,13 @@ class SmallKV:
     """
 
     name = "smallkv"
+    whole_prompt = False
 
     def __init__(self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None):
         """head_map (L, H) int64 replaces the matching, for experiments and tests."""
         self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, head_map
         self.models = [llm, slm]
+        self.own_scores = not settings.saliency_shift  # the LLM's own attention on what it holds is remembered too
 
     # -- before the first token --
 
@@ -160,7 +162,7 @@ class SmallKV:
         self.tokens: list[list[int]] = [[] for _ in lengths]
         shape = (batch, self.llm.config.layers, self.llm.config.query_heads)
         self.index = torch.zeros(shape, dtype=torch.long, device=self.llm.device)  # f(i) of every sequence
-        own_decay = None if self.settings.saliency_shift else self.settings.score_decay
+        own_decay = self.settings.score_decay if self.own_scores else None
         slots = pool_slots(self.settings.sizes, min(lengths), capacity)
         self.cache = TieredCache(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch, own_decay
@@ -171,10 +173,9 @@ class SmallKV:
         """Ledgers of both caches before anything is allocated."""
         device = self.llm.device.type
         slots = pool_slots(self.settings.sizes, min(lengths), capacity)
-        own = not self.settings.saliency_shift
         llm: Config = self.llm.config
         return {
-            "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, own),
+            "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, self.own_scores),
             "SLM": ScoredCache.predict(self.slm.config, len(lengths), capacity, device, self.slm.dtype),
         }
 
@@ -214,11 +215,8 @@ class SmallKV:
 
     def plan(self, layer: int) -> TierPlan:
         """The tiers of one LLM layer, from the newest scores: (B, G, n) masks and the rows to borrow (B, H, n)."""
-        G = self.llm.config.kv_heads
         if self.settings.saliency_shift:
-            matched = self._matched(self.slm_cache.score, layer)  # a_f(i), (B, H, n)
-            B, _, n = matched.shape
-            scores = matched.view(B, G, -1, n).sum(2)  # one token set for the query heads that share a KV head
+            scores = self._ranking(layer)
         else:
             dropped = self.cache.dropped[layer, :, :, : self.end]
             scores = self.cache.score[layer, :, :, : self.end].masked_fill(dropped, -torch.inf)
@@ -227,6 +225,15 @@ class SmallKV:
             critical, marginal = critical & ~dropped, marginal & ~dropped
         borrowed = self._matched(self.slm_cache.row, layer) if any(size.marginal for size in self.sizes) else None
         return TierPlan(critical, marginal, borrowed)
+
+    def _ranking(self, layer: int) -> Tensor:
+        """What tokens are ranked by, (B, G, n): a_f(i), one token set for the query heads that share a KV head."""
+        return self._by_kv_head(self._matched(self.slm_cache.score, layer))
+
+    def _by_kv_head(self, matched: Tensor) -> Tensor:
+        """Sum over the query heads of each KV head: (B, H, n) -> (B, G, n)."""
+        B, _, n = matched.shape
+        return matched.view(B, self.llm.config.kv_heads, -1, n).sum(2)
 
     def _matched(self, table: Tensor, layer: int) -> Tensor:
         """Rows of the SLM heads f(i) of one LLM layer: (L', B, H', S) -> (B, H, n)."""

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as command
+from baselines import BASELINES
 from cache import FullCache
 from checkpoint import weight_bytes
 from conftest import tiny_decoder
@@ -318,3 +319,39 @@ def test_unreachable_hub(run, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     code, _, err = run("x", llm="nobody/nothing")
     assert code == 2 and "hub not reachable and nobody/nothing is not in the local cache" in err
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_every_baseline_answers_one_prompt_and_several(method, run, tmp_path):
+    """Without an SLM; a batch gives the answers of the prompts alone, and the report says what became of the tokens."""
+    options = ("--method", method, "--budget", 0.3, "--max-new-tokens", 12, "--json", tmp_path / "r.json")
+    alone = []
+    for prompt in (PROMPT, "the quick brown fox"):
+        code, out, err = run(prompt, *options, slm=None)
+        report = json.loads((tmp_path / "r.json").read_text())[method]
+        assert code == 0 and "tier movement none (one tier)" in err and "TPOT" in err
+        assert out.strip() == report["answers"][0]["text"].strip()
+        alone.append(report["answers"][0]["tokens"])
+    code, _, err = run(PROMPT, "the quick brown fox", *options, slm=None)
+    both = json.loads((tmp_path / "r.json").read_text())[method]
+    assert code == 0 and [answer["tokens"] for answer in both["answers"]] == alone
+    for tokens in both["report"]["tokens"]:
+        assert sum(count for tier, count in tokens.items() if tier != "all") == pytest.approx(tokens["all"])
+    assert ("dropped" in err) == (method != "oracle")
+
+
+def test_fused_answers_with_both_models(pair, run, tmp_path):
+    code, _, err = run(PROMPT, "--method", "fused", "--score-decay", 0.5, "--max-new-tokens", 8, "--json",
+                       tmp_path / "r.json")  # fmt: skip
+    report = json.loads((tmp_path / "r.json").read_text())["fused"]["report"]
+    assert code == 0 and {entry["model"] for entry in report["ledger"]} == {"LLM", "SLM"}
+    assert sum(entry["what"] == "scores" for entry in report["ledger"]) == 2
+    code, _, err = run(PROMPT, "--method", "fused", "--no-saliency-shift")
+    assert (code, err.splitlines()[-1]) == (2, "error: fused scores need the SLM's: saliency shift cannot be off")
+
+
+def test_baselines_name_bad_input(run):
+    code, _, err = run(PROMPT, "--method", "h2o", "--budget", 1.5, slm=None)
+    assert (code, err.count("\n")) == (2, 1) and "budget 1.5 is outside" in err
+    code, _, err = run(PROMPT, "--method", "snapkv", "--compare")
+    assert (code, err.count("\n")) == (2, 1) and "leave --method snapkv out" in err
