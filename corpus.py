@@ -28,7 +28,7 @@ from recall import Document, Limits, Prose, document_ids, encoder, make_document
 
 END = "<|endoftext|>"  # divides books in the text files; the only special token of our own tokenizer
 RECALL_CHARS = 12_000_000  # of prose between facts; cutting books into sentences takes a second per 2 MB
-SHORTEST = 80  # tokens of a recall document's prompt
+SHORTEST = 120  # tokens of a recall document's prompt
 TOKENS_A_TURN = 36  # of prompt that a question needs, so that the facts fit in
 DENSE = Limits(fact_share=0.95)  # training documents may be nearly all facts: the more questions, the sooner learnt
 TURN_ROOM = 44  # tokens that a question and its answer may take
