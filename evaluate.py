@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from baselines import Window
+from baselines import BASELINES, Fused
 from benchmarks import TASKS
 from checkpoint import CheckpointError
 from decode import FullPolicy
+from evicting import Budget
 from generate import DTYPE_CHOICES, Pair, load_pair
 from model import Config
 from smallkv import Settings, SmallKV
@@ -52,11 +53,15 @@ class Method:
 # A method is one line. What follows a colon in --method (name:option=value,option=value) are its options.
 METHODS = {
     "full": Method(lambda pair, budget, **options: FullPolicy(pair.llm, **options), budgets=False),
-    "window": Method(lambda pair, budget, **options: Window(pair.llm, budget, **options)),
+    **{
+        name: Method(lambda pair, budget, kind=kind, **options: kind(pair.llm, Budget(budget), **options))
+        for name, kind in BASELINES.items()
+    },
     "smallkv": Method(lambda pair, budget, **o: SmallKV(pair.llm, pair.slm, Settings(budget=budget, **o)), True),
     "smallkv-paper": Method(
         lambda pair, budget, **o: SmallKV(pair.llm, pair.slm, Settings.paper(budget=budget, **o)), True
     ),
+    "fused": Method(lambda pair, budget, **o: Fused(pair.llm, pair.slm, Settings(budget=budget, **o)), True),
 }
 
 
