@@ -213,8 +213,10 @@ class TieredCache:
 
     def load(self, b: int, staged: FullCache, length: int) -> None:
         """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants."""
-        self.host_key[:, b, :, :length] = staged.key[:, 0, :, :length]
-        self.host_value[:, b, :, :length] = staged.value[:, 0, :, :length]
+        for host, made in ((self.host_key, staged.key), (self.host_value, staged.value)):
+            for layer in range(self.config.layers):
+                for g in range(self.config.kv_heads):  # contiguous on both sides: straight copies that nobody waits for
+                    host[layer, b, g, :length].copy_(made[layer, 0, g, :length], non_blocking=True)
         if self.own_decay is not None:
             L, G = self.score.shape[0], self.score.shape[2]
             self.score[:, b, :, :length] = staged.score[:, 0].view(L, G, -1, length).sum(2)

@@ -8,7 +8,10 @@ of bf16's 8 bits (0.4 %) or fp16's 11.
 import pytest
 import torch
 
+import kernels
 import kernels_decode
+import kernels_layer
+import kernels_prefill
 import kernels_tiers
 from smallkv import TierSizes, plan_tiers
 
@@ -283,3 +286,66 @@ def test_newest_rows_reach_the_host(device):
     for ours, twins in zip(results[1], results[0]):
         assert torch.equal(ours, twins)
     assert torch.equal(results[1][1][2, 1, 0, 98], newest[1, 2, 1, 0].cpu())
+
+
+# ---- prefill ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.0])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (63, 63), (111, 257), (1, 257)])
+def test_column_sums_equal_their_twin(queries, keys, decay, device):
+    for dtype, head_dim in kinds(device, 32, 64):
+        for group in (1, 3) if keys == 257 else (7,):
+            query = 2 * randn(2, 2 * group, queries, head_dim, dtype=dtype, device=device)
+            key = randn(2, 2, keys + 9, head_dim, seed=1, dtype=dtype, device=device)
+            key[:, :, keys:] = torch.nan
+            expected = kernels.column_sums(query, key[:, :, :keys], decay)
+            torch.testing.assert_close(
+                kernels_prefill.column_sums_triton(query, key[:, :, :keys], decay), expected,
+                atol=TOLERANCE[dtype], rtol=10 * TOLERANCE[dtype],  # the twin rounds each logit to 16 bits
+            )  # fmt: skip
+
+
+# ---- between the matrix products -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32, 111, 896])
+def test_norm_equals_its_twin(size, device):
+    for dtype, _ in kinds(device, 32, 64):
+        update, weight = (randn(*shape, seed=1, dtype=dtype, device=device) for shape in ((3, size), (size,)))
+        for added in (None, update):
+            x = [randn(3, size, dtype=dtype, device=device) for _ in range(2)]
+            norms = (kernels_layer.add_norm_torch, kernels_layer.add_norm_triton)
+            expected, out = (norm(mine, added, weight, 1e-6) for norm, mine in zip(norms, x))
+            close(out, expected, dtype)
+            close(x[1], x[0], dtype)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("slotted", [False, True])
+def test_rope_and_the_cache_write_equal_their_twin(slotted, norm, device):
+    for dtype, D in kinds(device, 32, 64):
+        B, H, G, S = 3, 6, 2, 40
+        qkv = randn(B, (H + 2 * G) * D, dtype=dtype, device=device)
+        cos, sin = (randn(S, D // 2, seed=seed, device=device) for seed in (1, 2))
+        length = torch.tensor([1, 17, 40], dtype=torch.int32, device=device)
+        norms = tuple(1 + randn(D, seed=seed, dtype=dtype, device=device) / 4 for seed in (3, 4)) + (1e-6,)
+        slots = [None, None]
+        if slotted:
+            slots = [
+                torch.randint(S, (B, G), generator=torch.Generator().manual_seed(s)).int().to(device) for s in (5, 6)
+            ]
+        results = []
+        for rope in (kernels_layer.rope_append_torch, kernels_layer.rope_append_triton):
+            pools = [torch.zeros(B, G, S, D, dtype=dtype, device=device) for _ in range(2)]
+            newest = torch.zeros(2, 5, B, G, D, dtype=dtype, device=device)
+            query = rope(qkv, cos, sin, length, norms if norm else None, *pools, *slots, newest[:, 3])
+            results.append((query, *pools, newest))
+        for ours, twins in zip(results[1], results[0]):
+            close(ours, twins, dtype)
+
+
+def test_gate_equals_its_twin(device):
+    for dtype, _ in kinds(device, 32, 64):
+        both = 3 * randn(3, 2 * 1111, dtype=dtype, device=device)
+        close(kernels_layer.gate_triton(both), kernels_layer.gate_torch(both), dtype)
