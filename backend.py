@@ -14,6 +14,7 @@ import torch
 import kernels
 import kernels_decode
 import kernels_layer
+import kernels_move
 import kernels_prefill
 import kernels_tiers
 
@@ -47,8 +48,8 @@ TORCH = Backend(
     plan_layer=kernels_tiers.plan_layer_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
-    bring_rows=kernels_tiers.bring_rows_torch,
-    store_newest=kernels_tiers.store_newest_torch,
+    bring_rows=kernels_move.bring_rows_torch,
+    store_newest=kernels_move.store_newest_torch,
     add_norm=kernels_layer.add_norm_torch,
     rope_append=kernels_layer.rope_append_torch,
     gate=kernels_layer.gate_torch,
@@ -63,8 +64,8 @@ TRITON = Backend(
     plan_layer=kernels_tiers.plan_layer_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,
-    bring_rows=kernels_tiers.bring_rows_triton,
-    store_newest=kernels_tiers.store_newest_triton,
+    bring_rows=kernels_move.bring_rows_triton,
+    store_newest=kernels_move.store_newest_triton,
     add_norm=kernels_layer.add_norm_triton,
     rope_append=kernels_layer.rope_append_triton,
     gate=kernels_layer.gate_triton,

@@ -21,6 +21,7 @@ from torch import Tensor
 from backend import Backend
 from cache import FullCache
 from decode import Session
+from kernels_move import Moves
 from kernels_tiers import CRITICAL, MARGINAL
 from model import Decoder
 
@@ -124,7 +125,7 @@ class TieredSide:
             raise ValueError("--max-moves goes with --no-marginal: a marginal tier moves tokens of its own")
         self.policy, self.cache, self.backend, self.length = policy, policy.cache, backend, length
         self.marginal, self.moves, self.prior = settings.marginal, moves, None
-        L, B, G, C = self.cache.key_position.shape
+        L, B, G, _ = self.cache.key_position.shape
         N, S = self.cache.value_position.shape[3], self.cache.host_key.shape[3]
         device = self.cache.key.device
         table = [settings.sizes(n) for n in range(S + 1)]
@@ -134,8 +135,8 @@ class TieredSide:
         self.key_slot = torch.zeros(L, B, G, dtype=torch.int32, device=device)
         self.new_value_slot = torch.zeros(L, B, G, dtype=torch.int32, device=device)
         self.tier = torch.zeros(B, G, S, dtype=torch.int8, device=device)
-        self.fresh_key = torch.full((B, G, C), -1, dtype=torch.int32, device=device)
-        self.fresh_value = torch.full((B, G, N), -1, dtype=torch.int32, device=device) if self.marginal else None
+        self.key_moves = Moves.none(self.cache.key_position[0])
+        self.value_moves = Moves.none(self.cache.value_position[0]) if self.marginal else self.key_moves
         self.moved = torch.zeros(2, 1, dtype=torch.int64, device=device)  # keys and values brought from the host
         self.borrowed = None
         if not self.marginal:
@@ -143,7 +144,8 @@ class TieredSide:
         else:
             self.borrowed = torch.zeros(L, B, self.policy.llm.config.query_heads, N, device=device)
         self.stored = torch.zeros(B, dtype=torch.int32, device=device)  # position of the token in `newest`
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # First in the queue: the LLM's layer waits for it, and it leaves room for the LLM's kernels beside it.
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.arrived: list[torch.cuda.Event] = []
 
     def tensors(self) -> list[Tensor]:
@@ -183,19 +185,17 @@ class TieredSide:
             self.policy.slm_cache.score, index, self.length, self.sizes, self.tier, self.prior, position, self.moves
         )
         slot = self.key_slot[layer]
-        backend.assign_slots(position, self.tier, CRITICAL, self.length, self.fresh_key, slot, self.moved[0])
-        fresh_value = self.fresh_key
+        backend.assign_slots(position, self.tier, CRITICAL, self.length, self.key_moves, slot, self.moved[0])
         if self.marginal:
-            fresh_value, slot = self.fresh_value, self.new_value_slot[layer]
-            values = cache.value_position[layer]
-            backend.assign_slots(values, self.tier, MARGINAL, self.length, fresh_value, slot, self.moved[1])
+            slot, values = self.new_value_slot[layer], cache.value_position[layer]
+            backend.assign_slots(values, self.tier, MARGINAL, self.length, self.value_moves, slot, self.moved[1])
             backend.lend_rows(
                 self.policy.slm_cache.row, index, self.tier, position, values, cache.value_slot[layer],
                 self.borrowed[layer],
             )  # fmt: skip
         backend.bring_rows(
-            cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer], self.fresh_key,
-            fresh_value,
+            cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer], self.key_moves,
+            self.value_moves,
         )  # fmt: skip
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:

@@ -97,15 +97,15 @@ def tiered_attention_torch(
 
 @triton.jit
 def _full_split_kernel(
-    q_ptr, k_ptr, v_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, k_batch, k_head, logit_head, scale, splits,
+    q_ptr, k_ptr, v_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, k_batch, k_head, logit_head, scale, splits, size,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, SCORED: tl.constexpr,
+    SCORED: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head: max, sum and unscaled output of its ROWS query heads (GROUP of them are real)."""
     pair, split = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
     length = tl.load(length_ptr + b)
-    start = split * SPLIT
+    start = split * size
     if start >= length:
         return
     row, dim = tl.arange(0, ROWS), tl.arange(0, D)
@@ -115,7 +115,7 @@ def _full_split_kernel(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    for at in range(start, tl.minimum(start + SPLIT, length), BLOCK):
+    for at in range(start, tl.minimum(start + size, length), BLOCK):
         token = at + tl.arange(0, BLOCK)
         seen = token < length
         cell = base + token[:, None] * D + dim  # (BLOCK, D)
@@ -141,9 +141,9 @@ def _full_split_kernel(
 @triton.jit
 def _tiered_split_kernel(
     q_ptr, k_ptr, v_ptr, position_ptr, slot_ptr, borrowed_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr,
-    critical_slots, value_slots, scale, splits,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    MARGINAL: tl.constexpr, WEIGHTED: tl.constexpr,
+    critical_slots, value_slots, scale, splits, size,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, MARGINAL: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One split of the K slots with the values they name, and the same split of the V slots for what is borrowed."""
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -152,11 +152,11 @@ def _tiered_split_kernel(
     query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
     head = (pair * GROUP + row).to(tl.int64)
     keys, values = pair.to(tl.int64) * critical_slots, pair.to(tl.int64) * value_slots
-    start = split * SPLIT
+    start = split * size
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    for at in range(start, tl.minimum(start + SPLIT, critical_slots), BLOCK):
+    for at in range(start, tl.minimum(start + size, critical_slots), BLOCK):
         slot = at + tl.arange(0, BLOCK)
         inside = slot < critical_slots
         used = tl.load(position_ptr + keys + slot, mask=inside, other=-1) >= 0
@@ -184,7 +184,7 @@ def _tiered_split_kernel(
     if MARGINAL:
         mass = tl.zeros([ROWS], tl.float32)
         lent = tl.zeros([ROWS, D], tl.float32)
-        for at in range(start, tl.minimum(start + SPLIT, value_slots), BLOCK):
+        for at in range(start, tl.minimum(start + size, value_slots), BLOCK):
             slot = at + tl.arange(0, BLOCK)
             asked = real[:, None] & (slot < value_slots)[None]
             share = tl.load(borrowed_ptr + head[:, None] * value_slots + slot, mask=asked, other=0.0)  # (ROWS, BLOCK)
@@ -199,8 +199,8 @@ def _tiered_split_kernel(
 @triton.jit
 def _merge_kernel(
     out_ptr, length_ptr, stat_ptr, acc_ptr, lent_ptr, logit_ptr, score_ptr, row_ptr,
-    score_batch, score_head, logit_head, splits, capacity, decay,
-    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
+    score_batch, score_head, logit_head, splits, size, capacity, decay,
+    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr, TIERED: tl.constexpr, MARGINAL: tl.constexpr, SCORED: tl.constexpr,
     OLD: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +218,7 @@ def _merge_kernel(
     split, dim = tl.arange(0, SPLITS), tl.arange(0, D)
     live = split < splits
     if not MARGINAL:  # a marginal tier reaches beyond the K slots
-        live = live & (split * SPLIT < length)
+        live = live & (split * size < length)
     part = (pair * splits + split).to(tl.int64) * ROWS + head % GROUP
     tops = tl.load(stat_ptr + part * 3, mask=live, other=-float("inf"))
     top = tl.max(tops, 0)
@@ -276,8 +276,8 @@ def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
     stat, acc = _scratch(query, *part, 3), _scratch(query, *part, D)
     logit = stat if score is None else _scratch(query, B * H, S)
     _full_split_kernel[(B * G, splits)](
-        query, key, value, length, logit, stat, acc, key.stride(0), key.stride(1), S, D**-0.5, splits,
-        G=G, GROUP=group, ROWS=rows, D=D, BLOCK=BLOCK, SPLIT=split, SCORED=score is not None,
+        query, key, value, length, logit, stat, acc, key.stride(0), key.stride(1), S, D**-0.5, splits, split,
+        G=G, GROUP=group, ROWS=rows, D=D, BLOCK=BLOCK, SCORED=score is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     out = torch.empty_like(query)
@@ -286,9 +286,10 @@ def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
     strides = (0, 0) if score is None else score.stride()[:2]
     _merge_kernel[(B * H, 1 if score is None else triton.cdiv(S, CHUNK))](
         out, length, stat, acc, acc, logit, logit if score is None else score, logit if row is None else row,
-        *strides, S, splits, S, decay,
-        G=G, GROUP=group, ROWS=rows, D=D, SPLIT=split, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
-        TIERED=False, MARGINAL=False, SCORED=score is not None, OLD=decay != 0, ROW=row is not None, num_warps=4,
+        *strides, S, splits, split, S, decay,
+        G=G, GROUP=group, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
+        TIERED=False, MARGINAL=False, SCORED=score is not None, OLD=decay != 0, ROW=row is not None,
+        num_warps=_merge_warps(splits),
     )  # fmt: skip
     return out
 
@@ -311,18 +312,23 @@ def tiered_attention_triton(
     logit = stat if weight is None else _scratch(query, B * H, C)
     _tiered_split_kernel[(B * G, splits)](
         query, key, value, key_position, value_slot if marginal else key_position, borrowed if marginal else stat,
-        logit, stat, acc, lent, C, N, D**-0.5, splits,
-        GROUP=group, ROWS=rows, D=D, BLOCK=BLOCK, SPLIT=split, MARGINAL=marginal, WEIGHTED=weight is not None,
+        logit, stat, acc, lent, C, N, D**-0.5, splits, split,
+        GROUP=group, ROWS=rows, D=D, BLOCK=BLOCK, MARGINAL=marginal, WEIGHTED=weight is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     out = torch.empty_like(query)
     _merge_kernel[(B * H, 1 if weight is None else triton.cdiv(C, CHUNK))](
         out, key_position, stat, acc, lent, logit, logit if weight is None else weight, logit,
-        H * C, C, C, splits, C, 0.0,
-        G=G, GROUP=group, ROWS=rows, D=D, SPLIT=split, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
-        TIERED=True, MARGINAL=marginal, SCORED=weight is not None, OLD=False, ROW=False, num_warps=4,
+        H * C, C, C, splits, split, C, 0.0,
+        G=G, GROUP=group, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
+        TIERED=True, MARGINAL=marginal, SCORED=weight is not None, OLD=False, ROW=False,
+        num_warps=_merge_warps(splits),
     )  # fmt: skip
     return out
+
+
+def _merge_warps(splits: int) -> int:
+    return 4 if splits <= 32 else 8
 
 
 def _scratch(like: Tensor, *shape: int) -> Tensor:

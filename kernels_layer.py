@@ -99,7 +99,7 @@ def _rope_kernel(
         one, two = first.to(tl.float32), second.to(tl.float32)
         if NORM:
             scale = tl.rsqrt((tl.sum(one * one, 0) + tl.sum(two * two, 0)) / D + eps)
-            weight_ptr = q_norm_ptr if head < H else k_norm_ptr
+            weight_ptr = tl.where(head < H, q_norm_ptr, k_norm_ptr)
             left, right = tl.load(weight_ptr + dim).to(tl.float32), tl.load(weight_ptr + D // 2 + dim).to(tl.float32)
             one = ((one * scale).to(dtype).to(tl.float32) * left).to(dtype).to(tl.float32)
             two = ((two * scale).to(dtype).to(tl.float32) * right).to(dtype).to(tl.float32)

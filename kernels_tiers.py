@@ -2,16 +2,15 @@
 
 No index leaves the GPU.
 
-Where it sits: scores -> **plan -> slots -> movement** -> LLM, on a side stream of the decode step (graph.py), one layer
-of the LLM at a time. Each function exists twice with one signature, `..._torch` (the twin) and `..._triton`.
+Where it sits: scores -> **plan -> slots** -> movement (kernels_move.py) -> LLM, on a side stream of the decode step
+(graph.py), one layer of the LLM at a time. Each function exists twice with one signature, `..._torch` (the twin) and
+`..._triton`.
 
 | function       | flow                                                                 | paper                  |
 | -------------- | -------------------------------------------------------------------- | ---------------------- |
 | `plan_layer`   | scores of the matched heads -> the tier of every token               | Eq. 4, Eq. 5           |
 | `assign_slots` | tiers -> slots: who stays keeps his, the rest fills the gaps         | Algorithm 1            |
-| `bring_rows`   | pinned host memory -> slots, read by the kernel itself               | Algorithm 1, line 9    |
 | `lend_rows`    | the SLM's newest row -> what the marginal slots borrow               | Eq. 6                  |
-| `store_newest` | the newest token's K and V -> pinned host memory                     |                        |
 
 Ranking does not sort. The k-th largest of positive floats is found by bisection on their bits (as integers they order
 alike): count how many are at least `middle`, halve, at most 31 times, on scores that stay in registers. Sorting rows of
@@ -27,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 import cache
+from kernels_move import Moves
 
 CRITICAL, MARGINAL = 2, 1  # a token's tier in a plan; 0 is offloaded
-ROWS = 16  # rows of a pool that one program brings
 TOKENS = 2048  # tokens that one pass of the slot assignment looks at
 
 
@@ -82,20 +81,24 @@ def plan_layer_torch(
 
 
 def assign_slots_torch(
-    position: Tensor, tier: Tensor, lowest: int, length: Tensor, fresh: Tensor, newest_slot: Tensor, moved: Tensor
+    position: Tensor, tier: Tensor, lowest: int, length: Tensor, moves: Moves, newest_slot: Tensor, moved: Tensor
 ) -> None:
     """Give every token whose tier is at least `lowest` a slot of the pool; see cache.assign_slots.
 
-    position (B, G, N) int32 is updated in place: the token in each slot, -1 if none. fresh (B, G, N) int32 is written:
-    the token whose row must come from the host into this slot, -1 elsewhere; the newest token's row is not there yet.
-    newest_slot (B, G) int32 is written: where the newest token lies. moved (1,) int64 grows by the rows to come.
+    position (B, G, N) int32 is updated in place: the token in each slot, -1 if none. moves is written, by slot; the
+    newest token is not among them, its row is made on the device. newest_slot (B, G) int32 is written: where the newest
+    token lies. moved (1,) int64 grows by the rows to come.
     """
     after, _, _ = cache.assign_slots(position.long(), tier >= lowest)
     newest = length.long()[:, None, None] - 1
     newest_slot.copy_((after == newest).byte().argmax(-1))
-    fresh.copy_(after.where((after != position) & (after != newest), -1))
+    fresh = (after != position) & (after != newest) & (after >= 0)
+    order = fresh.byte().argsort(dim=-1, descending=True, stable=True)
+    moves.count.copy_(fresh.sum(-1))
+    moves.token.copy_(after.where(fresh, -1).gather(-1, order))
+    moves.slot.copy_(order.where(fresh.gather(-1, order), -1))
     position.copy_(after)
-    moved += (fresh >= 0).sum()
+    moved += moves.count.sum()
 
 
 def lend_rows_torch(
@@ -118,25 +121,6 @@ def lend_rows_torch(
     names = torch.arange(N, device=row.device).expand_as(value_position)
     inverse.scatter_(-1, value_position.long().where(value_position >= 0, tier.shape[-1]), names)
     value_slot.copy_(inverse.gather(-1, key_position.long().clamp(min=0)))
-
-
-def bring_rows_torch(
-    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, fresh_key: Tensor, fresh_value: Tensor
-) -> None:
-    """Rows of one layer from the host, (B, G, S, D), into the slots that wait for them, (B, G, slots, D)."""
-    for pool, host, fresh in ((key, host_key, fresh_key), (value, host_value, fresh_value)):
-        b, g, slot = (fresh >= 0).nonzero(as_tuple=True)
-        token = fresh[b, g, slot].long().to(host.device)
-        pool[b, g, slot] = host[b.to(host.device), g.to(host.device), token].to(pool.device)
-
-
-def store_newest_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, position: Tensor) -> None:
-    """K and V of one token a sequence, newest (2, L, B, G, D), to its place on the host, (L, B, G, S, D)."""
-    index = (
-        position.long().to(host_key.device)[None, :, None, None, None].expand(*newest.shape[1:4], 1, newest.shape[4])
-    )
-    for host, row in zip((host_key, host_value), newest.to(host_key.device)):
-        host.scatter_(3, index, row[..., None, :])
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -208,7 +192,8 @@ def _plan_kernel(
 
 @triton.jit
 def _assign_kernel(
-    position_ptr, tier_ptr, length_ptr, fresh_ptr, newest_ptr, moved_ptr, queue_ptr, mark_ptr, slots, capacity, lowest,
+    position_ptr, tier_ptr, length_ptr, token_ptr, slot_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr, mark_ptr,
+    slots, capacity, lowest,
     G: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one sequence. Who is held is marked in a scratch by token; those who enter queue up in another,
@@ -241,11 +226,16 @@ def _assign_kernel(
     takes = (free > 0) & (nth < entering)
     came = tl.load(queue_ptr + base + nth, mask=takes, other=-1)
     held = tl.where(keep, held, came)
-    fresh = tl.where(takes & (came != length - 1), came, -1)
     tl.store(position_ptr + base + slot, held, mask=inside)
-    tl.store(fresh_ptr + base + slot, fresh, mask=inside)
     tl.store(newest_ptr + pair, tl.sum(tl.where(held == length - 1, slot, 0), 0))
-    tl.atomic_add(moved_ptr, tl.sum((fresh >= 0).to(tl.int32), 0).to(tl.int64))
+    fresh = takes & (came != length - 1)
+    before = tl.cumsum(fresh.to(tl.int32), 0)  # fresh slots up to and including this one
+    count = tl.sum(fresh.to(tl.int32), 0)
+    place = base + tl.where(fresh, before - 1, count + slot - before)  # the fresh first, both in order
+    tl.store(token_ptr + place, tl.where(fresh, came, -1), mask=inside)
+    tl.store(slot_ptr + place, tl.where(fresh, slot, -1), mask=inside)
+    tl.store(count_ptr + pair, count)
+    tl.atomic_add(moved_ptr, count.to(tl.int64))
 
 
 @triton.jit
@@ -275,52 +265,12 @@ def _lend_kernel(
     tl.store(value_slot_ptr + cell, where, mask=slot < critical_slots)
 
 
-@triton.jit
-def _bring(pool_ptr, host_ptr, fresh_ptr, pair, block, slots, capacity, D: tl.constexpr, ROWS: tl.constexpr):
-    slot = block * ROWS + tl.arange(0, ROWS)
-    dim = tl.arange(0, D)
-    base = pair.to(tl.int64) * slots
-    token = tl.load(fresh_ptr + base + slot, mask=slot < slots, other=-1)
-    coming = (token >= 0)[:, None]
-    row = tl.load(host_ptr + (pair.to(tl.int64) * capacity + token)[:, None] * D + dim, mask=coming)
-    tl.store(pool_ptr + (base + slot)[:, None] * D + dim, row, mask=coming)
-
-
-@triton.jit
-def _bring_kernel(
-    key_ptr, value_ptr, host_key_ptr, host_value_ptr, fresh_key_ptr, fresh_value_ptr, key_slots, value_slots, capacity,
-    D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    pair, block = tl.program_id(0), tl.program_id(1)
-    if tl.program_id(2) == 0:
-        _bring(key_ptr, host_key_ptr, fresh_key_ptr, pair, block, key_slots, capacity, D, ROWS)
-    else:
-        _bring(value_ptr, host_value_ptr, fresh_value_ptr, pair, block, value_slots, capacity, D, ROWS)
-
-
-@triton.jit
-def _store_kernel(
-    newest_ptr, host_key_ptr, host_value_ptr, position_ptr, lines, capacity, B: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # counts layers, sequences and KV heads
-    inside = line < lines
-    dim = tl.arange(0, D)
-    position = tl.load(position_ptr + (line // G) % B, mask=inside, other=0)
-    cell = (line.to(tl.int64) * capacity + position)[:, None] * D + dim
-    source = line.to(tl.int64)[:, None] * D + dim
-    key = tl.load(newest_ptr + source, mask=inside[:, None])
-    value = tl.load(newest_ptr + lines.to(tl.int64) * D + source, mask=inside[:, None])
-    tl.store(host_key_ptr + cell, key, mask=inside[:, None])
-    tl.store(host_value_ptr + cell, value, mask=inside[:, None])
-
-
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
 def _warps(width: int) -> int:
-    """Threads for a row that stays in registers: about 32 elements each."""
-    return max(4, min(32, width // 1024))
+    """Threads for a row that stays in registers: 16 to 32 elements each."""
+    return max(4, min(32, width // 512))
 
 
 def plan_layer_triton(
@@ -340,14 +290,14 @@ def plan_layer_triton(
 
 
 def assign_slots_triton(
-    position: Tensor, tier: Tensor, lowest: int, length: Tensor, fresh: Tensor, newest_slot: Tensor, moved: Tensor
+    position: Tensor, tier: Tensor, lowest: int, length: Tensor, moves: Moves, newest_slot: Tensor, moved: Tensor
 ) -> None:
     B, G, N = position.shape
-    assert position.is_contiguous() and fresh.is_contiguous() and tier.is_contiguous() and newest_slot.is_contiguous()
+    assert all(tensor.is_contiguous() for tensor in (position, tier, newest_slot, *moves))
     slots = triton.next_power_of_2(N)
     _assign_kernel[(B * G,)](
-        position, tier, length, fresh, newest_slot, moved, torch.empty_like(position), torch.empty_like(tier),
-        N, tier.shape[2], lowest, G=G, SLOTS=slots, TOKENS=TOKENS, num_warps=max(4, _warps(slots)), num_stages=1,
+        position, tier, length, *moves, newest_slot, moved, torch.empty_like(position), torch.empty_like(tier),
+        N, tier.shape[2], lowest, G=G, SLOTS=slots, TOKENS=TOKENS, num_warps=min(16, _warps(slots)), num_stages=1,
     )  # fmt: skip
 
 
@@ -364,21 +314,3 @@ def lend_rows_triton(
         G=G, GROUP=index.shape[1] // G, HEADS=row.shape[2], KEYS=triton.next_power_of_2(C),
         VALUES=triton.next_power_of_2(N), num_warps=_warps(triton.next_power_of_2(N)), num_stages=1,
     )  # fmt: skip
-
-
-def bring_rows_triton(
-    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, fresh_key: Tensor, fresh_value: Tensor
-) -> None:
-    B, G, C, D = key.shape
-    N = value.shape[2]
-    _bring_kernel[(B * G, triton.cdiv(max(C, N), ROWS), 2)](
-        key, value, host_key, host_value, fresh_key, fresh_value, C, N, host_key.shape[2], D=D, ROWS=ROWS, num_warps=4
-    )
-
-
-def store_newest_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, position: Tensor) -> None:
-    _, L, B, G, D = newest.shape
-    lines = L * B * G
-    _store_kernel[(triton.cdiv(lines, ROWS),)](
-        newest, host_key, host_value, position, lines, host_key.shape[3], B=B, G=G, D=D, ROWS=ROWS, num_warps=4
-    )

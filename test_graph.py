@@ -36,8 +36,9 @@ def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
 
 
 @pytest.mark.parametrize("name", ["default", "marginal"])
-def test_static_step_with_triton(name, device):
+def test_static_step_with_triton(name):
     """Head dim 32, a pair of KV heads with three query heads each; few steps: the interpreter is slow."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     prompts = random_prompts(120, 97)
     cpu = decoders("cpu", head_dim=32)
     expected = generate(cpu[0], SmallKV(*cpu, SETTINGS[name]), prompts, 6)

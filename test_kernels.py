@@ -1,8 +1,8 @@
 """Every Triton kernel against its plain PyTorch twin: in Triton's interpreter on a CPU, compiled on a GPU.
 
-Lengths are multiples of nothing, groups are padded, and all that nobody may read is NaN. Tolerances: fp32 differs by
-the order of sums; with 16 bits a weight or an output is rounded once more or less than in the twin, which is one unit
-of bf16's 8 bits (0.4 %) or fp16's 11.
+Lengths are multiples of nothing, groups are padded, and all that nobody may read is NaN. The twins of attention get
+the kernel's 16-bit inputs in fp32. Tolerances: fp32 differs by the order of sums; an output of 16 bits is rounded, and
+so are the weights of its values: a few units of bf16's 8 bits or fp16's 11. Probabilities stay fp32 in the kernels.
 """
 
 import pytest
@@ -11,17 +11,25 @@ import torch
 import kernels
 import kernels_decode
 import kernels_layer
+import kernels_move
 import kernels_prefill
 import kernels_tiers
 from smallkv import TierSizes, plan_tiers
 
 HALF = {"cpu": [torch.float16], "cuda": [torch.bfloat16, torch.float16]}  # the interpreter has no bf16 arithmetic
+FINE = 1e-4  # probabilities: exact products of 16-bit numbers, summed in fp32 in another order
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def device():
+    """Where Triton runs: without a GPU it interprets (conftest.py)."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def close(actual, expected, dtype=torch.float32):
     bound = TOLERANCE[dtype]
-    torch.testing.assert_close(actual, expected, atol=bound, rtol=bound)
+    torch.testing.assert_close(actual.float(), expected.float(), atol=bound, rtol=bound)
 
 
 def randn(*shape, seed=0, dtype=torch.float32, device="cpu"):
@@ -35,10 +43,15 @@ def beyond_is_nan(tensor, length):
 
 
 def kinds(device, *head_dims):
-    """(dtype, head_dim): all of them on a GPU; the interpreter is slow, so 16 bits at one head dim there."""
-    wide = [(torch.float32, head_dim) for head_dim in head_dims]
-    narrow = head_dims if device == "cuda" else head_dims[1:2]
-    return wide + [(dtype, head_dim) for dtype in HALF[device] for head_dim in narrow]
+    """(dtype, head_dim): the first 16-bit type at every head dim on a GPU; else at one, for compiling takes time there
+    and the interpreter here."""
+    narrow = [(dtype, head_dims[1]) for dtype in HALF[device]]
+    wide = torch.bfloat16 if device == "cuda" else torch.float32
+    return [(torch.float32, head_dims[1]), *narrow] + [(wide, dim) for dim in head_dims[::2]]
+
+
+def floats(*tensors):
+    return [tensor.float() for tensor in tensors]
 
 
 # ---- decode attention ------------------------------------------------------------------------------------------------
@@ -65,12 +78,12 @@ def test_scored_attention_equals_its_twin(lengths, group, device):
             old = beyond_is_nan(randn(B, H, S, seed=3, device=device).abs(), length)
         scores = [old.clone(), old.clone()]
         rows = [torch.full((B, H, S), 7.0, device=device) if with_row else None for _ in range(2)]
-        expected = kernels_decode.scored_attention_torch(query, key, value, length, scores[0], decay, rows[0])
+        expected = kernels_decode.scored_attention_torch(*floats(query, key, value), length, scores[0], decay, rows[0])
         out = kernels_decode.scored_attention_triton(query, key, value, length, scores[1], decay, rows[1])
         close(out, expected, dtype)
-        torch.testing.assert_close(scores[1], scores[0], atol=1e-5, rtol=TOLERANCE[dtype], equal_nan=True)
+        torch.testing.assert_close(scores[1], scores[0], atol=1e-6, rtol=FINE, equal_nan=True)
         if with_row:
-            torch.testing.assert_close(rows[1], rows[0], atol=1e-5, rtol=TOLERANCE[dtype])
+            torch.testing.assert_close(rows[1], rows[0], atol=1e-6, rtol=FINE)
         if head_dim == 64:
             close(kernels_decode.decode_attention_triton(query, key, value, length), expected, dtype)
 
@@ -115,9 +128,9 @@ def test_tiered_attention_equals_its_twin(critical, marginal, group, device):
         case = tiered_case(device, dtype, critical, marginal, group, head_dim, spare={32: 0, 64: 5, 128: 70}[head_dim])
         query, position = case[0], case[3]
         weights = [torch.full((2, query.shape[1], position.shape[2]), torch.nan, device=device) for _ in range(2)]
-        expected = kernels_decode.tiered_attention_torch(*case, weight=weights[0])
+        expected = kernels_decode.tiered_attention_torch(*floats(*case[:3]), *case[3:], weight=weights[0])
         close(kernels_decode.tiered_attention_triton(*case, weight=weights[1]), expected, dtype)
-        torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=TOLERANCE[dtype])
+        torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=FINE)
         if head_dim == 64:
             close(kernels_decode.tiered_attention_triton(*case), expected, dtype)
 
@@ -137,9 +150,8 @@ def plan_case(device, lengths, group, marginal, ties):
     """Scores of 2 SLM layers x 3 heads with NaN beyond each length; sizes of a fifth, or a single token."""
     B, S = len(lengths), max(lengths) + 3
     length = torch.tensor(lengths, dtype=torch.int32, device=device)
-    score = torch.rand(2, B, 3, S, generator=torch.Generator().manual_seed(0))
-    if ties:
-        score = (4 * score).round() / 4
+    steps = 4 if ties else 1 << 16  # multiples of a power of two: sums are exact in any order
+    score = torch.randint(steps, (2, B, 3, S), generator=torch.Generator().manual_seed(0)) / steps
     late = torch.arange(S) >= torch.tensor(lengths)[:, None]
     score = score.masked_fill(late[None, :, None], torch.nan).to(device)
     index = torch.randint(6, (B, 2 * group), generator=torch.Generator().manual_seed(1)).to(device)
@@ -155,7 +167,7 @@ def plan_case(device, lengths, group, marginal, ties):
 def test_plan_equals_its_twin(lengths, group, ties, marginal, device):
     score, index, length, sizes = plan_case(device, lengths, group, marginal, ties)
     B, S = len(lengths), score.shape[3]
-    prior = 3 * torch.rand(B, S, generator=torch.Generator().manual_seed(2)).to(device)
+    prior = torch.randint(1 << 10, (B, S), generator=torch.Generator().manual_seed(2)).to(device) / 256
     for added in (None, prior) if group == 3 else (None,):
         tiers = [torch.full((B, 2, S), 9, dtype=torch.int8, device=device) for _ in range(2)]
         kernels_tiers.plan_layer_torch(score.nan_to_num(0), index, length, sizes, tiers[0], added)
@@ -219,12 +231,12 @@ def test_slots_equal_their_twin(slots, lengths, device):
                 tier[b, g, chosen] = 1 + (torch.rand(len(chosen), generator=generator) < 0.5).to(torch.int8)
                 tier[b, g, n - 1] = 2
         tier, length = tier.to(device), length.to(device)
-        fresh = [torch.full_like(positions[0], 7) for _ in range(2)]
+        moves = [kernels_move.Moves(*(torch.full_like(t, 7) for t in kernels_move.Moves.none(p))) for p in positions]
         newest = [torch.full((B, 2), 7, dtype=torch.int32, device=device) for _ in range(2)]
         lowest = 1 + step % 2
         for i, assign in enumerate((kernels_tiers.assign_slots_torch, kernels_tiers.assign_slots_triton)):
-            assign(positions[i], tier, lowest, length, fresh[i], newest[i], moved[i])
-        for pair in (positions, fresh, newest, moved):
+            assign(positions[i], tier, lowest, length, moves[i], newest[i], moved[i])
+        for pair in (positions, newest, moved, *zip(*moves)):
             assert torch.equal(*pair)
 
 
@@ -235,7 +247,7 @@ def test_lent_rows_equal_their_twin(group, device):
     kernels_tiers.plan_layer_torch(row.nan_to_num(0), index, length, sizes, tier)
     pools = [torch.full((2, 2, slots), -1, dtype=torch.int32, device=device) for slots in (60, 110)]
     for lowest, position in zip((2, 1), pools):
-        unused = [torch.empty_like(position), torch.empty(2, 2, dtype=torch.int32, device=device)]
+        unused = [kernels_move.Moves.none(position), torch.empty(2, 2, dtype=torch.int32, device=device)]
         count = torch.zeros(1, dtype=torch.int64, device=device)
         kernels_tiers.assign_slots_torch(position, tier, lowest, length, *unused, count)
     results = []
@@ -260,14 +272,19 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, device):
     """Rows gathered from (pinned) host memory by the kernel; slots that nothing comes to keep what they had."""
     dtype = HALF[device][0]
     host = [pinned(randn(2, 2, 99, head_dim, seed=seed, dtype=dtype), device) for seed in (0, 1)]
-    fresh = []
+    moves = []
     for slots in (17, 40):
-        wanted = torch.randint(-99, 99, (2, 2, slots), generator=torch.Generator().manual_seed(slots))
-        fresh.append(wanted.clamp(min=-1).int().to(device))
+        generator = torch.Generator().manual_seed(slots)
+        count = torch.tensor([[0, slots], [5, 16]])
+        slot = torch.stack([torch.randperm(slots, generator=generator) for _ in range(4)]).view(2, 2, slots)
+        token = torch.randint(99, (2, 2, slots), generator=generator)
+        beyond = torch.arange(slots) >= count[..., None]
+        lists = token.masked_fill(beyond, -1), slot.masked_fill(beyond, -1), count
+        moves.append(kernels_move.Moves(*(tensor.int().to(device) for tensor in lists)))
     results = []
-    for bring in (kernels_tiers.bring_rows_torch, kernels_tiers.bring_rows_triton):
+    for bring in (kernels_move.bring_rows_torch, kernels_move.bring_rows_triton):
         pools = [randn(2, 2, slots, head_dim, seed=2, dtype=dtype, device=device) for slots in (17, 40)]
-        bring(*pools, *host, *fresh)
+        bring(*pools, *host, *moves)
         results.append(pools)
     for ours, twins in zip(results[1], results[0]):
         assert torch.equal(ours, twins)
@@ -277,7 +294,7 @@ def test_newest_rows_reach_the_host(device):
     newest = randn(2, 3, 2, 2, 32, device=device)
     position = torch.tensor([4, 98], dtype=torch.int32, device=device)
     results = []
-    for store in (kernels_tiers.store_newest_torch, kernels_tiers.store_newest_triton):
+    for store in (kernels_move.store_newest_torch, kernels_move.store_newest_triton):
         host = [pinned(randn(3, 2, 2, 99, 32, seed=seed), device) for seed in (1, 2)]
         store(newest, *host, position)
         if device == "cuda":
@@ -299,11 +316,9 @@ def test_column_sums_equal_their_twin(queries, keys, decay, device):
             query = 2 * randn(2, 2 * group, queries, head_dim, dtype=dtype, device=device)
             key = randn(2, 2, keys + 9, head_dim, seed=1, dtype=dtype, device=device)
             key[:, :, keys:] = torch.nan
-            expected = kernels.column_sums(query, key[:, :, :keys], decay)
-            torch.testing.assert_close(
-                kernels_prefill.column_sums_triton(query, key[:, :, :keys], decay), expected,
-                atol=TOLERANCE[dtype], rtol=10 * TOLERANCE[dtype],  # the twin rounds each logit to 16 bits
-            )  # fmt: skip
+            expected = kernels.column_sums(*floats(query, key[:, :, :keys]), decay)
+            sums = kernels_prefill.column_sums_triton(query, key[:, :, :keys], decay)
+            torch.testing.assert_close(sums, expected, atol=1e-6, rtol=FINE)
 
 
 # ---- between the matrix products -------------------------------------------------------------------------------------
