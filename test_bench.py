@@ -59,7 +59,7 @@ def test_flops_of_a_prefill_are_counted_by_torch():
 
 
 def test_paper_throughput_is_one_sequence():
-    """Table 3 of the paper, 64 x (2,048 + 256): 195.5 tokens a second come out of TTFT and TPOT of one sequence."""
+    """All its tokens over all its time; the batch of 64 does not count."""
     assert paper_throughput(Setting(64, 2048, 256), 2.0, 0.03) == pytest.approx(2304 / (2.0 + 256 * 0.03))
 
 
