@@ -21,7 +21,7 @@ import time
 
 import torch
 
-from backend import NAMES, pick_backend
+from backend import NAMES, TORCH, Backend, pick_backend
 from bench_clock import Clock, ceilings, profile
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
 from cache import FullCache
@@ -83,14 +83,14 @@ class DrivenSmallKV(SmallKV):
         self.slm_cache.score.add_(self.driven.turn()[None, :, None])
 
 
-def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int) -> Session:
+def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
     llm, slm = models
     prompts = torch.randint(llm.config.vocab_size, (setting.batch, setting.prompt)).tolist()
     if method.startswith("full"):
         return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
     heads = slm.config.layers * slm.config.query_heads
     head_map = torch.randint(heads, (llm.config.layers, llm.config.query_heads))
-    policy = DrivenSmallKV(llm, slm, settings, head_map=head_map)
+    policy = DrivenSmallKV(llm, slm, settings, head_map, backend.column_sums)
     session = Session(llm, policy, prompts, setting.new, chunk)
     policy.driven = Driven(setting.batch, session.capacity, llm.device)
     return session
@@ -159,7 +159,10 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
         torch.cuda.reset_peak_memory_stats()
     if method == "transformers":
         return [transformers_row(models, setting, clock)]
-    session = make_session(method, models, setting, settings, args.chunk)
+    backend = pick_backend(args.backend, clock.device)
+    session = make_session(
+        method, models, setting, settings, args.chunk, backend if method.endswith("graph") else TORCH
+    )
     prefilled = not args.decode_only or setting.name in args.prefill
     logits: list[torch.Tensor] = []
     ttft = clock.once(lambda: logits.append(session.prefill())) if prefilled else None
@@ -167,7 +170,7 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     peak_prefill = torch.cuda.max_memory_allocated() if cuda else 0
     step = None
     if method.endswith("graph"):
-        step = DrivenStep(session, tokens, pick_backend(args.backend, clock.device), args.max_moves)
+        step = DrivenStep(session, tokens, backend, args.max_moves)
         if step.slm is not None:
             step.driven = session.policy.driven
         work = step.run

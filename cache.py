@@ -107,15 +107,19 @@ class ScoredCache(FullCache):
     """A full cache that also remembers what attention says of every token; the SLM's.
 
     row (L, B, H, S) fp32: the newest query's attention. score (L, B, H, S) fp32: the score memory,
-    score = decay * score + newest row. decay = 1 is the accumulation of Eq. 1.
+    score = decay * score + newest row. decay = 1 is the accumulation of Eq. 1. sums: the function that makes the scores
+    of a prefill, `kernels.column_sums` or its Triton version.
     """
 
     sliced = ("key", "value", "row", "score")
 
-    def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float):
+    def __init__(
+        self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float,
+        sums: Callable = column_sums,
+    ):  # fmt: skip
         super().__init__(config, batch, capacity, device, dtype)
         shape = (config.layers, batch, config.query_heads, capacity)
-        self.decay = decay
+        self.decay, self.sums = decay, sums
         self.row = torch.zeros(shape, device=device)
         self.score = torch.zeros(shape, device=device)
 
@@ -125,7 +129,7 @@ class ScoredCache(FullCache):
         seen_key, seen_value = self.key[layer, :, :, :end], self.value[layer, :, :, :end]
         score = self.score[layer, :, :, :end]  # (B, H, end)
         if T > 1:
-            score.mul_(self.decay**T).add_(column_sums(query, seen_key, self.decay))
+            score.mul_(self.decay**T).add_(self.sums(query, seen_key, self.decay))
             return causal_attention(query, seen_key, seen_value)
         out, row = full_attention_step(query, seen_key, seen_value, span.positions[:, 0])
         self.row[layer, :, :, :end] = row

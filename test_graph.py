@@ -57,6 +57,19 @@ def test_static_full_cache_makes_the_tokens_of_the_eager_path(model_type, device
     assert generate_static(session, 8, TORCH if device == "cpu" else TRITON) == expected
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_a_prefill_with_triton_leaves_the_same_scores(decay):
+    """Chunks of a prefill through the column-sum kernel, against the same through its twin."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = []
+    for backend in (TORCH, TRITON):
+        pair = decoders(device, head_dim=32)
+        policy = SmallKV(*pair, Settings(score_decay=decay), sums=backend.column_sums)
+        Session(pair[0], policy, random_prompts(130), 4, chunk=80).prefill()
+        scores.append(policy.slm_cache.score)
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-4)
+
+
 def test_captured_step_makes_the_tokens_of_the_same_step_run_eagerly():
     if not torch.cuda.is_available():
         pytest.skip("a capture needs a GPU")
