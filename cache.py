@@ -107,15 +107,19 @@ class ScoredCache(FullCache):
     """A full cache that also remembers what attention says of every token; the SLM's.
 
     row (L, B, H, S) fp32: the newest query's attention. score (L, B, H, S) fp32: the score memory,
-    score = decay * score + newest row. decay = 1 is the accumulation of Eq. 1.
+    score = decay * score + newest row. decay = 1 is the accumulation of Eq. 1. sums: the function that makes the scores
+    of a prefill, `kernels.column_sums` or its Triton version.
     """
 
     sliced = ("key", "value", "row", "score")
 
-    def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float):
+    def __init__(
+        self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float,
+        sums: Callable = column_sums,
+    ):  # fmt: skip
         super().__init__(config, batch, capacity, device, dtype)
         shape = (config.layers, batch, config.query_heads, capacity)
-        self.decay = decay
+        self.decay, self.sums = decay, sums
         self.row = torch.zeros(shape, device=device)
         self.score = torch.zeros(shape, device=device)
 
@@ -125,7 +129,7 @@ class ScoredCache(FullCache):
         seen_key, seen_value = self.key[layer, :, :, :end], self.value[layer, :, :, :end]
         score = self.score[layer, :, :, :end]  # (B, H, end)
         if T > 1:
-            score.mul_(self.decay**T).add_(column_sums(query, seen_key, self.decay))
+            score.mul_(self.decay**T).add_(self.sums(query, seen_key, self.decay))
             return causal_attention(query, seen_key, seen_value)
         out, row = full_attention_step(query, seen_key, seen_value, span.positions[:, 0])
         self.row[layer, :, :, :end] = row
@@ -213,8 +217,10 @@ class TieredCache:
 
     def load(self, b: int, staged: FullCache, length: int) -> None:
         """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants."""
-        self.host_key[:, b, :, :length] = staged.key[:, 0, :, :length]
-        self.host_value[:, b, :, :length] = staged.value[:, 0, :, :length]
+        for host, made in ((self.host_key, staged.key), (self.host_value, staged.value)):
+            for layer in range(self.config.layers):
+                for g in range(self.config.kv_heads):  # contiguous on both sides: straight copies that nobody waits for
+                    host[layer, b, g, :length].copy_(made[layer, 0, g, :length], non_blocking=True)
         if self.own_decay is not None:
             L, G = self.score.shape[0], self.score.shape[2]
             self.score[:, b, :, :length] = staged.score[:, 0].view(L, G, -1, length).sum(2)

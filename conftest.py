@@ -1,11 +1,19 @@
 """Shared by all tests: tiny random decoders, the devices at hand, and poisoned memory."""
 
+import os
+
 import pytest
 import torch
 
-from model import Config, Decoder
+if not torch.cuda.is_available():  # read when a kernel is defined: before the modules that define them
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from model import Config, Decoder  # noqa: E402
 
 torch.set_num_threads(1)  # the models here are tiny: threads that wait for each other cost more than they bring
+
+with torch.device("meta"):  # lists what a device context rules over at its first use: the true torch.empty, not ours
+    torch.empty(0)
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cache import ScoredCache, TieredCache, TierPlan
+from kernels import column_sums
 from match import MATCHERS, WINDOW_MAX, WINDOW_MIN, HeadMap, match_heads
 from model import Config, Decoder, Span
 
@@ -144,10 +145,13 @@ class SmallKV:
     name = "smallkv"
     whole_prompt = False
 
-    def __init__(self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None):
-        """head_map (L, H) int64 replaces the matching, for experiments and tests."""
+    def __init__(
+        self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None,
+        sums: Callable = column_sums,
+    ):  # fmt: skip
+        """head_map (L, H) int64 replaces the matching, for experiments and tests. sums: see ScoredCache."""
         self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, head_map
-        self.models = [llm, slm]
+        self.models, self.sums = [llm, slm], sums
         self.own_scores = not settings.saliency_shift  # the LLM's own attention on what it holds is remembered too
 
     # -- before the first token --
@@ -156,7 +160,8 @@ class SmallKV:
         """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
         batch, self.lengths = len(lengths), list(lengths)
         self.slm_cache = ScoredCache(
-            self.slm.config, batch, capacity, self.slm.device, self.slm.dtype, self.settings.score_decay
+            self.slm.config, batch, capacity, self.slm.device, self.slm.dtype, self.settings.score_decay,
+            self.sums,
         )
         self.maps: list[HeadMap | None] = [None] * batch
         self.tokens: list[list[int]] = [[] for _ in lengths]

@@ -1,0 +1,82 @@
+"""Which functions do the work of a decode step: plain PyTorch or Triton. Chosen once, named in one line, never silent.
+
+Where it sits: handed to graph.py (and bench.py), which call a kernel only through it. Both have the same functions with
+the same signatures; the tests hold them against each other.
+
+Shapes follow the legend in model.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import kernels
+import kernels_decode
+import kernels_layer
+import kernels_move
+import kernels_prefill
+import kernels_tiers
+
+NAMES = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """name, and one function for each piece of work; kernels_*.py say what each of them does."""
+
+    name: str
+    decode_attention: Callable
+    scored_attention: Callable
+    tiered_attention: Callable
+    plan_layer: Callable
+    assign_slots: Callable
+    lend_rows: Callable
+    bring_rows: Callable
+    store_newest: Callable
+    add_norm: Callable
+    rope_append: Callable
+    gate: Callable
+    column_sums: Callable
+
+
+TORCH = Backend(
+    "torch",
+    decode_attention=kernels_decode.decode_attention_torch,
+    scored_attention=kernels_decode.scored_attention_torch,
+    tiered_attention=kernels_decode.tiered_attention_torch,
+    plan_layer=kernels_tiers.plan_layer_torch,
+    assign_slots=kernels_tiers.assign_slots_torch,
+    lend_rows=kernels_tiers.lend_rows_torch,
+    bring_rows=kernels_move.bring_rows_torch,
+    store_newest=kernels_move.store_newest_torch,
+    add_norm=kernels_layer.add_norm_torch,
+    rope_append=kernels_layer.rope_append_torch,
+    gate=kernels_layer.gate_torch,
+    column_sums=kernels.column_sums,
+)
+
+TRITON = Backend(
+    "triton",
+    decode_attention=kernels_decode.decode_attention_triton,
+    scored_attention=kernels_decode.scored_attention_triton,
+    tiered_attention=kernels_decode.tiered_attention_triton,
+    plan_layer=kernels_tiers.plan_layer_triton,
+    assign_slots=kernels_tiers.assign_slots_triton,
+    lend_rows=kernels_tiers.lend_rows_triton,
+    bring_rows=kernels_move.bring_rows_triton,
+    store_newest=kernels_move.store_newest_triton,
+    add_norm=kernels_layer.add_norm_triton,
+    rope_append=kernels_layer.rope_append_triton,
+    gate=kernels_layer.gate_triton,
+    column_sums=kernels_prefill.column_sums_triton,
+)
+
+
+def pick_backend(name: str, device: torch.device) -> Backend:
+    """`auto` is Triton on CUDA and PyTorch elsewhere. ValueError names a choice that cannot run."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; supported: {', '.join(NAMES)}")
+    if name == "triton" and device.type != "cuda":
+        raise ValueError(f"backend triton needs a CUDA device, not {device}; use --backend torch")
+    return TRITON if name == "triton" or (name == "auto" and device.type == "cuda") else TORCH

@@ -1,0 +1,369 @@
+"""How fast, against the floor: TTFT, TPOT, tokens per second, memory and movement, at the real shapes, random weights.
+
+    python bench.py --pair qwen2-7b --settings 64x2048+256,4x16384+512 --decode-only --table
+
+Where it sits: on top of graph.py and decode.py, beside generate.py. Methods run one after another in one process on the
+same weights. Beside every time stands its floor: for TPOT the bytes that a step must read over the measured copy
+bandwidth, for TTFT the operations of the prefill over the measured matrix rate.
+
+With random weights the plan is noise. `--turnover 0.1` drives it: a prior that outweighs every score ranks the tokens
+on a ring that is turned each step, so that a tenth of the critical set leaves and another comes from the host. What
+moved is counted, and printed as counted. `--decode-only` fills the caches with random K and V instead of prefilling.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+
+import torch
+
+from backend import NAMES, TORCH, Backend, pick_backend
+from bench_clock import Clock, ceilings, profile
+from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
+from cache import FullCache
+from decode import FullPolicy, Session
+from graph import WARM, Step
+from match import HeadMap
+from model import Config, Decoder
+from smallkv import Settings, SmallKV
+
+METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph")
+STEPS = {"eager": 5, "graph": 30}  # timed steps
+
+
+def random_decoder(config: Config, device: torch.device, dtype: torch.dtype) -> Decoder:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            decoder = Decoder(config).requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.02)
+    return decoder
+
+
+# ---- Sessions --------------------------------------------------------------------------------------------------------
+
+
+class Driven:
+    """The turning ring: ranks (B, S) of all positions, moved on by `shift` positions before each plan."""
+
+    def __init__(self, batch: int, capacity: int, device):
+        generator = torch.Generator().manual_seed(0)
+        rank = torch.stack([torch.randperm(capacity, generator=generator) for _ in range(batch)])
+        self.rank = rank.float().add_(8).to(device)  # above any sum of the 7 probabilities of a group
+        self.low, self.capacity = 8, capacity
+        self.shift = torch.zeros((), device=device)
+
+    def turn(self) -> torch.Tensor:
+        return self.rank.sub_(self.low).add_(self.shift).remainder_(self.capacity).add_(self.low)
+
+
+class DrivenStep(Step):
+    """The static step whose plan follows the ring."""
+
+    def body(self) -> None:
+        if self.slm is not None:
+            self.side.prior = self.driven.turn()
+        super().body()
+
+
+class DrivenSmallKV(SmallKV):
+    """The eager policy whose plan follows the ring (score decay 0: scores are made anew in every step)."""
+
+    def observe(self, tokens, span) -> None:
+        super().observe(tokens, span)
+        self.slm_cache.score.add_(self.driven.turn()[None, :, None])
+
+
+def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
+    llm, slm = models
+    prompts = torch.randint(llm.config.vocab_size, (setting.batch, setting.prompt)).tolist()
+    if method.startswith("full"):
+        return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
+    heads = slm.config.layers * slm.config.query_heads
+    head_map = torch.randint(heads, (llm.config.layers, llm.config.query_heads))
+    policy = DrivenSmallKV(llm, slm, settings, head_map, backend.column_sums)
+    session = Session(llm, policy, prompts, setting.new, chunk)
+    policy.driven = Driven(setting.batch, session.capacity, llm.device)
+    return session
+
+
+@torch.inference_mode()
+def fill(session: Session) -> torch.Tensor:
+    """Random K and V in every cache, as if prefilled; first tokens (B,)."""
+    cache, policy = session.cache, session.policy
+    batch, device = len(session.prompts), session.llm.device
+    if isinstance(cache, FullCache):
+        cache.key.normal_(), cache.value.normal_()
+    else:
+        scored = policy.slm_cache
+        scored.key.normal_(), scored.value.normal_(), scored.row.zero_(), scored.score.zero_()
+        some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
+        for host in (*cache.host_key, *cache.host_value):
+            host.copy_(some, non_blocking=True)
+        policy.index.copy_(policy.given_map.to(device).expand_as(policy.index))
+        policy.maps = [HeadMap(policy.given_map, torch.full(policy.given_map.shape, torch.nan))] * batch
+        policy.tokens = [list(prompt) for prompt in session.prompts]
+    return torch.zeros(batch, dtype=torch.long, device=device)
+
+
+def ring_shift(turnover: float, session: Session) -> float:
+    """Ring positions a step, so that `turnover` of the critical set changes; recent tokens stay, in any case."""
+    length = session.lengths[0]
+    size = session.policy.settings.sizes(length)
+    return round(turnover * size.critical * session.capacity / (length - size.recent))
+
+
+def largest(method: str, models, prompt: int, new: int, settings: Settings) -> Setting:
+    """The largest batch whose predicted caches fit: 92 % of the GPU beside the weights, 85 % of the host's free memory.
+
+    PyTorch rounds each pinned tensor up to a power of two, so K and V on the host are counted so.
+    """
+    llm, slm = models
+    policy = FullPolicy(llm) if method.startswith("full") else SmallKV(llm, slm, settings)
+    one = [entry for entries in policy.predict([prompt], prompt + new).values() for entry in entries]
+    device = sum(entry.size for entry in one if entry.device == llm.device.type)
+    host = sum(entry.size for entry in one if entry.device != llm.device.type)
+    room = 0.92 * torch.cuda.mem_get_info()[1] - sum(weight_bytes(model) for model in models)
+    batch = int(room // device)
+    free = 0.85 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    while host and 2 << (batch * host // 2 - 1).bit_length() > free:
+        batch -= 1
+    return Setting(batch, prompt, new)
+
+
+def moved_rows(method: str, session: Session, step) -> tuple[int, int]:
+    if method == "smallkv-eager":
+        return session.cache.keys_moved, session.cache.values_moved
+    keys, values = step.side.moved.flatten().tolist()
+    return keys, values if session.policy.settings.marginal else keys
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(method: str, models, setting: Setting, settings: Settings, args, clock: Clock) -> list[dict]:
+    """One method in one setting: a row for each turnover (one for the full cache)."""
+    cuda = clock.device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if method == "transformers":
+        return [transformers_row(models, setting, clock)]
+    backend = pick_backend(args.backend, clock.device)
+    session = make_session(
+        method, models, setting, settings, args.chunk, backend if method.endswith("graph") else TORCH
+    )
+    prefilled = not args.decode_only or setting.name in args.prefill
+    logits: list[torch.Tensor] = []
+    ttft = clock.once(lambda: logits.append(session.prefill())) if prefilled else None
+    tokens = logits[0].argmax(-1) if prefilled else fill(session)
+    peak_prefill = torch.cuda.max_memory_allocated() if cuda else 0
+    step = None
+    if method.endswith("graph"):
+        step = DrivenStep(session, tokens, backend, args.max_moves)
+        if step.slm is not None:
+            step.driven = session.policy.driven
+        work = step.run
+    else:
+        state = {"tokens": tokens.tolist()}
+
+        def work():
+            state["tokens"] = session.step(state["tokens"]).argmax(-1).tolist()
+
+    first_fill = clock.once(work)  # the pools are filled: bytes of the first plan over PCIe, and compilation
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM - 1):
+        work()
+    if step is not None and cuda:
+        step.capture()
+    count = min(STEPS["graph" if method.endswith("graph") else "eager"], args.steps)
+    rows = []
+    for turnover in args.turnover if method.startswith("smallkv") else [None]:
+        if turnover is not None:
+            session.policy.driven.shift.fill_(ring_shift(turnover, session))
+        clock.laps(work, 2)
+        before = moved_rows(method, session, step) if turnover is not None else (0, 0)
+        length = session.lengths[0] + count // 2
+        laps = clock.laps(work, count)
+        moved = [0, 0]
+        if turnover is not None:
+            after = moved_rows(method, session, step)
+            moved = [(end - start) / count for start, end in zip(before, after)]
+        if args.profile and step is not None:
+            profile(work, f"{args.profile}.{method}.{setting.name}.txt")
+        rows.append(row(method, models, setting, settings, length, laps, ttft, turnover, moved))
+        held = session_bytes(session, step, models)
+        rows[-1].update(
+            first_step_s=first_fill, predicted_bytes=held, tiers=tiers(session),
+            peak_bytes=torch.cuda.max_memory_allocated() - idle_bytes(method, models) if cuda else None,
+            peak_prefill_bytes=peak_prefill - idle_bytes(method, models) if cuda and prefilled else None,
+        )  # fmt: skip
+    return rows
+
+
+def row(method, models, setting, settings, length, laps, ttft, turnover, moved) -> dict:
+    """The numbers of one method in one setting, all in seconds and bytes."""
+    llm, slm = (model.config for model in models)
+    size = settings.sizes(length) if method.startswith("smallkv") else None
+    tpot = statistics.median(laps)
+    cuts = statistics.quantiles(laps, n=10) if len(laps) > 1 else [tpot]
+    row_bytes = llm.head_dim * models[0].dtype.itemsize
+    critical = size.critical * setting.batch * llm.layers * llm.kv_heads if size else 0
+    out = {
+        "method": method, "setting": setting.name, "length": length, "tpot_s": tpot,
+        "tpot_p10_p90": [cuts[0], cuts[-1]],
+        "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
+        "turnover": moved[0] / critical if critical else None, "pcie_bytes_step": sum(moved) * row_bytes,
+        "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal),
+        "prefill_flops": prefill_flops(llm, slm if size else None, setting.batch, setting.prompt),
+    }  # fmt: skip
+    out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
+    return out
+
+
+def tiers(session: Session) -> list[dict]:
+    ledgers = {"LLM": session.cache.ledger()}
+    if hasattr(session.policy, "slm_cache"):
+        ledgers["SLM"] = session.policy.slm_cache.ledger()
+    return [vars(entry) | {"model": model} for model, entries in ledgers.items() for entry in entries]
+
+
+def weight_bytes(model: Decoder) -> int:
+    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+
+
+def idle_bytes(method: str, models) -> int:
+    """The SLM's weights stay where they are while the full cache is measured: not its own."""
+    return 0 if method.startswith("smallkv") else weight_bytes(models[1])
+
+
+def session_bytes(session: Session, step: Step | None, models) -> int:
+    """What the device should hold in a step: weights, ledgers, the step's own tables and its logits."""
+    device = session.llm.device.type
+    total = sum(entry["size"] for entry in tiers(session) if entry["device"] == device)
+    total += sum(weight_bytes(model) for model in session.policy.models)
+    if step is not None and step.slm is not None:
+        total += sum(tensor.nbytes for tensor in step.side.tensors())
+    batch, llm = len(session.prompts), session.llm.config
+    total += 2 * batch * llm.vocab_size * session.llm.dtype.itemsize  # logits, of the step run eagerly and captured
+    return total
+
+
+@torch.inference_mode()
+def transformers_row(models: list[Decoder], setting: Setting, clock: Clock) -> dict:
+    """The same weights in Transformers with SDPA, a DynamicCache of random K and V, one token at a time."""
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    llm = models[0]
+    raw = dict(llm.raw)
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=llm.dtype)
+    rotary = type(model.model.rotary_emb)(config).to(clock.device)
+    names = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in llm.state_dict().items()}
+    model.load_state_dict(names, strict=False, assign=True)
+    model.model.rotary_emb = rotary
+    model.eval()
+    cache, c = DynamicCache(config=config), llm.config
+    for layer in range(c.layers):
+        shape = (setting.batch, c.kv_heads, setting.prompt, c.head_dim)
+        cache.update(*(torch.randn(shape, device=clock.device, dtype=llm.dtype) for _ in range(2)), layer)
+    state = {"tokens": torch.zeros(setting.batch, 1, dtype=torch.long, device=clock.device)}
+
+    def work():
+        logits = model(input_ids=state["tokens"], past_key_values=cache, use_cache=True).logits
+        state["tokens"] = logits[:, -1:].argmax(-1)
+
+    clock.laps(work, 2)
+    count = STEPS["eager"]
+    laps = clock.laps(work, count)
+    out = row("transformers", (llm, llm), setting, Settings(), setting.prompt + count // 2, laps, None, None, [0, 0])
+    peak = torch.cuda.max_memory_allocated() - weight_bytes(models[1]) if clock.device.type == "cuda" else None
+    return out | {
+        "peak_bytes": peak,
+        "predicted_bytes": None,
+        "first_step_s": None,
+        "tiers": [],
+        "peak_prefill_bytes": None,
+    }
+
+
+def run(args) -> int:
+    device = torch.device(args.device)
+    clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
+    backend = pick_backend(args.backend, device)
+    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal)
+    raws, configs = pair_configs(args.pair)
+    torch.manual_seed(0)
+    models = [random_decoder(config, device, dtype) for config in configs]
+    models[0].raw = raws[0]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
+              "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
+              "max_moves": args.max_moves, "decode_only": args.decode_only,
+              "ceilings": ceilings(clock), "rows": []}  # fmt: skip
+    print(f"backend: {backend.name}, {name}, {dtype}, ceilings {report['ceilings']}", flush=True)
+    work = [(setting, method) for setting in args.settings for method in args.methods]
+    for setting in args.largest:
+        work += [(largest(method, models, setting.prompt, setting.new, settings), method) for method in args.methods]
+    for setting, method in work:
+        begin = time.perf_counter()
+        try:
+            found = measure(method, models, setting, settings, args, clock)
+        except torch.OutOfMemoryError as error:
+            found = [{"method": method, "setting": setting.name, "error": str(error).splitlines()[0][:120]}]
+        report["rows"] += found
+        for line in found:
+            tpot = f"{1e3 * line['tpot_s']:.2f} ms" if "tpot_s" in line else line["error"]
+            spent = time.perf_counter() - begin
+            print(f"{setting.name} {method} {line.get('turnover')}: {tpot} ({spent:.1f} s spent)", flush=True)
+    if args.table:
+        print(table(report))
+    print(json.dumps(report))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--pair", choices=PAIRS, default="qwen2-7b")
+    parser.add_argument("--settings", type=Setting.many, default=Setting.many("64x2048+256,4x16384+512,32x16384+256"),
+                        help="BATCHxPROMPT+NEW, separated by commas")  # fmt: skip
+    parser.add_argument("--largest", type=Setting.many, default=[], metavar="1xPROMPT+NEW",
+                        help="the largest batch that fits, for each method")  # fmt: skip
+    parser.add_argument("--methods", type=lambda names: names.split(","), default=["full-graph", "smallkv-graph"],
+                        help=f"of {', '.join(METHODS)}, separated by commas")  # fmt: skip
+    parser.add_argument("--backend", choices=NAMES, default="auto", help="of the graph methods")
+    parser.add_argument("--budget", type=float, default=0.2)
+    parser.add_argument("--score-decay", type=float, default=0.0)
+    parser.add_argument("--marginal", action="store_true")
+    parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set in a step")
+    parser.add_argument("--turnover", type=lambda shares: [float(share) for share in shares.split(",")],
+                        default=[0.1], help="share of the critical set that changes each step; or several")  # fmt: skip
+    parser.add_argument("--decode-only", action="store_true", help="random caches instead of a prefill")
+    parser.add_argument("--prefill", type=lambda names: names.split(","), default=[],
+                        help="with --decode-only: settings that are prefilled all the same")  # fmt: skip
+    parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens that go through a model at once")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", metavar="PREFIX", help="write PREFIX.METHOD.SETTING.txt")
+    parser.add_argument("--table", action="store_true", help="print the table in markdown")
+    args = parser.parse_args(argv)
+    unknown = [method for method in args.methods if method not in METHODS]
+    if unknown:
+        parser.error(f"unknown method {unknown[0]!r}; supported: {', '.join(METHODS)}")
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

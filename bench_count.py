@@ -1,0 +1,156 @@
+"""What bench.py counts instead of measuring: shapes of the pairs, bytes of a step, operations of a prefill, the table.
+
+Where it sits: under bench.py. Every figure here follows from the configurations alone, so that the floor beside a
+measured time can be checked by hand.
+"""
+
+from dataclasses import dataclass
+
+from model import Config
+from smallkv import TierSizes
+
+QWEN2_05B = {
+    "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936, "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN2_7B = {
+    "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN25_14B = {
+    "model_type": "qwen2", "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40,
+    "num_key_value_heads": 8, "intermediate_size": 13824, "vocab_size": 152064, "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+LLAMA31_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_scaling": LLAMA_ROPE,
+}  # fmt: skip
+LLAMA32_1B = {
+    "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "head_dim": 64,
+    "rope_scaling": {**LLAMA_ROPE, "factor": 32.0},
+}  # fmt: skip
+TINY = {
+    "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 4096,
+    "head_dim": 16, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+PAIRS = {
+    "qwen2-7b": (QWEN2_7B, QWEN2_05B),
+    "qwen2.5-14b": (QWEN25_14B, QWEN2_05B),
+    "llama3.1-8b": (LLAMA31_8B, LLAMA32_1B),
+    "tiny": (TINY, {**TINY, "num_attention_heads": 4, "tie_word_embeddings": True}),
+}
+
+
+def pair_configs(name: str) -> tuple[tuple[dict, dict], tuple[Config, Config]]:
+    raws = PAIRS[name]
+    return raws, tuple(Config.from_hf(raw) for raw in raws)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A batch of prompts of one length, and room for new tokens."""
+
+    batch: int
+    prompt: int
+    new: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch}x{self.prompt}+{self.new}"
+
+    @classmethod
+    def many(cls, text: str) -> list["Setting"]:
+        """`64x2048+256,4x16384+512` -> settings. ValueError (argparse's own message) if it reads otherwise."""
+        settings = []
+        for part in text.split(","):
+            batch, rest = part.split("x")
+            prompt, new = rest.split("+")
+            settings.append(cls(int(batch), int(prompt), int(new)))
+        return settings
+
+
+def layer_parameters(config: Config) -> int:
+    """Weights of all layers' matrix products; biases and norms are left out, which a table in ms cannot see."""
+    D, hidden = config.head_dim, config.hidden_size
+    attention = hidden * D * (2 * config.query_heads + 2 * config.kv_heads)
+    return config.layers * (attention + 3 * hidden * config.intermediate_size)
+
+
+def step_bytes(
+    llm: Config, slm: Config, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool
+) -> dict[str, int]:
+    """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache.
+
+    The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither. Scores are read
+    once by the plan, and with a marginal tier the rows are those lent.
+    """
+    weights = itemsize * (layer_parameters(llm) + llm.vocab_size * llm.hidden_size)
+    pair = 2 * llm.layers * llm.kv_heads * llm.head_dim * itemsize * batch  # K and V of one token
+    if size is None:
+        return {"LLM weights": weights, "LLM K, V": pair * length}
+    slm_pair = 2 * slm.layers * slm.kv_heads * slm.head_dim * itemsize * batch
+    return {
+        "LLM weights": weights,
+        "LLM K, V": pair * size.critical + pair // 2 * (size.marginal if marginal else 0),
+        "SLM weights": itemsize * layer_parameters(slm),
+        "SLM K, V": slm_pair * length,
+        "scores": 4 * slm.layers * slm.query_heads * length * batch,
+    }
+
+
+def prefill_flops(llm: Config, slm: Config | None, batch: int, prompt: int) -> int:
+    """Multiplications and additions of a prefill: matrix products of every token, causal attention, the last logits."""
+    total = 0
+    for config in (llm, slm) if slm else (llm,):
+        attention = 2 * 2 * config.layers * config.query_heads * config.head_dim * prompt * (prompt + 1) // 2
+        total += batch * (2 * layer_parameters(config) * prompt + attention)
+    return total + 2 * batch * llm.vocab_size * llm.hidden_size
+
+
+def paper_throughput(setting: Setting, ttft: float, tpot: float) -> float:
+    """The paper's "throughput": prompt and output tokens of one sequence over the time; the batch does not count."""
+    return (setting.prompt + setting.new) / (ttft + setting.new * tpot)
+
+
+def table(report: dict) -> str:
+    """Markdown, one line a row; floors from the measured ceilings."""
+    ceiling = report["ceilings"]
+    lines = [
+        "| setting | method | moved | TPOT ms (p10-p90) | floor ms | x floor | tokens/s | PCIe MB/step (ms) | "
+        "TTFT s | floor s | x floor | paper's tok/s | peak GB (predicted) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['setting']} | {row['method']} | {row['error']} |" + " |" * 10)
+            continue
+        floor = sum(row["step_bytes"].values()) / ceiling["copy_bytes_s"]
+        low, high = row["tpot_p10_p90"]
+        moved = "-" if row["turnover"] is None else f"{row['turnover']:.1%}"
+        pcie = row["pcie_bytes_step"]
+        cells = [
+            row["setting"], row["method"], moved, f"{1e3 * row['tpot_s']:.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})",
+            f"{1e3 * floor:.2f}", f"{row['tpot_s'] / floor:.2f}", f"{row['tokens_s']:.0f}",
+            f"{pcie / 1e6:.0f} ({1e3 * pcie / ceiling['pcie_bytes_s']:.2f})" if pcie else "-",
+        ]  # fmt: skip
+        if row["ttft_s"] is None:
+            cells += ["-"] * 4
+        else:
+            least = row["prefill_flops"] / ceiling["matrix_flops_s"]
+            cells += [f"{row['ttft_s']:.2f}", f"{least:.2f}", f"{row['ttft_s'] / least:.2f}",
+                      f"{row['paper_throughput']:.0f}"]  # fmt: skip
+        peak, predicted = row["peak_bytes"], row["predicted_bytes"]
+        cells.append("-" if not peak else f"{peak / 1e9:.2f}" + (f" ({predicted / 1e9:.2f})" if predicted else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

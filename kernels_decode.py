@@ -1,0 +1,335 @@
+"""Decode attention in Triton: one new token a sequence, on a full cache or on the tiers, bound by the bytes of K and V.
+
+Where it sits: the two attentions of a decode step (graph.py). Each function here exists twice with one signature: the
+plain PyTorch twin (`..._torch`, which calls the truth in kernels.py) and the Triton version (`..._triton`).
+
+| function           | flow                                                        | paper             |
+| ------------------ | ----------------------------------------------------------- | ----------------- |
+| `decode_attention` | full cache: the rival, and nothing but the output           | vanilla attention |
+| `scored_attention` | SLM: the same, and its row goes into the scores             | Eq. 1, Eq. 4      |
+| `tiered_attention` | LLM: critical K,V and marginal V, merged                    | Eq. 6             |
+
+How the kernels work (flash decoding): the tokens of a sequence are cut into splits, one program takes one split of one
+KV head with all the query heads that share it, so that each row of K and V is read once; a second kernel merges the
+splits. Lengths are device tensors and the grid is that of the capacity, so one captured graph serves growing sequences;
+programs beyond a length return at once. A group of query heads is padded to the 16 rows a matrix unit wants.
+
+The row of the SLM needs the sum over all splits, so the first kernel leaves its logits in a scratch of one layer (it
+stays in the L2 cache) and the second turns them into probabilities and adds them to the scores.
+
+Shapes follow the legend in model.py; decode drops the T dimension: query is (B, H, D).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import kernels
+
+BLOCK = 64  # tokens of one tile: K and V tiles, three deep, stay below 100 KB of shared memory at D = 128
+PROGRAMS = 1056  # how many programs are aimed at: eight for each of the 132 multiprocessors of an H100
+CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
+
+
+# ---- The twins -------------------------------------------------------------------------------------------------------
+
+
+def decode_attention_torch(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
+    """query (B, H, D) on key, value (B, G, S, D); sequence b sees its first length[b] tokens, length (B,) int32.
+
+    Returns (B, H, D).
+    """
+    return _full_step(query, key, value, length)[0]
+
+
+def scored_attention_torch(
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None
+) -> Tensor:
+    """`decode_attention`, and score = decay * score + attention row in place, on the tokens seen.
+
+    score and row are (B, H, S) fp32; row, if given, takes the attention row itself (marginal tokens borrow it). With
+    decay 0 the old score is not read. What lies beyond a length is neither read nor written.
+    """
+    out, probability = _full_step(query, key, value, length)
+    seen = (torch.arange(score.shape[-1], device=score.device) < length[:, None])[:, None].expand_as(score)
+    old = decay * score if decay else torch.zeros_like(score)
+    score.copy_(torch.where(seen, old + probability, score))
+    if row is not None:
+        row.copy_(torch.where(seen, probability, row))
+    return out
+
+
+def _full_step(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    unseen = torch.arange(value.shape[2], device=value.device) >= length[:, None]  # (B, S)
+    value = value.masked_fill(unseen[:, None, :, None], 0)  # unseen columns weigh 0, and 0 * NaN is NaN
+    out, row = kernels.full_attention_step(query[:, :, None], key, value, length.long() - 1)
+    return out[:, :, 0], row
+
+
+def tiered_attention_torch(
+    query: Tensor, key: Tensor, value: Tensor, key_position: Tensor, value_slot: Tensor | None = None,
+    borrowed: Tensor | None = None, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Eq. 6 on the pools: query (B, H, D), key (B, G, C, D), value (B, G, N, D); returns (B, H, D).
+
+    key_position (B, G, C) int32: the token in each K slot, -1 if none. value_slot (B, G, C) int32: where in the V pool
+    its value lies; None: at the same slot. borrowed (B, H, N) fp32: A'_f(i) on the marginal tokens by V slot, 0
+    elsewhere; None: there is no marginal tier. weight (B, H, C) fp32, if given, takes what each K slot weighs in the
+    output: (1 - m) softmax(q K_C).
+    """
+    B, H, _ = query.shape
+    if value_slot is None:
+        value_slot = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3])
+    if borrowed is None:
+        borrowed = torch.zeros(B, H, value.shape[2], device=query.device)
+    used = key_position >= 0
+    out, by_value_slot = kernels.tiered_attention(query[:, :, None], key, value, used, value_slot.long(), borrowed)
+    if weight is not None:
+        share = H // key.shape[1]
+        critical = by_value_slot.gather(-1, value_slot.long().repeat_interleave(share, 1))
+        weight.copy_(critical.masked_fill(~used.repeat_interleave(share, 1), 0))
+    return out[:, :, 0]
+
+
+# ---- The kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _full_split_kernel(
+    q_ptr, k_ptr, v_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, k_batch, k_head, logit_head, scale, splits, size,
+    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SCORED: tl.constexpr,
+):  # fmt: skip
+    """One split of one KV head: max, sum and unscaled output of its ROWS query heads (GROUP of them are real)."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    b, g = pair // G, pair % G
+    length = tl.load(length_ptr + b)
+    start = split * size
+    if start >= length:
+        return
+    row, dim = tl.arange(0, ROWS), tl.arange(0, D)
+    real = row < GROUP
+    query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
+    base = b.to(tl.int64) * k_batch + g * k_head
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for at in range(start, tl.minimum(start + size, length), BLOCK):
+        token = at + tl.arange(0, BLOCK)
+        seen = token < length
+        cell = base + token[:, None] * D + dim  # (BLOCK, D)
+        key = tl.load(k_ptr + cell, mask=seen[:, None], other=0.0)
+        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
+        logit = tl.where(seen, logit, -float("inf"))
+        if SCORED:
+            line = (pair * GROUP + row).to(tl.int64)[:, None] * logit_head
+            tl.store(logit_ptr + line + token, logit, mask=real[:, None] & seen)
+        higher = tl.maximum(top, tl.max(logit, 1))
+        weight = tl.exp(logit - higher[:, None])
+        shrink = tl.exp(top - higher)
+        value = tl.load(v_ptr + cell, mask=seen[:, None], other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        total = total * shrink + tl.sum(weight, 1)
+        top = higher
+    part = (pair * splits + split).to(tl.int64) * ROWS + row
+    tl.store(stat_ptr + part * 3, top)
+    tl.store(stat_ptr + part * 3 + 1, total)
+    tl.store(acc_ptr + part[:, None] * D + dim, acc)
+
+
+@triton.jit
+def _tiered_split_kernel(
+    q_ptr, k_ptr, v_ptr, position_ptr, slot_ptr, borrowed_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr,
+    critical_slots, value_slots, scale, splits, size,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, MARGINAL: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """One split of the K slots with the values they name, and the same split of the V slots for what is borrowed."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, dim = tl.arange(0, ROWS), tl.arange(0, D)
+    real = row < GROUP
+    query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
+    head = (pair * GROUP + row).to(tl.int64)
+    keys, values = pair.to(tl.int64) * critical_slots, pair.to(tl.int64) * value_slots
+    start = split * size
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for at in range(start, tl.minimum(start + size, critical_slots), BLOCK):
+        slot = at + tl.arange(0, BLOCK)
+        inside = slot < critical_slots
+        used = tl.load(position_ptr + keys + slot, mask=inside, other=-1) >= 0
+        key = tl.load(k_ptr + (keys + slot)[:, None] * D + dim, mask=used[:, None], other=0.0)
+        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
+        logit = tl.where(used, logit, -float("inf"))
+        if WEIGHTED:
+            tl.store(logit_ptr + head[:, None] * critical_slots + slot, logit, mask=real[:, None] & inside)
+        higher = tl.maximum(top, tl.max(logit, 1))
+        anchor = tl.where(higher == -float("inf"), 0.0, higher)  # a tile whose slots are all empty
+        weight = tl.exp(logit - anchor[:, None])
+        shrink = tl.exp(top - anchor)
+        if MARGINAL:
+            where = tl.load(slot_ptr + keys + slot, mask=used, other=0)
+        else:
+            where = slot
+        value = tl.load(v_ptr + (values + where)[:, None] * D + dim, mask=used[:, None], other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        total = total * shrink + tl.sum(weight, 1)
+        top = higher
+    part = (pair * splits + split).to(tl.int64) * ROWS + row
+    tl.store(stat_ptr + part * 3, top)
+    tl.store(stat_ptr + part * 3 + 1, total)
+    tl.store(acc_ptr + part[:, None] * D + dim, acc)
+    if MARGINAL:
+        mass = tl.zeros([ROWS], tl.float32)
+        lent = tl.zeros([ROWS, D], tl.float32)
+        for at in range(start, tl.minimum(start + size, value_slots), BLOCK):
+            slot = at + tl.arange(0, BLOCK)
+            asked = real[:, None] & (slot < value_slots)[None]
+            share = tl.load(borrowed_ptr + head[:, None] * value_slots + slot, mask=asked, other=0.0)  # (ROWS, BLOCK)
+            marginal = tl.max(share, 0) > 0  # a critical value is not read a second time
+            value = tl.load(v_ptr + (values + slot)[:, None] * D + dim, mask=marginal[:, None], other=0.0)
+            lent += tl.dot(share.to(value.dtype), value, input_precision="ieee")
+            mass += tl.sum(share, 1)
+        tl.store(stat_ptr + part * 3 + 2, mass)
+        tl.store(lent_ptr + part[:, None] * D + dim, lent)
+
+
+@triton.jit
+def _merge_kernel(
+    out_ptr, length_ptr, stat_ptr, acc_ptr, lent_ptr, logit_ptr, score_ptr, row_ptr,
+    score_batch, score_head, logit_head, splits, size, capacity, decay,
+    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNK: tl.constexpr, TIERED: tl.constexpr, MARGINAL: tl.constexpr, SCORED: tl.constexpr,
+    OLD: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one query head; each program turns one chunk of logits into probabilities, the first one
+    writes the output. Scores are score * decay + probability (OLD), or the probability alone."""
+    head, chunk = tl.program_id(0), tl.program_id(1)  # head counts over the batch
+    pair = head // GROUP
+    b = pair // G
+    if TIERED:
+        length = capacity  # K slots: which of them hold a token is in their logits
+    else:
+        length = tl.load(length_ptr + b)
+    if (chunk > 0) & (chunk * CHUNK >= length):
+        return
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, D)
+    live = split < splits
+    if not MARGINAL:  # a marginal tier reaches beyond the K slots
+        live = live & (split * size < length)
+    part = (pair * splits + split).to(tl.int64) * ROWS + head % GROUP
+    tops = tl.load(stat_ptr + part * 3, mask=live, other=-float("inf"))
+    top = tl.max(tops, 0)
+    shrink = tl.exp(tops - top)
+    total = tl.sum(tl.load(stat_ptr + part * 3 + 1, mask=live, other=0.0) * shrink, 0)
+    scale = 1 / total
+    if MARGINAL:
+        scale = scale * (1 - tl.sum(tl.load(stat_ptr + part * 3 + 2, mask=live, other=0.0), 0))
+    if chunk == 0:
+        acc = tl.load(acc_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0)  # (SPLITS, D)
+        out = tl.sum(acc * shrink[:, None], 0) * scale
+        if MARGINAL:
+            out += tl.sum(tl.load(lent_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0), 0)
+        tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty))
+    if SCORED:
+        token = chunk * CHUNK + tl.arange(0, CHUNK)
+        seen = token < length
+        logit = tl.load(logit_ptr + head.to(tl.int64) * logit_head + token, mask=seen, other=-float("inf"))
+        probability = tl.exp(logit - top) * scale
+        line = b.to(tl.int64) * score_batch + (head % (G * GROUP)) * score_head + token
+        if ROW:
+            tl.store(row_ptr + line, probability, mask=seen)
+        if OLD:
+            probability += decay * tl.load(score_ptr + line, mask=seen, other=0.0)
+        tl.store(score_ptr + line, probability, mask=seen)
+
+
+# ---- The launchers ---------------------------------------------------------------------------------------------------
+
+
+def split_size(pairs: int, tokens: int) -> int:
+    """Tokens of one split: as few as keep the programs at PROGRAMS, so that a small batch still fills the GPU."""
+    wanted = max(1, PROGRAMS // pairs)
+    return BLOCK * max(2, triton.cdiv(tokens, BLOCK * wanted))
+
+
+def decode_attention_triton(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
+    return _full_triton(query, key, value, length, None, 0.0, None)
+
+
+def scored_attention_triton(
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None
+) -> Tensor:
+    return _full_triton(query, key, value, length, score, decay, row)
+
+
+def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
+    B, H, D = query.shape
+    G, S = key.shape[1], key.shape[2]
+    assert key.stride()[2:] == (D, 1) and value.stride() == key.stride(), "token rows must lie one after another"
+    assert query.is_contiguous()
+    group, split = H // G, split_size(B * G, S)
+    rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(S, split)
+    part = (B * G, splits, rows)
+    stat, acc = _scratch(query, *part, 3), _scratch(query, *part, D)
+    logit = stat if score is None else _scratch(query, B * H, S)
+    _full_split_kernel[(B * G, splits)](
+        query, key, value, length, logit, stat, acc, key.stride(0), key.stride(1), S, D**-0.5, splits, split,
+        G=G, GROUP=group, ROWS=rows, D=D, BLOCK=BLOCK, SCORED=score is not None,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    out = torch.empty_like(query)
+    if score is not None:
+        assert score.stride(2) == 1 and (row is None or row.stride() == score.stride())
+    strides = (0, 0) if score is None else score.stride()[:2]
+    _merge_kernel[(B * H, 1 if score is None else triton.cdiv(S, CHUNK))](
+        out, length, stat, acc, acc, logit, logit if score is None else score, logit if row is None else row,
+        *strides, S, splits, split, S, decay,
+        G=G, GROUP=group, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
+        TIERED=False, MARGINAL=False, SCORED=score is not None, OLD=decay != 0, ROW=row is not None,
+        num_warps=_merge_warps(splits),
+    )  # fmt: skip
+    return out
+
+
+def tiered_attention_triton(
+    query: Tensor, key: Tensor, value: Tensor, key_position: Tensor, value_slot: Tensor | None = None,
+    borrowed: Tensor | None = None, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    B, H, D = query.shape
+    G, C, N = key.shape[1], key.shape[2], value.shape[2]
+    given = [tensor for tensor in (query, key, value, key_position, value_slot, borrowed, weight) if tensor is not None]
+    assert all(tensor.is_contiguous() for tensor in given), "the pools of one layer are contiguous"
+    assert (value_slot is None) == (borrowed is None), "a marginal tier needs both"
+    marginal = borrowed is not None
+    group, split = H // G, split_size(B * G, N)
+    rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(N, split)
+    part = (B * G, splits, rows)
+    stat, acc = _scratch(query, *part, 3), _scratch(query, *part, D)
+    lent = _scratch(query, *part, D) if marginal else acc
+    logit = stat if weight is None else _scratch(query, B * H, C)
+    _tiered_split_kernel[(B * G, splits)](
+        query, key, value, key_position, value_slot if marginal else key_position, borrowed if marginal else stat,
+        logit, stat, acc, lent, C, N, D**-0.5, splits, split,
+        GROUP=group, ROWS=rows, D=D, BLOCK=BLOCK, MARGINAL=marginal, WEIGHTED=weight is not None,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    out = torch.empty_like(query)
+    _merge_kernel[(B * H, 1 if weight is None else triton.cdiv(C, CHUNK))](
+        out, key_position, stat, acc, lent, logit, logit if weight is None else weight, logit,
+        H * C, C, C, splits, split, C, 0.0,
+        G=G, GROUP=group, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
+        TIERED=True, MARGINAL=marginal, SCORED=weight is not None, OLD=False, ROW=False,
+        num_warps=_merge_warps(splits),
+    )  # fmt: skip
+    return out
+
+
+def _merge_warps(splits: int) -> int:
+    return 4 if splits <= 32 else 8
+
+
+def _scratch(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, device=like.device, dtype=torch.float32)

@@ -1,0 +1,131 @@
+"""Rows that move between the tiers, in Triton: straight out of pinned host memory into slots, and the newest row back.
+
+Where it sits: slots (kernels_tiers.py) -> **movement** -> LLM, on the side stream of the decode step (graph.py). The
+kernels read and write pinned memory themselves, so a captured graph moves whatever the tables on the device say
+(Algorithm 1, line 9); the bytes arrive as they left. Each function exists twice with one signature, `..._torch` (the
+twin) and `..._triton`.
+
+Shapes follow the legend in model.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 16  # rows that a program brings at once
+BRINGERS = 64  # programs that bring keys, and as many for values: they fill PCIe and leave room for other kernels
+
+
+class Moves(NamedTuple):
+    """Rows of one layer and pool that must come from the host: the first count (B, G) of each line of token and slot
+    (B, G, N), all int32; the rest of a line is -1."""
+
+    token: Tensor
+    slot: Tensor
+    count: Tensor
+
+    @classmethod
+    def none(cls, position: Tensor) -> "Moves":
+        """No moves yet, for a pool with these positions (B, G, N)."""
+        empty = torch.full_like(position, -1)
+        return cls(empty, empty.clone(), torch.zeros_like(position[..., 0]))
+
+
+# ---- The twins -------------------------------------------------------------------------------------------------------
+
+
+def bring_rows_torch(
+    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves
+) -> None:
+    """Rows of one layer from the host, (B, G, S, D), into the slots that wait for them, (B, G, slots, D)."""
+    for pool, host, moves in ((key, host_key, key_moves), (value, host_value, value_moves)):
+        b, g, i = (moves.token >= 0).nonzero(as_tuple=True)
+        token, there = moves.token[b, g, i].long().to(host.device), [index.to(host.device) for index in (b, g)]
+        pool[b, g, moves.slot[b, g, i].long()] = host[there[0], there[1], token].to(pool.device)
+
+
+def store_newest_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, position: Tensor) -> None:
+    """K and V of one token a sequence, newest (2, L, B, G, D), to its place on the host, (L, B, G, S, D)."""
+    index = (
+        position.long().to(host_key.device)[None, :, None, None, None].expand(*newest.shape[1:4], 1, newest.shape[4])
+    )
+    for host, row in zip((host_key, host_value), newest.to(host_key.device)):
+        host.scatter_(3, index, row[..., None, :])
+
+
+# ---- The kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _bring(
+    pool_ptr, host_ptr, token_ptr, slot_ptr, count_ptr, slots, capacity, pairs, PARTS: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Every BRINGERS-th of the work's items: a KV head of a sequence, or one of PARTS interleaved parts of its list."""
+    dim = tl.arange(0, D)
+    for item in range(tl.program_id(0), pairs * PARTS, tl.num_programs(0)):
+        pair = item // PARTS
+        count = tl.load(count_ptr + pair)
+        for at in range((item % PARTS) * ROWS, count, PARTS * ROWS):
+            nth = at + tl.arange(0, ROWS)
+            coming = nth < count
+            token = tl.load(token_ptr + pair * slots + nth, mask=coming, other=0).to(tl.int64)
+            slot = tl.load(slot_ptr + pair * slots + nth, mask=coming, other=0).to(tl.int64)
+            row = tl.load(host_ptr + (pair * capacity + token)[:, None] * D + dim, mask=coming[:, None])
+            tl.store(pool_ptr + (pair * slots + slot)[:, None] * D + dim, row, mask=coming[:, None])
+
+
+@triton.jit
+def _bring_kernel(
+    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_token_ptr, key_slot_ptr, key_count_ptr, value_token_ptr,
+    value_slot_ptr, value_count_ptr, key_slots, value_slots, capacity, pairs,
+    PARTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(1) == 0:
+        _bring(key_ptr, host_key_ptr, key_token_ptr, key_slot_ptr, key_count_ptr, key_slots, capacity, pairs,
+               PARTS, D, ROWS)  # fmt: skip
+    else:
+        _bring(value_ptr, host_value_ptr, value_token_ptr, value_slot_ptr, value_count_ptr, value_slots, capacity,
+               pairs, PARTS, D, ROWS)  # fmt: skip
+
+
+@triton.jit
+def _store_kernel(
+    newest_ptr, host_key_ptr, host_value_ptr, position_ptr, lines, capacity, B: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # counts layers, sequences and KV heads
+    inside = line < lines
+    dim = tl.arange(0, D)
+    position = tl.load(position_ptr + (line // G) % B, mask=inside, other=0)
+    cell = (line.to(tl.int64) * capacity + position)[:, None] * D + dim
+    source = line.to(tl.int64)[:, None] * D + dim
+    key = tl.load(newest_ptr + source, mask=inside[:, None])
+    value = tl.load(newest_ptr + lines * D + source, mask=inside[:, None])
+    tl.store(host_key_ptr + cell, key, mask=inside[:, None])
+    tl.store(host_value_ptr + cell, value, mask=inside[:, None])
+
+
+# ---- The launchers ---------------------------------------------------------------------------------------------------
+
+
+def bring_rows_triton(
+    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves
+) -> None:
+    B, G, C, D = key.shape
+    pairs = B * G
+    _bring_kernel[(BRINGERS, 2)](
+        key, value, host_key, host_value, *key_moves, *value_moves, C, value.shape[2], host_key.shape[2], pairs,
+        PARTS=triton.cdiv(BRINGERS, pairs), D=D, ROWS=ROWS, num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def store_newest_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, position: Tensor) -> None:
+    _, L, B, G, D = newest.shape
+    lines = L * B * G
+    _store_kernel[(triton.cdiv(lines, ROWS),)](
+        newest, host_key, host_value, position, lines, host_key.shape[3], B=B, G=G, D=D, ROWS=ROWS, num_warps=4
+    )

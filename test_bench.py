@@ -1,0 +1,91 @@
+"""What bench.py counts, against a count by hand or on real tensors; and the whole command on the tiny pair."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+from bench_count import PAIRS, Setting, layer_parameters, pair_configs, paper_throughput, prefill_flops, step_bytes
+from cache import FullCache
+from model import Decoder
+from smallkv import Settings, TierSizes
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_parameters_are_those_of_the_decoder(name):
+    for config in pair_configs(name)[1]:
+        with torch.device("meta"):
+            decoder = Decoder(config)
+        weights = [p for part, p in decoder.layers.named_parameters() if p.dim() == 2]
+        assert layer_parameters(config) == sum(weight.numel() for weight in weights)
+
+
+def test_shapes_are_those_of_the_checkpoints():
+    """Parameters as published: 7.62 and 0.49 (Qwen2), 14.8 (Qwen2.5), 8.03 and 1.24 (LLaMA) billion."""
+    published = {"qwen2-7b": (7.62, 0.49), "qwen2.5-14b": (14.77, 0.49), "llama3.1-8b": (8.03, 1.24)}
+    for name, sizes in published.items():
+        for config, size in zip(pair_configs(name)[1], sizes):
+            with torch.device("meta"):
+                total = sum(parameter.numel() for parameter in Decoder(config).parameters())
+            assert total / 1e9 == pytest.approx(size, abs=0.006)
+
+
+def test_bytes_of_a_step_are_those_of_the_caches():
+    llm, slm = pair_configs("tiny")[1]
+    full = step_bytes(llm, slm, 3, 100, 4, None, False)
+    assert full["LLM K, V"] == FullCache.predict(llm, 3, 100, "cpu", torch.float32)[0].size
+    assert full["LLM weights"] == 4 * (layer_parameters(llm) + 97 * 32)
+    tiered = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True)
+    assert tiered["LLM K, V"] == full["LLM K, V"] * 20 // 100  # 15 whole tokens and 10 halves
+    assert tiered["scores"] == 3 * 2 * 4 * 100 * 4
+    assert "SLM K, V" not in full
+
+
+def test_flops_of_a_prefill_are_counted_by_torch():
+    """torch's own counter over a plain forward; attention there is not halved by causality, so it is taken twice."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = pair_configs("tiny")[1][0]
+    decoder, n = Decoder(config), 64
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        decoder(torch.zeros(1, n, dtype=torch.long), logits="last")
+    square = 2 * 2 * config.layers * config.query_heads * config.head_dim * n * n
+    triangle = square * (n + 1) // (2 * n)
+    assert counter.get_total_flops() in (
+        prefill_flops(config, None, 1, n) - triangle + square,
+        prefill_flops(config, None, 1, n) - triangle,  # where the counter does not know this attention
+    )
+
+
+def test_paper_throughput_is_one_sequence():
+    """All its tokens over all its time; the batch of 64 does not count."""
+    assert paper_throughput(Setting(64, 2048, 256), 2.0, 0.03) == pytest.approx(2304 / (2.0 + 256 * 0.03))
+
+
+def test_the_ring_moves_what_it_is_asked_to():
+    """Ranks stay a permutation above every score, and `shift` of them change sides at any cut."""
+    driven = bench.Driven(2, 50, "cpu")
+    driven.shift.fill_(7)
+    top = [set(driven.rank[0].topk(20).indices.tolist())]
+    for _ in range(9):
+        rank = driven.turn()
+        assert sorted(rank[1].tolist()) == list(range(8, 58))
+        top.append(set(rank[0].topk(20).indices.tolist()))
+        assert len(top[-1] - top[-2]) == 7
+
+
+@pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--marginal", "--score-decay", "0.5"]])
+def test_the_command_measures_every_method(extra, capsys):
+    """Rows, table and the last line; the turnover that is counted is the one asked for."""
+    command = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.02,0.2", "--steps", "4", "--table",
+               "--device", "cpu", "--methods", "full-eager,full-graph,smallkv-graph"]  # fmt: skip
+    assert bench.main(command + extra) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads(lines[-1])
+    assert [row["method"] for row in report["rows"]] == ["full-eager", "full-graph", *["smallkv-graph"] * 2]
+    for row in report["rows"][2:]:
+        size = Settings(0.2, marginal=report["marginal"]).sizes(row["length"])
+        assert row["turnover"] == pytest.approx(row["turnover_asked"], abs=2.5 / size.critical)
+    assert sum(line.startswith("| 2x400+60 |") for line in lines) == 4
+    assert (report["rows"][0]["ttft_s"] is None) == ("--decode-only" in extra)

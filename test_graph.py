@@ -1,0 +1,140 @@
+"""The static step against the eager path (decode.Session): the same tokens, with either backend, captured on a GPU."""
+
+import pytest
+import torch
+
+from backend import TORCH, TRITON
+from conftest import random_prompts, tiny_decoder
+from decode import FullPolicy, Sampler, Session, generate
+from graph import Step, generate_static
+from smallkv import Settings, SmallKV
+
+SETTINGS = {
+    "default": Settings(),
+    "decay 0.5": Settings(score_decay=0.5),
+    "paper": Settings.paper(),
+    "marginal": Settings(marginal=True, score_decay=0.5),
+    "all of it": Settings(budget=1.0, marginal=True),
+}
+LENGTHS = (130, 63, 97, 157)  # two of them meet the matching window, one while it decodes
+
+
+def decoders(device, head_dim=16, **changes):
+    llm = tiny_decoder(head_dim=head_dim, device=device, **changes)
+    return llm, tiny_decoder(heads=4, head_dim=head_dim, seed=1, device=device, **changes)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
+    """On a GPU the static step is captured, and the eager path runs on the CPU: fp32 on both."""
+    prompts = random_prompts(*LENGTHS)
+    cpu = decoders("cpu")
+    expected = generate(cpu[0], SmallKV(*cpu, SETTINGS[name]), prompts, 14)
+    pair = decoders(device)
+    session = Session(pair[0], SmallKV(*pair, SETTINGS[name]), prompts, 14)
+    assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected
+
+
+@pytest.mark.parametrize("name", ["default", "marginal"])
+def test_static_step_with_triton(name):
+    """Head dim 32, a pair of KV heads with three query heads each; few steps: the interpreter is slow."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompts = random_prompts(120, 97)
+    cpu = decoders("cpu", head_dim=32)
+    expected = generate(cpu[0], SmallKV(*cpu, SETTINGS[name]), prompts, 6)
+    pair = decoders(device, head_dim=32)
+    assert generate_static(Session(pair[0], SmallKV(*pair, SETTINGS[name]), prompts, 6), 6, TRITON) == expected
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_static_full_cache_makes_the_tokens_of_the_eager_path(model_type, device):
+    prompts = random_prompts(70, 33, 5)
+    cpu = tiny_decoder(model_type=model_type)
+    expected = generate(cpu, FullPolicy(cpu), prompts, 8)
+    llm = tiny_decoder(model_type=model_type, device=device)
+    llm.load_state_dict(cpu.state_dict())  # the biases, which tiny_decoder leaves as they come
+    session = Session(llm, FullPolicy(llm), prompts, 8)
+    assert generate_static(session, 8, TORCH if device == "cpu" else TRITON) == expected
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_a_prefill_with_triton_leaves_the_same_scores(decay):
+    """Chunks of a prefill through the column-sum kernel, against the same through its twin."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = []
+    for backend in (TORCH, TRITON):
+        pair = decoders(device, head_dim=32)
+        policy = SmallKV(*pair, Settings(score_decay=decay), sums=backend.column_sums)
+        Session(pair[0], policy, random_prompts(130), 4, chunk=80).prefill()
+        scores.append(policy.slm_cache.score)
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-4)
+
+
+def test_captured_step_makes_the_tokens_of_the_same_step_run_eagerly():
+    if not torch.cuda.is_available():
+        pytest.skip("a capture needs a GPU")
+    prompts = random_prompts(*LENGTHS)
+    answers = []
+    for capture in (False, True):
+        pair = [model.to(torch.bfloat16) for model in decoders("cuda", head_dim=32)]
+        session = Session(pair[0], SmallKV(*pair, SETTINGS["marginal"]), prompts, 24)
+        step = Step(session, session.prefill().argmax(-1), TRITON)
+        made = []
+        for number in range(23):
+            if capture and number == 2:
+                step.capture()
+            step.run()
+            made.append(step.tokens.tolist())
+        answers.append(made)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("moves", [1, 3, 1000])
+def test_moves_are_limited_and_the_rest_is_as_before(moves, device):
+    """At most `moves` rows a KV head and step after the first; with room for all, the tokens of the unlimited step."""
+    prompts = random_prompts(150, 120)
+    backend = TORCH if device == "cpu" else TRITON
+    made = {}
+    for limit in (None, moves):
+        pair = decoders(device)
+        session = Session(pair[0], SmallKV(*pair, Settings()), prompts, 12)
+        step = Step(session, session.prefill().argmax(-1), backend, moves=limit)
+        made[limit], before = [], 0
+        for number in range(10):
+            step.run()
+            moved, before = step.side.moved[0].item() - before, step.side.moved[0].item()
+            if number and limit is not None:
+                assert moved <= limit * 2 * 2 * 2  # layers, sequences, KV heads
+            made[limit].append(step.tokens.tolist())
+        assert before > 0
+    assert moves < 1000 or made[None] == made[moves]
+
+
+def test_gumbel_noise_samples_and_no_noise_is_greedy(device):
+    """The token is the largest of logits / temperature + noise; with zero noise the greedy one."""
+    prompts = random_prompts(40, 20)
+    llm = tiny_decoder(device=device)
+    session = Session(llm, FullPolicy(llm), prompts, 8)
+    step = Step(session, session.prefill().argmax(-1), TORCH if device == "cpu" else TRITON, temperature=0.7)
+    for number in range(4):
+        if number % 2:
+            step.noise.exponential_(generator=torch.Generator(device).manual_seed(number)).log_().neg_()
+        else:
+            step.noise.zero_()
+        step.run()
+        expected = (step.logits.float() / 0.7 + step.noise).argmax(-1).tolist()
+        assert step.tokens.tolist() == expected
+        if number % 2 == 0:
+            assert expected == Sampler()(step.logits, [])
+
+
+def test_the_same_weights_serve_both_paths(device):
+    """Joining the weights changes nothing for the eager path, and holds nothing twice."""
+    llm = tiny_decoder(device=device)
+    tokens = torch.tensor(random_prompts(20), device=device)
+    before = llm(tokens)
+    session = Session(llm, FullPolicy(llm), random_prompts(20), 4)
+    step = Step(session, session.prefill().argmax(-1), TORCH)
+    assert torch.equal(llm(tokens), before)
+    for layer, (weight, _) in zip(llm.layers, step.llm.qkv):
+        assert layer.self_attn.k_proj.weight.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
