@@ -1,7 +1,10 @@
 """The command: an LLM answers with its cache compressed by SmallKV, and a report says what was kept where.
 
+    python generate.py
     python generate.py --llm DIR_OR_ID --slm DIR_OR_ID --budget 0.2 "Once upon a time"
     python generate.py --llm DIR_OR_ID --slm DIR_OR_ID --chat --compare --prompt-file question.txt
+
+With no model named it uses the embedded pair, and with no prompt either it shows what SmallKV is for (demo.py).
 
 Where it sits: on top of everything. It reads the arguments, loads the pair (checkpoint.py, text.py), hands the prompts
 to decode.py, and prints: the answer on standard output, all else on standard error.
@@ -9,6 +12,7 @@ to decode.py, and prints: the answer on standard output, all else on standard er
 
 import argparse
 import json
+import select
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
+import demo
 from baselines import BASELINES, Fused
 from checkpoint import (
     DTYPES,
@@ -155,6 +160,23 @@ def answer(
     return Answer(tokens, stopped, make_report(session, timing)), interrupted
 
 
+def input_waits() -> bool:
+    """Whether something was piped in. A terminal, an empty file or a pipe in which nothing is yet is nothing."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return False
+    return bool(select.select([sys.stdin], [], [], 0.2)[0]) and bool(sys.stdin.buffer.peek(1))
+
+
+def run_demo(args, settings: Settings) -> int:
+    if args.method != "smallkv" or args.chat or args.json:
+        raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
+    pair = load_pair(args.llm, args.slm, args.device, args.dtype)
+    console = Console(stderr=True)
+    console.print(backend_line(pair, settings), style="dim", highlight=False, soft_wrap=True)
+    demo.show(pair, settings, console)
+    return 0
+
+
 def read_prompts(args) -> list[str]:
     """Prompts from the arguments, from files (one prompt a file), or from standard input (one prompt)."""
     prompts = list(args.prompt)
@@ -194,7 +216,7 @@ def make_settings(args) -> Settings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
-    models.add_argument("--llm", required=True, help="the large model: a folder or a hub id")
+    models.add_argument("--llm", help="the large model: a folder or a hub id (default: the embedded pair)")
     models.add_argument("--slm", help="the small model of the same series: a folder or a hub id")
     models.add_argument("--revision", help="hub revision of the LLM")
     models.add_argument("--slm-revision", help="hub revision of the SLM")
@@ -232,6 +254,12 @@ def run(args) -> int:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is too small; at least 1")
     settings = make_settings(args)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.llm is None:
+        if args.slm:
+            raise ValueError("--slm is given without --llm: name both models, or none for the embedded pair")
+        args.llm, args.slm = str(demo.PAIR / "llm"), str(demo.PAIR / "slm")
+        if not args.prompt and not args.prompt_file and not input_waits():
+            return run_demo(args, settings)
     texts = read_prompts(args)
     if args.json:
         check_writable(Path(args.json))  # before the work, not after it
