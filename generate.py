@@ -82,10 +82,11 @@ def pick_device(name: str) -> torch.device:
 
 def load_pair(
     llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
-    slm_revision: str | None = None,
+    slm_revision: str | None = None, slm_layers: int | None = None,
 ) -> Pair:  # fmt: skip
     """Load both models of a pair, after checking that they belong together and fit. slm None loads the LLM alone.
 
+    slm_layers: the SLM stops after so many layers (appendix A.3, Table 6), the others are not loaded.
     dtype "auto" is the checkpoint's on a GPU, float32 on a CPU, where 16-bit arithmetic is slow.
     """
     where = pick_device(device)
@@ -95,7 +96,8 @@ def load_pair(
     if slm:
         check_same_tokenizer(*texts)
     kind = DTYPES.get(dtype) or (checkpoint_dtype(folders[0]) if where.type == "cuda" else torch.float32)
-    configs = [read_config(folder) for folder in folders]
+    stops = [None, slm_layers]  # after which layer each model ends
+    configs = [read_config(folder, stop) for folder, stop in zip(folders, stops)]
     top = max(texts[0].tokenizer.get_vocab(with_added_tokens=True).values())
     for role, folder, config in zip(("LLM", "SLM"), folders, configs):
         if top >= config.vocab_size:
@@ -103,7 +105,7 @@ def load_pair(
             raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
     roles = zip(("LLM weights", "SLM weights"), configs)
     check_fits({role: weight_bytes(config, kind) for role, config in roles}, where)
-    decoders = [load_decoder(folder, where, kind) for folder in folders]
+    decoders = [load_decoder(folder, where, kind, stop) for folder, stop in zip(folders, stops)]
     return Pair(decoders[0], decoders[1] if slm else None, texts[0])
 
 
@@ -170,7 +172,7 @@ def input_waits() -> bool:
 def run_demo(args, settings: Settings) -> int:
     if args.method != "smallkv" or args.chat or args.json:
         raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
-    pair = load_pair(args.llm, args.slm, args.device, args.dtype)
+    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers)
     console = Console(stderr=True)
     console.print(backend_line(pair, settings), style="dim", highlight=False, soft_wrap=True)
     demo.show(pair, settings, console)
@@ -218,6 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     models.add_argument("--llm", help="the large model: a folder or a hub id (default: the embedded pair)")
     models.add_argument("--slm", help="the small model of the same series: a folder or a hub id")
+    models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
     models.add_argument("--revision", help="hub revision of the LLM")
     models.add_argument("--slm-revision", help="hub revision of the SLM")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
@@ -271,7 +274,7 @@ def run(args) -> int:
     console = Console(stderr=True)
     pair = load_pair(
         args.llm, args.slm if smallkv or args.compare else None, args.device, args.dtype, args.revision,
-        args.slm_revision,
+        args.slm_revision, args.slm_layers,
     )
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
     if not all(prompts):

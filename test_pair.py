@@ -9,7 +9,7 @@ import torch
 import demo
 import generate as command
 from baselines import Window
-from decode import FullPolicy, generate
+from decode import FullPolicy, Session, generate
 from distill import figures_of, similarity
 from evicting import Budget
 from recall import document_ids
@@ -76,6 +76,17 @@ def test_heads_attend_alike_on_held_out_text(pair):
     shipped = json.loads((demo.PAIR / "slm" / "similarity.json").read_text())
     means = {kind: torch.tensor(shipped[kind]).mean().item() for kind in ("best", "jaccard")}
     assert means["best"] > 0.95 and means["jaccard"] > 0.90
+
+
+def test_an_slm_that_stops_early_matches_and_keeps_only_what_runs(pair, first_prompt):
+    short = command.load_pair(str(demo.PAIR / "llm"), str(demo.PAIR / "slm"), "cpu", slm_layers=2).slm
+    sessions = [Session(pair.llm, SmallKV(pair.llm, slm, Settings()), [first_prompt], 1) for slm in (pair.slm, short)]
+    for session in sessions:
+        session.prefill()
+    whole, early = (session.policy for session in sessions)
+    assert torch.equal(early.slm_cache.score, whole.slm_cache.score[:2])
+    assert early.slm_cache.key.nbytes == whole.slm_cache.key.nbytes / 2
+    assert early.index.max() < 2 * short.config.query_heads <= whole.index.max()
 
 
 def test_the_pair_is_small_and_its_slm_smaller(pair):
