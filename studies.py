@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 import distill
 import figures
@@ -61,14 +62,33 @@ def texts(args, pair: Pair, samples: list[Sample]) -> list[list[int]]:
     return [(sample.prompt + sample.turns[0])[:length] for sample in samples]
 
 
-def record(args, rows: list[dict], pair: Pair | None = None, given: argparse.Namespace | None = None) -> None:
-    """rows.jsonl, a measurement a line, and experiment.json: by which command, of what, on what."""
-    about = {"experiment": args.name, "command": sys.argv, "date": datetime.now(timezone.utc).isoformat()}
-    if pair is not None:
-        about |= describe(given, pair)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    (args.out / "experiment.json").write_text(json.dumps(about, indent=1) + "\n")
+class Rows:
+    """rows.jsonl as it grows, so that a run that is stopped keeps what it measured; and experiment.json: by which
+    command, of what, on what."""
+
+    def __init__(self, args, pair: Pair | None = None, given: argparse.Namespace | None = None):
+        about = {"experiment": args.name, "command": sys.argv, "date": datetime.now(timezone.utc).isoformat()}
+        if pair is not None:
+            about |= describe(given, pair)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "experiment.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        self.path, self.rows = args.out / "rows.jsonl", []
+        self.path.write_text("")
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def mean(self, name: str, **where) -> float | None:
+        """Mean of one figure over the rows that have it, of those that are as `where` says."""
+        chosen = [row for row in self.rows if all(row[key] == value for key, value in where.items())]
+        values = [row[name] for row in chosen if name in row]
+        return mean(values) if values else None
+
+
+def progress(args, items: list):
+    return tqdm(items, desc=args.name, unit="text", disable=None)
 
 
 def title(args, what: str, count: int | None = None) -> str:
@@ -114,37 +134,34 @@ def one_slm(args) -> str:
 
 def fig1b(args) -> None:
     pair, _, samples, given = load(args, one_slm(args))
-    rows = [
-        {"text": sample.id, "budget": budget, **measures.saliency_shift(pair.llm, pair.slm, ids, budget)}
-        for sample, ids in zip(samples, texts(args, pair, samples))
-        for budget in args.budget
-    ]
-    record(args, rows, pair, given)
+    rows, ids = Rows(args, pair, given), texts(args, pair, samples)
+    for sample, text, budget in progress(args, [(*both, b) for both in zip(samples, ids) for b in args.budget]):
+        found = measures.saliency_shift(pair.llm, pair.slm, text, budget)
+        rows.add({"text": sample.id, "budget": budget, **found})
     names = ["two_drops", "h2o", "h2o_heavy", "slm"]
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    table = [["Jaccard with the global view", *(f"{budget:g}" for budget in args.budget)]]
+    series, table = {}, [["Jaccard with the global view", *(f"{budget:g}" for budget in args.budget)]]
     for name in names:
-        values = [[row[name] for row in rows if row["budget"] == budget and name in row] for budget in args.budget]
-        found[name] = [(budget, mean(value)) for budget, value in zip(args.budget, values) if value]
-        table.append([name, *(f"{mean(value):.3f}" if value else "-" for value in values)])
+        values = [rows.mean(name, budget=budget) for budget in args.budget]
+        table.append([name, *("-" if value is None else f"{value:.3f}" for value in values)])
+        series[name] = [(budget, value) for budget, value in zip(args.budget, values) if value is not None]
     print_rows(table, title(args, "important tokens, real drop against global view", len(samples)), args.markdown)
     label = "Jaccard with the global view"
-    draw(args, args.name, curves({k: v for k, v in found.items() if v}, "budget", label, "o"))
+    draw(args, args.name, curves({k: v for k, v in series.items() if v}, "budget", label, "o"))
 
 
 def fig1c(args) -> None:
     pair, _, samples, given = load(args, one_slm(args))
-    rows, example = [], None
-    for sample, ids in zip(samples, texts(args, pair, samples)):
+    rows, example = Rows(args, pair, given), None
+    for sample, ids in progress(args, list(zip(samples, texts(args, pair, samples)))):
         row = {"text": sample.id}
         for matcher in ("jaccard", "cosine"):
             row[matcher], found = measures.typical_heads(pair.llm, pair.slm, ids, matcher)
             example = example or found
-        rows.append(row)
-    record(args, [*rows, {"example": example}], pair, given)
+        rows.add(row)
     table = [["text", "jaccard matcher", "cosine matcher"]]
-    table += [[row["text"], *(f"{row[kind]:.3f}" for kind in ("jaccard", "cosine"))] for row in rows]
-    table.append(["mean", *(f"{mean([row[kind] for row in rows]):.3f}" for kind in ("jaccard", "cosine"))])
+    table += [[row["text"], *(f"{row[kind]:.3f}" for kind in ("jaccard", "cosine"))] for row in rows.rows]
+    table.append(["mean", *(f"{rows.mean(kind):.3f}" for kind in ("jaccard", "cosine"))])
+    rows.add({"example": example})
     print_rows(table, title(args, "cosine of accumulated scores of matched heads"), args.markdown)
     series = {f"{kind.upper()} layer {example[at]}, head {example[head]}": list(enumerate(example[kind]))
               for kind, at, head in (("llm", "layer", "head"), ("slm", "slm_layer", "slm_head"))}  # fmt: skip
@@ -153,15 +170,14 @@ def fig1c(args) -> None:
 
 def fig2(args) -> None:
     pair, _, samples, given = load(args, one_slm(args))
-    rows, first = [], None
-    for sample, ids in zip(samples, texts(args, pair, samples)):
+    rows, first = Rows(args, pair, given), None
+    for sample, ids in progress(args, list(zip(samples, texts(args, pair, samples)))):
         shares, curve = measures.mass_by_rank(pair.llm, ids)
-        rows.append({"text": sample.id, **shares})
+        rows.add({"text": sample.id, **shares})
         first = first or curve
-    record(args, rows, pair, given)
     table = [["tokens ranked", "top 5 %", "5-10 %", "10-15 %", "rest", "top 5 / 5-10", "5-10 / 10-15"]]
     for kind in ("all_heads", "each_head"):
-        bands = [mean(values) for values in zip(*(row[kind] for row in rows))]
+        bands = [mean(values) for values in zip(*(row[kind] for row in rows.rows))]
         ratios = [f"{one / other:.2f}" for one, other in zip(bands, bands[1:3])]
         table.append([kind, *(f"{share:.1%}" for share in bands), *ratios])
     print_rows(table, title(args, "share of attention by rank of the token", len(samples)), args.markdown)
@@ -172,13 +188,11 @@ def fig2(args) -> None:
 
 def heatmap(args) -> None:
     pair, _, samples, given = load(args, one_slm(args))
-    ids, found = texts(args, pair, samples), []
-    for text in ids:
+    rows, ids, found = Rows(args, pair, given), texts(args, pair, samples), []
+    for sample, text in progress(args, list(zip(samples, ids))):
         measures.check_length(text)
         found.append(distill.similarity(pair.llm, pair.slm, [text]))
-    rows = [{"text": sample.id, **{kind: heads.tolist() for kind, heads in one.items()}}
-            for sample, one in zip(samples, found)]  # fmt: skip
-    record(args, rows, pair, given)
+        rows.add({"text": sample.id, **{kind: heads.tolist() for kind, heads in found[-1].items()}})
     stacked = {kind: torch.stack([one[kind] for one in found]) for kind in distill.KINDS}  # (texts, L, H) each
     distill.save_similarity({kind: heads.mean(0) for kind, heads in stacked.items()}, args.out, ids)
     table = [["SLM head", "mean", "worst", "above 0.9", "above 0.8", "below 0.5"]]
@@ -192,50 +206,46 @@ def heatmap(args) -> None:
 
 
 def fig9(args) -> None:
-    rows, series = [], {}
+    rows, series = None, {}
     for slm in args.slm:
         pair, _, samples, given = load(args, slm)
+        rows = rows or Rows(args, pair, given)
         for i, (sample, ids) in enumerate(zip(samples, texts(args, pair, samples))):
             llm, other = measures.all_heads(pair.llm, ids), measures.all_heads(pair.slm, ids)
-            rows.append({"slm": slm, "text": sample.id, "cosine": measures.cosine(llm, other).item()})
+            rows.add({"slm": slm, "text": sample.id, "cosine": measures.cosine(llm, other).item()})
             if i == 0:
                 series |= {"LLM": list(enumerate(llm.tolist())), Path(slm).name: list(enumerate(other.tolist()))}
-    record(args, rows, pair, given)
-    table = [["SLM", "cosine with the LLM"]]
-    table += [[slm, f"{mean([row['cosine'] for row in rows if row['slm'] == slm]):.4f}"] for slm in args.slm]
+    table = [["SLM", "cosine with the LLM"], *([slm, f"{rows.mean('cosine', slm=slm):.4f}"] for slm in args.slm)]
     print_rows(table, title(args, "attention of each token across all heads", len(samples)), args.markdown)
     draw(args, args.name, curves(series, "token", "accumulated attention, mean over heads", log="y"))
 
 
 def similarities(args) -> None:
-    rows, names = [], distill.KINDS
+    rows, names = None, distill.KINDS
     for slm in args.slm:
         pair, _, samples, given = load(args, slm)
-        for sample, ids in zip(samples, texts(args, pair, samples)):
+        rows = rows or Rows(args, pair, given)
+        for sample, ids in progress(args, list(zip(samples, texts(args, pair, samples)))):
             measures.check_length(ids)
             found = distill.similarity(pair.llm, pair.slm, [ids])
-            rows.append({"slm": slm, "text": sample.id, **{kind: found[kind].mean().item() for kind in names}})
-    record(args, rows, pair, given)
+            rows.add({"slm": slm, "text": sample.id, **{kind: found[kind].mean().item() for kind in names}})
     table = [["SLM", "best head", "jaccard match", "cosine match"]]
-    table += [[slm, *(f"{mean([row[kind] for row in rows if row['slm'] == slm]):.3f}" for kind in names)]
-              for slm in args.slm]  # fmt: skip
+    table += [[slm, *(f"{rows.mean(kind, slm=slm):.3f}" for kind in names)] for slm in args.slm]
     print_rows(table, title(args, "mean similarity of heads", len(samples)), args.markdown)
 
 
 def table9(args) -> None:
     pair, task, samples, given = load(args, one_slm(args))
-    rows, window = [], positions(pair)
-    for sample in samples:
+    rows, window = Rows(args, pair, given), positions(pair)
+    for sample in progress(args, samples):
         if reason := too_long(sample, window):
             raise ValueError(f"sample {sample.id}: {reason}; give another --length or --limit")
         ids, ends = measures.conversation(pair, sample, task.stops)
         values = measures.turn_similarity(pair.llm, pair.slm, ids, ends)
         names = ["global", "prompt", *(f"turn {i}" for i in range(1, len(ends)))]
-        rows.append({"text": sample.id, "tokens": len(ids), **dict(zip(names, values))})
-    record(args, rows, pair, given)
-    names = list(dict.fromkeys(name for row in rows for name in row))[2:]
-    means = [mean([row[name] for row in rows if name in row]) for name in names]
-    print_rows([["", *names], ["similarity", *(f"{value:.3f}" for value in means)]],
+        rows.add({"text": sample.id, "tokens": len(ids), **dict(zip(names, values))})
+    names = list(dict.fromkeys(name for row in rows.rows for name in row))[2:]
+    print_rows([["", *names], ["similarity", *(f"{rows.mean(name):.3f}" for name in names)]],
                title(args, "matched heads, turn by turn", len(samples)), args.markdown)  # fmt: skip
 
 
@@ -258,19 +268,18 @@ def compare_quality(args, out: Path | None = None) -> None:
 def fig7(args) -> None:
     if len(args.method) > 1 or not parse_method(args.method[0])[0].needs_slm:
         raise ValueError(f"fig7 takes one method that has an SLM, not {' '.join(args.method)}")
-    rows, series = [], {}
+    rows, series = Rows(args), {}
     for number, slm in enumerate(args.slm):
         run = evaluated(args, slm, args.out / f"{number}-{Path(slm).resolve().name}")
         llm_shape, shape = (read_config(resolve(name)) for name in (args.llm, slm))
         cells = {budget: lines for (_, budget), lines in run.cells.items() if budget in args.budget}
         scores = [(budget, run.task.summary(cells[budget])[run.task.metric]) for budget in args.budget]
-        rows.append({"slm": slm, "parameters": weight_bytes(shape, torch.int8),  # a byte each: their number
-                     "cache": 1 / overhead.cache_ratio(llm_shape, shape), "metric": run.task.metric,
-                     "similarity": mean([line["similarity"] for line in run.lines]), "scores": scores})  # fmt: skip
+        rows.add({"slm": slm, "parameters": weight_bytes(shape, torch.int8),  # a byte each: their number
+                  "cache": 1 / overhead.cache_ratio(llm_shape, shape), "metric": run.task.metric,
+                  "similarity": mean([line["similarity"] for line in run.lines]), "scores": scores})  # fmt: skip
         series[slm] = scores
-    record(args, rows)
     table = [["SLM", "parameters", "its cache", "similarity", *(f"{budget:g}" for budget in args.budget)]]
-    for row in rows:
+    for row in rows.rows:
         shown = [f"{row['parameters'] / 1e6:.1f} M", f"{row['cache']:.1%}", f"{row['similarity']:.3f}"]
         table.append([row["slm"], *shown, *(show(row["metric"], score) for _, score in row["scores"])])
     print_rows(table, title(args, f"{row['metric']} by SLM"), args.markdown)
@@ -286,8 +295,10 @@ def case_study(args) -> None:
     sample = samples[args.sample]
     if reason := too_long(sample, positions(pair)):
         raise ValueError(f"sample {sample.id}: {reason}; give another --sample or --max-new-tokens")
-    rows = [answered(pair, task, sample, cell) for cell in make_cells(args.method, args.budget, "budget", pair)]
-    record(args, rows, pair, given)
+    cells, written = make_cells(args.method, args.budget, "budget", pair), Rows(args, pair, given)
+    for cell in cells:
+        written.add(answered(pair, task, sample, cell))
+    rows = written.rows
     asked = [pair.text.decode(turn) for turn in sample.turns]
     about = title(args, f"sample {sample.id}, {len(sample.prompt)} tokens, budget {args.budget[0]:g}")
     heading = ["method", "score", *(f"answer {i}" for i in range(1, len(asked) + 1))]
@@ -341,7 +352,9 @@ def shapes(args) -> None:
     names = ("Qwen2-7B", "Qwen2-72B")
     slm, llm = (overhead.MODELS[name] for name in names)
     fields = ("layers", "kv_heads", "query_heads", "hidden_size", "head_dim", "intermediate_size", "vocab_size")
-    record(args, [{"model": name, **{f: getattr(overhead.MODELS[name], f) for f in fields}} for name in names])
+    rows = Rows(args)
+    for name in names:
+        rows.add({"model": name, **{f: getattr(overhead.MODELS[name], f) for f in fields}})
     table = [["", *names], *([f, str(getattr(slm, f)), str(getattr(llm, f))] for f in fields)]
     print_rows(table, "table3: the shapes that A.1 and A.2 calculate with", args.markdown)
     found = overhead.compare(llm, slm, 0.2, [2304])
@@ -359,9 +372,11 @@ def costs(args) -> None:
         name = f"{Path(slm).name} & {Path(args.llm).name}"
         pairs.append((name, read_config(resolve(args.llm)), read_config(resolve(slm)), None))
     lengths, budget = args.length, args.budget[0]
-    rows = [{"pair": name, "paper_latency": printed and printed.latency, "paper_cache": printed and printed.cache,
-             **overhead.compare(llm, slm, budget, lengths)} for name, llm, slm, printed in pairs]  # fmt: skip
-    record(args, rows)
+    found = [overhead.compare(llm, slm, budget, lengths) for _, llm, slm, _ in pairs]
+    rows = Rows(args)
+    for (name, _, _, printed), ratios in zip(pairs, found):
+        known = {"paper_latency": printed and printed.latency, "paper_cache": printed and printed.cache}
+        rows.add({"pair": name, **known, **ratios})
     heading = ["SLM to LLM", "KV cache", "KV cache, paper", f"SLM / saved at {budget:g}", "latency, paper"]
     heading += ["FLOPs, layers", *(f"FLOPs, {what} {n:,}" for what in ("Eq. 8,", "token on") for n in lengths)]
     heading += ["matching, Eq. 9 / 8", "break-even tokens", *(f"batch at {n:,}" for n in lengths)]
@@ -373,7 +388,7 @@ def costs(args) -> None:
         return "never" if value is None else f"{value:,}"
 
     columns = [heading]
-    for row in rows:
+    for row in rows.rows:
         line = [row["pair"], ratio(row["cache"]), ratio(row["paper_cache"]), f"{row['share_of_saving']:.1%}"]
         line += [ratio(row["paper_latency"]), ratio(row["layer_flops"])]
         line += [ratio(row[kind][n]) for kind in ("forward_flops", "decode_flops") for n in lengths]

@@ -283,6 +283,20 @@ def test_fig8_writes_what_figures_draws(command, tmp_path):
         assert torch.allclose(torch.tensor(content[kind]), expected, atol=1e-4)
 
 
+def test_a_run_that_is_stopped_keeps_its_rows(command, tmp_path, monkeypatch):
+    real, calls = measures.mass_by_rank, []
+
+    def stopped(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(measures, "mass_by_rank", stopped)
+    code, _, err = command("fig2", *SMALL)
+    assert code == 130 and err == "interrupted\n" and len(rows_of(tmp_path / "out")) == 1
+
+
 def test_quality_commands_are_evaluate_s_runs(command, folders, tmp_path):
     code, out, err = command("fig2", *SMALL)
     assert code == 0, err
