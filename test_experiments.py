@@ -87,7 +87,7 @@ def best(scores, count):
     return [set(sorted(range(len(row)), key=lambda j: -row[j])[:count]) for row in scores.tolist()]
 
 
-@pytest.mark.parametrize("budget", [0.5, 0.15])
+@pytest.mark.parametrize("budget", [0.445, 0.16])  # 53 and 19 tokens: odd, and the newest query matters
 def test_saliency_shift_equals_a_loop_over_dense_rows(models, ids, budget):
     llm, slm = models
     kept, G = Budget(budget).kept(N), llm.config.kv_heads
