@@ -317,8 +317,8 @@ def _lend_kernel(
 
 
 def _warps(width: int) -> int:
-    """Threads for a row of slots that stays in registers: 16 elements each, up to 16 warps."""
-    return max(4, min(16, width // 512))
+    """Threads for a row of slots that stays in registers: 8 elements each, up to 16 warps."""
+    return max(4, min(16, width // 256))
 
 
 def plan_layers_triton(

@@ -205,9 +205,7 @@ class SmallKV:
         llm: Config = self.llm.config
         return {
             "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, self.own_scores),
-            "SLM": ScoredCache.predict(
-                self.slm.config, len(lengths), capacity, device, self.slm.dtype, self.keep_row
-            ),
+            "SLM": ScoredCache.predict(self.slm.config, len(lengths), capacity, device, self.slm.dtype, self.keep_row),
         }
 
     def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:

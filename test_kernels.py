@@ -191,6 +191,19 @@ def test_plan_equals_its_twin(lengths, group, ties, marginal, device):
         assert ((tiers[1] == kernels_tiers.MARGINAL).sum(-1) == counts[..., 2]).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plan_tells_tiny_scores_apart(bits, device, monkeypatch):
+    """Rows of a sharp softmax: exponents over their whole range, zeros, and digits of either size."""
+    monkeypatch.setattr(kernels_tiers, "BITS", bits)
+    _, index, length, sizes = plan_case(device, (391, 700), 1, True, False)
+    score = (12 * randn(2, 2, 3, 703)).softmax(-1)
+    score[:, :, 0, ::3] = 0
+    tiers = [torch.full((2, 2, 2, 703), 9, dtype=torch.int8, device=device) for _ in range(2)]
+    for plan, tier in zip((kernels_tiers.plan_layers_torch, kernels_tiers.plan_layers_triton), tiers):
+        plan(score.to(device), index, length, sizes, tier)
+    assert torch.equal(*tiers)
+
+
 def test_twin_of_the_plan_is_the_plan_of_the_method(device):
     """plan_tiers of smallkv.py, the reference that ranks by a stable sort, on every tie."""
     lengths = (111, 257)
@@ -313,12 +326,14 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, device):
         assert torch.equal(ours, twins)
 
 
-def test_newest_rows_reach_the_host(device):
-    newest = randn(2, 3, 2, 2, 32, device=device)
+@pytest.mark.parametrize("storers", [1, 16])
+def test_newest_rows_reach_the_host(storers, device, monkeypatch):
+    monkeypatch.setattr(kernels_move, "STORERS", storers)
+    newest = randn(2, 7, 2, 2, 32, device=device)
     position = torch.tensor([4, 98], dtype=torch.int32, device=device)
     results = []
     for store in (kernels_move.store_newest_torch, kernels_move.store_newest_triton):
-        host = [pinned(randn(3, 2, 2, 99, 32, seed=seed), device) for seed in (1, 2)]
+        host = [pinned(randn(7, 2, 2, 99, 32, seed=seed), device) for seed in (1, 2)]
         store(newest, *host, position)
         if device == "cuda":
             torch.cuda.synchronize()
