@@ -6,6 +6,7 @@ and what to do.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,9 +61,15 @@ def read_json(folder: Path, name: str, required: bool = True) -> dict:
     return content
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Path, layers: int | None = None) -> Config:
+    """The architecture; with `layers` that of a model which stops after so many of them."""
     try:
-        return Config.from_hf(read_json(folder, "config.json"))
+        config = Config.from_hf(read_json(folder, "config.json"))
+        if layers is None:
+            return config
+        if not 1 <= layers <= config.layers:
+            raise CheckpointError(f"{folder}: {layers} layers were asked for; 1 to {config.layers} can run")
+        return replace(config, layers=layers)
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError) as error:
@@ -124,19 +131,26 @@ def _checkpoint_name(name: str) -> str:
     return name if name == "lm_head.weight" else f"model.{name}"
 
 
-def _skipped(name: str, config: Config) -> bool:
-    """Tensors left out on purpose: RoPE tables of old checkpoints, and the second copy of a tied embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+def _skipped(name: str, config: Config, stopped: bool) -> bool:
+    """Tensors left out on purpose: RoPE tables of old checkpoints, the second copy of a tied embedding, and the layers
+    after which the model was asked to stop."""
+    if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
+        return True
+    part = name.split(".")  # model.layers.7.mlp.up_proj.weight
+    return stopped and part[1:2] == ["layers"] and part[2].isdecimal() and int(part[2]) >= config.layers
 
 
-def load_decoder(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+def load_decoder(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, layers: int | None = None
+) -> Decoder:
     """Load a checkpoint folder, strictly: every tensor named, none left over, every shape right.
 
+    layers: only the first so many are read and run (appendix A.3: the SLM's attention is all that SmallKV needs of it).
     dtype None keeps the checkpoint's. The parameters are made on the meta device and replaced tensor by tensor, so the
     weights are held once, plus one tensor. Raises CheckpointError naming file or tensors.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, layers)
     dtype = dtype or checkpoint_dtype(folder)
     with torch.device("meta"):
         decoder = Decoder(config)
@@ -148,7 +162,7 @@ def load_decoder(folder: str | Path, device: torch.device | str = "cpu", dtype: 
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():
-                    if _skipped(name, config):
+                    if _skipped(name, config, layers is not None):
                         continue
                     shape = tuple(shard.get_slice(name).get_shape())
                     if name not in expected:

@@ -295,7 +295,7 @@ def run_task(args) -> None:
     before = read_about(out) if (out / "run.json").is_file() else None
     if before is None and (out / "results.jsonl").is_file():
         raise ValueError(f"{out} has results but no run.json; give another --out")
-    pair = load_pair(args.llm, args.slm if needs_slm else None, args.device, args.dtype)
+    pair = load_pair(args.llm, args.slm if needs_slm else None, args.device, args.dtype, slm_layers=args.slm_layers)
     about = describe(args, pair)
     if before:
         check_same(out, task, before, about)
@@ -323,6 +323,7 @@ def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     models = parser.add_argument_group("models")
     models.add_argument("--llm", default=str(HOME / "pair" / "llm"), help="folder or hub id (default: pair/llm)")
     models.add_argument("--slm", default=str(HOME / "pair" / "slm"), help="folder or hub id (default: pair/slm)")
+    models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
     what = parser.add_argument_group("methods")

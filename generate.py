@@ -1,7 +1,10 @@
 """The command: an LLM answers with its cache compressed by SmallKV, and a report says what was kept where.
 
+    python generate.py
     python generate.py --llm DIR_OR_ID --slm DIR_OR_ID --budget 0.2 "Once upon a time"
     python generate.py --llm DIR_OR_ID --slm DIR_OR_ID --chat --compare --prompt-file question.txt
+
+With no model named it uses the embedded pair, and with no prompt either it shows what SmallKV is for (demo.py).
 
 Where it sits: on top of everything. It reads the arguments, loads the pair (checkpoint.py, text.py), hands the prompts
 to decode.py, and prints: the answer on standard output, all else on standard error.
@@ -9,6 +12,7 @@ to decode.py, and prints: the answer on standard output, all else on standard er
 
 import argparse
 import json
+import select
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
+import demo
 from backend import NAMES, TORCH, Backend, pick_backend
 from baselines import BASELINES, Fused
 from checkpoint import (
@@ -79,10 +84,11 @@ def pick_device(name: str) -> torch.device:
 
 def load_pair(
     llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
-    slm_revision: str | None = None,
+    slm_revision: str | None = None, slm_layers: int | None = None,
 ) -> Pair:  # fmt: skip
     """Load both models of a pair, after checking that they belong together and fit. slm None loads the LLM alone.
 
+    slm_layers: the SLM stops after so many layers (appendix A.3, Table 6), the others are not loaded.
     dtype "auto" is the checkpoint's on a GPU, float32 on a CPU, where 16-bit arithmetic is slow.
     """
     where = pick_device(device)
@@ -92,7 +98,8 @@ def load_pair(
     if slm:
         check_same_tokenizer(*texts)
     kind = DTYPES.get(dtype) or (checkpoint_dtype(folders[0]) if where.type == "cuda" else torch.float32)
-    configs = [read_config(folder) for folder in folders]
+    stops = [None, slm_layers]  # after which layer each model ends
+    configs = [read_config(folder, stop) for folder, stop in zip(folders, stops)]
     top = max(texts[0].tokenizer.get_vocab(with_added_tokens=True).values())
     for role, folder, config in zip(("LLM", "SLM"), folders, configs):
         if top >= config.vocab_size:
@@ -100,7 +107,7 @@ def load_pair(
             raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
     roles = zip(("LLM weights", "SLM weights"), configs)
     check_fits({role: weight_bytes(config, kind) for role, config in roles}, where)
-    decoders = [load_decoder(folder, where, kind) for folder in folders]
+    decoders = [load_decoder(folder, where, kind, stop) for folder, stop in zip(folders, stops)]
     return Pair(decoders[0], decoders[1] if slm else None, texts[0])
 
 
@@ -171,6 +178,24 @@ def answer(
     return Answer(tokens, stopped, make_report(session, timing)), interrupted
 
 
+def input_waits() -> bool:
+    """Whether something was piped in. A terminal, an empty file or a pipe in which nothing is yet is nothing."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return False
+    return bool(select.select([sys.stdin], [], [], 0.2)[0]) and bool(sys.stdin.buffer.peek(1))
+
+
+def run_demo(args, settings: Settings) -> int:
+    if args.method != "smallkv" or args.chat or args.json or args.backend == "triton":
+        raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
+    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers)
+    console = Console(stderr=True)
+    line = backend_line(pair, SmallKV(pair.llm, pair.slm, settings), TORCH)  # it takes plain steps everywhere
+    console.print(line, style="dim", highlight=False, soft_wrap=True)
+    demo.show(pair, settings, console)
+    return 0
+
+
 def read_prompts(args) -> list[str]:
     """Prompts from the arguments, from files (one prompt a file), or from standard input (one prompt)."""
     prompts = list(args.prompt)
@@ -210,8 +235,9 @@ def make_settings(args) -> Settings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
-    models.add_argument("--llm", required=True, help="the large model: a folder or a hub id")
+    models.add_argument("--llm", help="the large model: a folder or a hub id (default: the embedded pair)")
     models.add_argument("--slm", help="the small model of the same series: a folder or a hub id")
+    models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
     models.add_argument("--revision", help="hub revision of the LLM")
     models.add_argument("--slm-revision", help="hub revision of the SLM")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
@@ -250,6 +276,12 @@ def run(args) -> int:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is too small; at least 1")
     settings = make_settings(args)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.llm is None:
+        if args.slm:
+            raise ValueError("--slm is given without --llm: name both models, or none for the embedded pair")
+        args.llm, args.slm = str(demo.PAIR / "llm"), str(demo.PAIR / "slm")
+        if not args.prompt and not args.prompt_file and not input_waits():
+            return run_demo(args, settings)
     texts = read_prompts(args)
     if args.json:
         check_writable(Path(args.json))  # before the work, not after it
@@ -261,7 +293,7 @@ def run(args) -> int:
     console = Console(stderr=True)
     pair = load_pair(
         args.llm, args.slm if smallkv or args.compare else None, args.device, args.dtype, args.revision,
-        args.slm_revision,
+        args.slm_revision, args.slm_layers,
     )
     backend = pick_backend(args.backend, pair.llm.device)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]

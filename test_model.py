@@ -117,6 +117,21 @@ def test_prefill_in_chunks_equals_one_pass(chunk):
     torch.testing.assert_close(torch.cat(parts, 1), decoder(tokens), atol=1e-5, rtol=1e-4)
 
 
+def test_the_first_layers_alone_equal_those_of_the_whole_model(tmp_path):
+    make_checkpoint(tmp_path, "qwen2")
+    tokens = torch.arange(12)[None]
+    seen = {}
+    for layers in (None, 1):
+        decoder, seen[layers] = load_decoder(tmp_path, layers=layers), []
+        decoder(tokens, logits="none", observe=lambda layer, query, key: seen[layers].append((query, key)))
+        assert weight_bytes(decoder.config, torch.float32) == sum(p.nbytes for p in decoder.parameters())
+    assert len(seen[1]) == 1 < len(seen[None])
+    assert all(torch.equal(short, whole) for short, whole in zip(seen[1][0], seen[None][0]))
+    for layers in (0, 99):
+        with pytest.raises(CheckpointError, match=f"{layers} layers were asked for; 1 to 2 can run"):
+            load_decoder(tmp_path, layers=layers)
+
+
 # ---- What cannot be loaded -------------------------------------------------------------------------------------------
 
 
