@@ -29,7 +29,7 @@ class Backend:
     decode_attention: Callable
     scored_attention: Callable
     tiered_attention: Callable
-    plan_layer: Callable
+    plan_layers: Callable
     assign_slots: Callable
     lend_rows: Callable
     bring_rows: Callable
@@ -45,7 +45,7 @@ TORCH = Backend(
     decode_attention=kernels_decode.decode_attention_torch,
     scored_attention=kernels_decode.scored_attention_torch,
     tiered_attention=kernels_decode.tiered_attention_torch,
-    plan_layer=kernels_tiers.plan_layer_torch,
+    plan_layers=kernels_tiers.plan_layers_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
     bring_rows=kernels_move.bring_rows_torch,
@@ -61,7 +61,7 @@ TRITON = Backend(
     decode_attention=kernels_decode.decode_attention_triton,
     scored_attention=kernels_decode.scored_attention_triton,
     tiered_attention=kernels_decode.tiered_attention_triton,
-    plan_layer=kernels_tiers.plan_layer_triton,
+    plan_layers=kernels_tiers.plan_layers_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,
     bring_rows=kernels_move.bring_rows_triton,

@@ -279,7 +279,7 @@ class Fused(SmallKV):
         if not settings.saliency_shift:
             raise ValueError("fused scores need the SLM's: saliency shift cannot be off")
         super().__init__(llm, slm, settings, head_map)
-        self.own_scores = True
+        self.own_scores = self.keep_row = True
 
     def _newest(self, layer: int) -> Tensor:
         return self._by_kv_head(self._matched(self.slm_cache.row, layer))

@@ -9,6 +9,10 @@ bandwidth, for TTFT the operations of the prefill over the measured matrix rate.
 With random weights the plan is noise. `--turnover 0.1` drives it: a prior that outweighs every score ranks the tokens
 on a ring that is turned each step, so that a tenth of the critical set leaves and another comes from the host. What
 moved is counted, and printed as counted. `--decode-only` fills the caches with random K and V instead of prefilling.
+
+`--refresh r` plans in every r-th step: the turnover is that of a plan, the bytes over PCIe are those of a mean step,
+and a time is the mean over the r steps from plan to plan (the median of such means). What a plan finds changed after r
+steps is for evaluate.py to say: more than after one, and less than r times that.
 """
 
 import argparse
@@ -26,7 +30,7 @@ from bench_clock import Clock, ceilings, profile
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
 from cache import FullCache
 from decode import FullPolicy, Session
-from graph import WARM, Step
+from graph import Step
 from match import HeadMap
 from model import Config, Decoder
 from smallkv import Settings, SmallKV
@@ -69,10 +73,10 @@ class Driven:
 class DrivenStep(Step):
     """The static step whose plan follows the ring."""
 
-    def body(self) -> None:
-        if self.slm is not None:
+    def body(self, plan: bool) -> None:
+        if self.slm is not None and plan:
             self.side.prior = self.driven.turn()
-        super().body()
+        super().body(plan)
 
 
 class DrivenSmallKV(SmallKV):
@@ -80,7 +84,8 @@ class DrivenSmallKV(SmallKV):
 
     def observe(self, tokens, span) -> None:
         super().observe(tokens, span)
-        self.slm_cache.score.add_(self.driven.turn()[None, :, None])
+        if self.refreshing:
+            self.slm_cache.score.add_(self.driven.turn()[None, :, None])
 
 
 def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
@@ -105,7 +110,7 @@ def fill(session: Session) -> torch.Tensor:
         cache.key.normal_(), cache.value.normal_()
     else:
         scored = policy.slm_cache
-        scored.key.normal_(), scored.value.normal_(), scored.row.zero_(), scored.score.zero_()
+        scored.key.normal_(), scored.value.normal_(), scored.score.zero_()
         some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
         for host in (*cache.host_key, *cache.host_value):
             host.copy_(some, non_blocking=True)
@@ -116,9 +121,9 @@ def fill(session: Session) -> torch.Tensor:
 
 
 def ring_shift(turnover: float, session: Session) -> float:
-    """Ring positions a step, so that `turnover` of the critical set changes; recent tokens stay, in any case."""
+    """Ring positions a plan, so that `turnover` of the critical set changes; recent tokens stay, in any case."""
     length = session.lengths[0]
-    size = session.policy.settings.sizes(length)
+    size = session.policy.settings.planned(length)
     return round(turnover * size.critical * session.capacity / (length - size.recent))
 
 
@@ -183,25 +188,32 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     first_fill = clock.once(work)  # the pools are filled: bytes of the first plan over PCIe, and compilation
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM - 1):
+    cycle = settings.refresh if method.startswith("smallkv") else 1  # steps from plan to plan
+    for _ in range(cycle):
         work()
     if step is not None and cuda:
         step.capture()
-    count = min(STEPS["graph" if method.endswith("graph") else "eager"], args.steps)
+
+    def lap():
+        for _ in range(cycle):
+            work()
+
+    laps_wanted = max(1, min(STEPS["graph" if method.endswith("graph") else "eager"], args.steps) // cycle)
+    count = laps_wanted * cycle
     rows = []
     for turnover in args.turnover if method.startswith("smallkv") else [None]:
         if turnover is not None:
             session.policy.driven.shift.fill_(ring_shift(turnover, session))
-        clock.laps(work, 2)
+        clock.laps(lap, 2)
         before = moved_rows(method, session, step) if turnover is not None else (0, 0)
         length = session.lengths[0] + count // 2
-        laps = clock.laps(work, count)
+        laps = [seconds / cycle for seconds in clock.laps(lap, laps_wanted)]
         moved = [0, 0]
         if turnover is not None:
             after = moved_rows(method, session, step)
             moved = [(end - start) / count for start, end in zip(before, after)]
         if args.profile and step is not None:
-            profile(work, f"{args.profile}.{method}.{setting.name}.txt")
+            profile(lap, f"{args.profile}.{method}.{setting.name}.txt")
         rows.append(row(method, models, setting, settings, length, laps, ttft, turnover, moved))
         held = session_bytes(session, step, models)
         rows[-1].update(
@@ -219,12 +231,12 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
     tpot = statistics.median(laps)
     cuts = statistics.quantiles(laps, n=10) if len(laps) > 1 else [tpot]
     row_bytes = llm.head_dim * models[0].dtype.itemsize
-    critical = size.critical * setting.batch * llm.layers * llm.kv_heads if size else 0
+    per_plan = settings.planned(length).critical * setting.batch * llm.layers * llm.kv_heads
     out = {
         "method": method, "setting": setting.name, "length": length, "tpot_s": tpot,
         "tpot_p10_p90": [cuts[0], cuts[-1]],
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
-        "turnover": moved[0] / critical if critical else None, "pcie_bytes_step": sum(moved) * row_bytes,
+        "turnover": moved[0] * settings.refresh / per_plan if size else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal),
         "prefill_flops": prefill_flops(llm, slm if size else None, setting.batch, setting.prompt),
     }  # fmt: skip
@@ -303,7 +315,7 @@ def run(args) -> int:
     device = torch.device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
-    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal)
+    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh)
     raws, configs = pair_configs(args.pair)
     torch.manual_seed(0)
     models = [random_decoder(config, device, dtype) for config in configs]
@@ -311,7 +323,7 @@ def run(args) -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
-              "max_moves": args.max_moves, "decode_only": args.decode_only,
+              "max_moves": args.max_moves, "refresh": args.refresh, "decode_only": args.decode_only,
               "ceilings": ceilings(clock), "rows": []}  # fmt: skip
     print(f"backend: {backend.name}, {name}, {dtype}, ceilings {report['ceilings']}", flush=True)
     work = [(setting, method) for setting in args.settings for method in args.methods]
@@ -347,9 +359,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--score-decay", type=float, default=0.0)
     parser.add_argument("--marginal", action="store_true")
-    parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set in a step")
+    parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
+    parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")
     parser.add_argument("--turnover", type=lambda shares: [float(share) for share in shares.split(",")],
-                        default=[0.1], help="share of the critical set that changes each step; or several")  # fmt: skip
+                        default=[0.1], help="share of the critical set that a plan changes; or several")  # fmt: skip
     parser.add_argument("--decode-only", action="store_true", help="random caches instead of a prefill")
     parser.add_argument("--prefill", type=lambda names: names.split(","), default=[],
                         help="with --decode-only: settings that are prefilled all the same")  # fmt: skip

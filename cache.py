@@ -106,22 +106,22 @@ class FullCache:
 class ScoredCache(FullCache):
     """A full cache that also remembers what attention says of every token; the SLM's.
 
-    row (L, B, H, S) fp32: the newest query's attention. score (L, B, H, S) fp32: the score memory,
-    score = decay * score + newest row. decay = 1 is the accumulation of Eq. 1. sums: the function that makes the scores
-    of a prefill, `kernels.column_sums` or its Triton version.
+    score (L, B, H, S) fp32: the score memory, score = decay * score + newest row; decay 1 is Eq. 1's accumulation.
+    row (L, B, H, S) fp32, with keep_row: the newest query's attention, which marginal tokens borrow. sums: the function
+    that makes the scores of a prefill, `kernels.column_sums` or its Triton version.
     """
-
-    sliced = ("key", "value", "row", "score")
 
     def __init__(
         self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float,
-        sums: Callable = column_sums,
+        sums: Callable = column_sums, keep_row: bool = False,
     ):  # fmt: skip
         super().__init__(config, batch, capacity, device, dtype)
         shape = (config.layers, batch, config.query_heads, capacity)
         self.decay, self.sums = decay, sums
-        self.row = torch.zeros(shape, device=device)
         self.score = torch.zeros(shape, device=device)
+        self.sliced = ("key", "value", "score") + ("row",) * keep_row
+        if keep_row:
+            self.row = torch.zeros(shape, device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
         self._append(layer, key, value, span)
@@ -132,17 +132,21 @@ class ScoredCache(FullCache):
             score.mul_(self.decay**T).add_(self.sums(query, seen_key, self.decay))
             return causal_attention(query, seen_key, seen_value)
         out, row = full_attention_step(query, seen_key, seen_value, span.positions[:, 0])
-        self.row[layer, :, :, :end] = row
+        if "row" in self.sliced:
+            self.row[layer, :, :, :end] = row
         score.mul_(self.decay).add_(row)
         return out
 
     def ledger(self) -> list[Entry]:
-        return super().ledger() + [Entry("scores", self.row.device.type, self.row.nbytes + self.score.nbytes)]
+        size = sum(getattr(self, name).nbytes for name in self.sliced[2:])
+        return super().ledger() + [Entry("scores", self.score.device.type, size)]
 
     @staticmethod
-    def predict(config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype) -> list[Entry]:
-        scores = _bytes(torch.float32, config.layers, batch, config.query_heads, capacity)
-        return FullCache.predict(config, batch, capacity, device, dtype) + [Entry("scores", device, 2 * scores)]
+    def predict(
+        config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype, keep_row: bool = False
+    ) -> list[Entry]:
+        scores = (1 + keep_row) * _bytes(torch.float32, config.layers, batch, config.query_heads, capacity)
+        return FullCache.predict(config, batch, capacity, device, dtype) + [Entry("scores", device, scores)]
 
 
 # ---- Three tiers -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 import demo
+from backend import NAMES, TORCH, Backend, pick_backend
 from baselines import BASELINES, Fused
 from checkpoint import (
     DTYPES,
@@ -35,6 +36,7 @@ from checkpoint import (
 )
 from decode import FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
 from evicting import Budget
+from graph import StaticSession
 from kernels import SCORE_BLOCK
 from match import MATCHERS
 from model import Decoder
@@ -127,9 +129,23 @@ def check_caches_fit(policy, lengths: list[int], capacity: int) -> None:
         check_fits(on_host, torch.device("cpu"))
 
 
+def make_session(pair: Pair, policy, prompts: list[list[int]], new: int, backend: Backend, progress) -> Session:
+    """With static steps, one CUDA graph each, where the backend is Triton and the policy has them; else the plain."""
+    if backend.name == "triton" and has_static_step(policy):
+        return StaticSession(backend, pair.llm, policy, prompts, new, progress=progress)
+    return Session(pair.llm, policy, prompts, new, progress=progress)
+
+
+def has_static_step(policy) -> bool:
+    """graph.py knows the full cache and SmallKV with saliency shift; its kernels three head dims."""
+    known = type(policy) is FullPolicy or (type(policy) is SmallKV and policy.settings.saliency_shift)
+    return known and all(model.config.head_dim in (32, 64, 128) for model in policy.models)
+
+
 def answer(
-    pair: Pair, policy, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, show=None
-) -> tuple[Answer, bool]:
+    pair: Pair, policy, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, show=None,
+    backend: Backend = TORCH,
+) -> tuple[Answer, bool]:  # fmt: skip
     """Run one method on all prompts. show(b, token) is called for every new token that is not a stop token.
 
     Returns the answers and whether Ctrl-C cut them short: then they are what was there by that time.
@@ -139,7 +155,7 @@ def answer(
     check_caches_fit(policy, lengths, max(lengths) + max_new_tokens)
     total = sum(lengths)
     bar = tqdm(total=total, desc="prefill", unit="token", leave=False, disable=None if total >= PROGRESS_FROM else True)
-    session = Session(pair.llm, policy, prompts, max_new_tokens, progress=bar.update)
+    session = make_session(pair, policy, prompts, max_new_tokens, backend, bar.update)
     timing = Timing()
     tokens: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
@@ -170,11 +186,12 @@ def input_waits() -> bool:
 
 
 def run_demo(args, settings: Settings) -> int:
-    if args.method != "smallkv" or args.chat or args.json:
+    if args.method != "smallkv" or args.chat or args.json or args.backend == "triton":
         raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
     pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers)
     console = Console(stderr=True)
-    console.print(backend_line(pair, settings), style="dim", highlight=False, soft_wrap=True)
+    line = backend_line(pair, SmallKV(pair.llm, pair.slm, settings), TORCH)  # it takes plain steps everywhere
+    console.print(line, style="dim", highlight=False, soft_wrap=True)
     demo.show(pair, settings, console)
     return 0
 
@@ -210,7 +227,7 @@ def make_settings(args) -> Settings:
     asked = {
         "budget": args.budget, "budget_tokens": args.budget_tokens, "score_decay": args.score_decay,
         "matcher": args.matcher, "marginal": args.marginal, "saliency_shift": args.saliency_shift,
-        "prefetch": args.prefetch,
+        "prefetch": args.prefetch, "refresh": args.refresh,
     }  # fmt: skip
     asked = {name: value for name, value in asked.items() if value is not None}
     return Settings.paper(**asked) if args.paper else Settings(**asked)
@@ -225,6 +242,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--slm-revision", help="hub revision of the SLM")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
+    models.add_argument("--backend", default="auto", choices=NAMES, help="of the decode steps; auto: triton on CUDA")
     method = parser.add_argument_group("method")
     method.add_argument("--method", default="smallkv", choices=("full", "smallkv", "fused", *BASELINES))
     method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")
@@ -238,6 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         f"{'on' if Settings.marginal else 'off'})")  # fmt: skip
     method.add_argument("--saliency-shift", action=switch, help="rank tokens by the SLM (default)")
     method.add_argument("--prefetch", action=switch, help="move tiers a layer ahead (default)")
+    method.add_argument("--refresh", type=int, metavar="R", help="choose the tiers in every R-th step (default: 1)")
     method.add_argument("--paper", action="store_true", help="the paper's setting: decay 1, Jaccard, marginal tier")
     prompt = parser.add_argument_group("prompts")
     prompt.add_argument("prompt", nargs="*", help="prompts; with none, and no file, standard input is read")
@@ -276,20 +295,21 @@ def run(args) -> int:
         args.llm, args.slm if smallkv or args.compare else None, args.device, args.dtype, args.revision,
         args.slm_revision, args.slm_layers,
     )
+    backend = pick_backend(args.backend, pair.llm.device)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
     if not all(prompts):
         raise ValueError("a prompt is empty once tokenised: there is nothing to continue")
-    console.print(backend_line(pair, settings if smallkv else None), style="dim", highlight=False, soft_wrap=True)
 
     results: dict[str, Answer] = {}
     interrupted = False
     methods = ["full", "smallkv"] if args.compare else [args.method]
     for name in methods:
         policy = make_policy(name, pair, settings)
+        console.print(backend_line(pair, policy, backend), style="dim", highlight=False, soft_wrap=True)
         stream = pair.text.stream()
         live = len(prompts) == 1 and not args.compare  # several answers at once cannot be streamed into one column
         show = (lambda b, token: print(stream.push(token), end="", flush=True)) if live else None
-        results[name], interrupted = answer(pair, policy, prompts, args.max_new_tokens, sampler, show)
+        results[name], interrupted = answer(pair, policy, prompts, args.max_new_tokens, sampler, show, backend)
         if live:
             print(stream.finish())
         if interrupted:
@@ -317,15 +337,17 @@ def make_policy(method: str, pair: Pair, settings: Settings):
     return BASELINES[method](pair.llm, Budget(settings.budget, settings.budget_tokens))
 
 
-def backend_line(pair: Pair, settings: Settings | None) -> str:
+def backend_line(pair: Pair, policy, backend: Backend) -> str:
     """What runs, in one line: nothing is chosen silently."""
     device = pair.llm.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    static = backend.name == "triton" and has_static_step(policy)
+    steps = "Triton kernels in a CUDA graph" if static else f"PyTorch {torch.__version__} attention"
     moving = "none (one tier)"
-    if settings:
-        moving = "side stream" if device.type == "cuda" and settings.prefetch else "in step"
+    if isinstance(policy, SmallKV):
+        moving = "side stream" if static or (device.type == "cuda" and policy.settings.prefetch) else "in step"
     dtype = str(pair.llm.dtype).removeprefix("torch.")
-    return f"backend: PyTorch {torch.__version__} attention, {device} ({name}), {dtype}, tier movement {moving}"
+    return f"backend: {steps}, {device} ({name}), {dtype}, tier movement {moving}"
 
 
 def check_writable(path: Path) -> None:

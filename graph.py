@@ -4,9 +4,19 @@ Where it sits: in place of `Session.step` (decode.py), after the same prefill, o
 ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captured once and replayed:
 
     SLM layers, their attention rows into the scores                          kernels_decode.py
-    side stream, for each LLM layer: plan -> slots -> rows from the host       kernels_tiers.py
+    first side stream, groups of LLM layers in one launch: plan -> slots      kernels_tiers.py
+    second side stream, layer by layer: rows from the host                    kernels_move.py
     LLM layers, each after its rows arrived: attention on the tiers (Eq. 6)   kernels_decode.py
     logits -> the next token                                                  greedy, or Gumbel noise drawn beforehand
+
+With `Settings.refresh` r the plan and the movement run in every r-th step. In the steps between, nobody leaves and the
+newest token takes a slot that the plan has left free (`Settings.planned`), so the recent ones are always there; those
+steps are a second graph.
+
+The rows to move are known once the SLM is done, so PCIe can hide behind the LLM alone: a step takes at least the SLM's
+time plus the larger of the LLM's and PCIe's. At 32 x 16,384 (Qwen2-7B, 20 %, H100, floor 9.3 ms, bar 1.4 x = 13.1 ms)
+10 % of the critical set are 11 ms of PCIe behind 3.5 ms of SLM and first plan: over the bar whatever the kernels do.
+Within it, by this estimate: a turnover up to 8 % (`--max-moves` 256 of 3,288), or a plan every other step.
 
 What changes from step to step (lengths, tokens, tiers) lives in device tensors that the step itself updates. Capacity
 is fixed at the start. `FullPolicy` gives the graphed full cache: the rival, with the same layers.
@@ -22,10 +32,11 @@ from backend import Backend
 from cache import FullCache
 from decode import Session
 from kernels_move import Moves
-from kernels_tiers import CRITICAL, MARGINAL
+from kernels_tiers import CRITICAL, MARGINAL, admit_newest
 from model import Decoder
 
-WARM = 2  # eager steps before a capture: the first fills the pools without a limit on moves, the second has it
+PROGRAMS = 396  # of a plan in one launch, each a KV head of a sequence and layer: the three that fit on each of an
+# H100's 132 multiprocessors, so that no launch ends in a wave of few
 
 
 class Layers:
@@ -83,7 +94,7 @@ class FullSide:
     def __init__(self, cache: FullCache, backend: Backend, length: Tensor):
         self.cache, self.backend, self.length = cache, backend, length
 
-    def begin(self) -> None:
+    def begin(self, plan: bool) -> None:
         """Nothing to plan."""
 
     def join(self) -> None:
@@ -111,9 +122,9 @@ class ScoredSide:
 
 
 class TieredSide:
-    """The LLM on its tiers; the plan of each layer and the movement it asks for run on a side stream.
+    """The LLM on its tiers; the plan of its layers and the movement it asks for run on side streams.
 
-    moves: at most that many tokens enter a critical set in a step (`--max-moves`); None is no limit. `prior` (B, S)
+    moves: at most that many tokens enter a critical set at a plan (`--max-moves`); None is no limit. `prior` (B, S)
     fp32, if set, is added to the scores: bench.py drives the turnover of the tiers with it.
     """
 
@@ -128,15 +139,15 @@ class TieredSide:
         L, B, G, _ = self.cache.key_position.shape
         N, S = self.cache.value_position.shape[3], self.cache.host_key.shape[3]
         device = self.cache.key.device
-        table = [settings.sizes(n) for n in range(S + 1)]
+        table = [settings.planned(n) for n in range(S + 1)]
         rows = [(size.critical, size.recent, size.marginal) for size in table]
         self.sizes = torch.tensor(rows, dtype=torch.int32, device=device)  # (S + 1, 3)
-        # What the LLM's stream reads of a layer is that layer's own: the side stream may be layers ahead.
+        # The LLM may be layers behind the side streams: everything is kept for each layer.
         self.key_slot = torch.zeros(L, B, G, dtype=torch.int32, device=device)
-        self.new_value_slot = torch.zeros(L, B, G, dtype=torch.int32, device=device)
-        self.tier = torch.zeros(B, G, S, dtype=torch.int8, device=device)
-        self.key_moves = Moves.none(self.cache.key_position[0])
-        self.value_moves = Moves.none(self.cache.value_position[0]) if self.marginal else self.key_moves
+        self.new_value_slot = torch.zeros_like(self.key_slot) if self.marginal else self.key_slot
+        self.tier = torch.zeros(L, B, G, S, dtype=torch.int8, device=device)
+        self.key_moves = Moves.none(self.cache.key_position)
+        self.value_moves = Moves.none(self.cache.value_position) if self.marginal else self.key_moves
         self.moved = torch.zeros(2, 1, dtype=torch.int64, device=device)  # keys and values brought from the host
         self.borrowed = None
         if not self.marginal:
@@ -144,66 +155,89 @@ class TieredSide:
         else:
             self.borrowed = torch.zeros(L, B, self.policy.llm.config.query_heads, N, device=device)
         self.stored = torch.zeros(B, dtype=torch.int32, device=device)  # position of the token in `newest`
-        # First in the queue: the LLM's layer waits for it, and it leaves room for the LLM's kernels beside it.
-        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self.arrived: list[torch.cuda.Event] = []
+        together = max(1, PROGRAMS // (B * G))  # layers; the LLM waits for the first group alone
+        self.groups = [slice(first, min(first + together, L)) for first in range(0, L, together)]
+        # First in the queue: the LLM's layer waits for them, and they leave room for the LLM's kernels beside them.
+        cuda = device.type == "cuda"
+        self.planner, self.mover = (torch.cuda.Stream(device, priority=-1) if cuda else None for _ in range(2))
+        self.arrived: list[torch.cuda.Event] = []  # by layer, in a step that plans
 
     def tensors(self) -> list[Tensor]:
         """What this object holds beside the caches, for the ledger."""
-        return [value for value in vars(self).values() if torch.is_tensor(value)]
+        held = [value for value in vars(self).values() if torch.is_tensor(value)]
+        held += [*self.key_moves, *self.value_moves]
+        return list({tensor.data_ptr(): tensor for tensor in held}.values())
 
-    def begin(self) -> None:
-        """The SLM is done: plan and move every layer, on the side stream where there is one."""
-        if self.stream is None:
-            for layer in range(len(self.key_slot)):
-                self._move(layer)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
+    def begin(self, plan: bool) -> None:
+        """The SLM is done: plan and move every layer, on the side streams where there are any; or take in the newest
+        token alone."""
         self.arrived = []
-        with torch.cuda.stream(self.stream):
-            for layer in range(len(self.key_slot)):
-                self._move(layer)
-                self.arrived.append(self.stream.record_event())
+        if not plan:
+            self._admit()
+            return
+        if self.planner is not None:
+            self.planner.wait_stream(torch.cuda.current_stream())
+            self.mover.wait_stream(torch.cuda.current_stream())  # the last step read the slots there
+        for layers in self.groups:
+            with torch.cuda.stream(self.planner):  # None: where we are
+                self._plan(layers)
+            if self.mover is not None:
+                self.mover.wait_stream(self.planner)
+            with torch.cuda.stream(self.mover):
+                for layer in range(layers.start, layers.stop):
+                    self._bring(layer)
+                    if self.mover is not None:
+                        self.arrived.append(self.mover.record_event())
 
     def store(self) -> None:
         """The last step's token goes to the host, beside the SLM; it was a recent token since: nobody has asked yet."""
-        if self.stream is None:
-            self._store()
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._store()
+        if self.mover is not None:
+            self.mover.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.mover):
+            cache = self.cache
+            self.backend.store_newest(cache.newest, cache.host_key, cache.host_value, self.stored)
 
-    def _store(self) -> None:
-        cache = self.cache
-        self.backend.store_newest(cache.newest, cache.host_key, cache.host_value, self.stored)
-
-    def _move(self, layer: int) -> None:
-        cache, backend, index = self.cache, self.backend, self.policy.index[:, layer]
-        position = cache.key_position[layer]
-        backend.plan_layer(
-            self.policy.slm_cache.score, index, self.length, self.sizes, self.tier, self.prior, position, self.moves
-        )
-        slot = self.key_slot[layer]
-        backend.assign_slots(position, self.tier, CRITICAL, self.length, self.key_moves, slot, self.moved[0])
-        if self.marginal:
-            slot, values = self.new_value_slot[layer], cache.value_position[layer]
-            backend.assign_slots(values, self.tier, MARGINAL, self.length, self.value_moves, slot, self.moved[1])
-            backend.lend_rows(
-                self.policy.slm_cache.row, index, self.tier, position, values, cache.value_slot[layer],
-                self.borrowed[layer],
-            )  # fmt: skip
-        backend.bring_rows(
-            cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer], self.key_moves,
-            self.value_moves,
+    def _plan(self, layers: slice) -> None:
+        """Tiers and slots of these layers, and what their marginal slots borrow."""
+        position, tier, slot = self.cache.key_position[layers], self.tier[layers], self.key_slot[layers]
+        self.backend.plan_layers(
+            self.policy.slm_cache.score, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior,
+            position, self.moves,
         )  # fmt: skip
+        moves = Moves(*(table[layers] for table in self.key_moves))
+        self.backend.assign_slots(position, tier, CRITICAL, self.length, moves, slot, self.moved[0])
+        if self.marginal:
+            values, slot = self.cache.value_position[layers], self.new_value_slot[layers]
+            moves = Moves(*(table[layers] for table in self.value_moves))
+            self.backend.assign_slots(values, tier, MARGINAL, self.length, moves, slot, self.moved[1])
+            self._lend(layers)
+
+    def _admit(self) -> None:
+        admit_newest(self.cache.key_position, self.length, self.key_slot)
+        if self.marginal:
+            admit_newest(self.cache.value_position, self.length, self.new_value_slot)
+            self._lend(slice(None))
+
+    def _lend(self, layers: slice) -> None:
+        cache = self.cache
+        self.backend.lend_rows(
+            self.policy.slm_cache.row, self.policy.index[:, layers], self.tier[layers], cache.key_position[layers],
+            cache.value_position[layers], cache.value_slot[layers], self.borrowed[layers],
+        )  # fmt: skip
+
+    def _bring(self, layer: int) -> None:
+        cache = self.cache
+        moves = [Moves(*(table[layer] for table in tables)) for tables in (self.key_moves, self.value_moves)]
+        self.backend.bring_rows(
+            cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer], *moves
+        )
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:
         cache = self.cache
-        if self.stream is not None:
+        if self.arrived:
             torch.cuda.current_stream().wait_event(self.arrived[layer])
         key, value, position = cache.key[layer], cache.value[layer], cache.key_position[layer]
-        slots = self.key_slot[layer], self.new_value_slot[layer] if self.marginal else self.key_slot[layer]
+        slots = self.key_slot[layer], self.new_value_slot[layer]
         query = self.backend.rope_append(
             qkv, *rope, self.length, norms, key, value, *slots, newest=cache.newest[:, layer]
         )
@@ -212,10 +246,12 @@ class TieredSide:
         return self.backend.tiered_attention(query, key, value, position, cache.value_slot[layer], self.borrowed[layer])
 
     def join(self) -> None:
-        """The side stream's last work belongs to this step: a captured graph must end on one stream."""
+        """The side streams' last work belongs to this step: a captured graph must end on one stream."""
+        if self.mover is not None:
+            torch.cuda.current_stream().wait_stream(self.mover)
+            if self.arrived:
+                torch.cuda.current_stream().wait_stream(self.planner)
         self.stored.copy_(self.length - 1)
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 class Step:
@@ -234,6 +270,8 @@ class Step:
         self.tokens = tokens.to(device, torch.long).clone()
         self.length = torch.tensor(session.lengths, dtype=torch.int32, device=device)  # (B,), newest token included
         self.logits: Tensor | None = None
+        self.refresh = 1  # a plan in every refresh-th step
+        self.steps = 0
         self.noise = torch.zeros(len(tokens), session.vocab, device=device) if temperature else None
         self.llm, self.slm = Layers(session.llm, capacity, backend), None
         if isinstance(session.cache, FullCache):
@@ -242,9 +280,11 @@ class Step:
             self.slm = Layers(policy.slm, capacity, backend)
             self.scored = ScoredSide(policy.slm_cache, backend, self.length, policy.settings.marginal)
             self.side = TieredSide(policy, backend, self.length, None)  # the first plan fills the pools: no limit
-            self.moves = moves
+            self.moves, self.refresh = moves, policy.settings.refresh
             self._hand_over()
-        self.graph: torch.cuda.CUDAGraph | None = None
+        # Eager steps before a capture: the first plan fills the pools without a limit on moves, the second has it.
+        self.warm = self.refresh + 1
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with a plan, and without: and its logits
 
     def _hand_over(self) -> None:
         """The eager cache keeps no newest row before its first step; ours is the prompt's last token, stored twice."""
@@ -257,13 +297,13 @@ class Step:
         self.side.stored.copy_(self.length - 1)
 
     @torch.inference_mode()
-    def body(self) -> None:
+    def body(self, plan: bool) -> None:
         """One step: everything on the device, nothing returned; the same function is run eagerly and captured."""
         self.length += 1
         if self.slm is not None:
             self.side.store()
             self.slm.run(self.tokens, self.scored.attend)
-        self.side.begin()
+        self.side.begin(plan)
         hidden = self.llm.run(self.tokens, self.side.attend)
         logits = F.linear(hidden, self.session.llm.lm_head.weight)[:, : self.session.vocab]
         self.logits = logits
@@ -278,10 +318,13 @@ class Step:
             raise ValueError(f"no room for a token more than the capacity of {self.session.capacity} positions")
         if self.slm is not None:
             self._match()
-        if self.graph is None:
-            self.body()
+        plan = self.steps % self.refresh == 0
+        if self.graphs:
+            graph, self.logits = self.graphs[plan]
+            graph.replay()
         else:
-            self.graph.replay()
+            self.body(plan)
+        self.steps += 1
         self.session.lengths = [length + 1 for length in self.session.lengths]
         if self.slm is not None:
             self.side.moves = self.moves
@@ -297,11 +340,42 @@ class Step:
             policy._match(b)
 
     def capture(self) -> None:
-        """Record the body as a CUDA graph, once WARM steps have compiled every kernel and filled the pools."""
+        """Record the body as a CUDA graph, or two, once `warm` steps have compiled the kernels and filled the pools."""
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):  # recording runs nothing: the state stays as it is
-            self.body()
+        graphs, pool = {}, None
+        for plan in (True, False)[: self.refresh]:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):  # recording runs nothing: the state stays as it is
+                self.body(plan)
+            graphs[plan] = graph, self.logits
+            pool = graph.pool()  # one replay ends before the next begins: they share their memory
+        self.graphs = graphs
+
+
+class StaticSession(Session):
+    """A session for decode.generate_ids whose steps are static ones: captured on CUDA, run eagerly elsewhere."""
+
+    def __init__(self, backend: Backend, *args, **options):
+        super().__init__(*args, **options)
+        self.backend = backend
+
+    def prefill(self) -> Tensor:
+        logits = super().prefill()
+        self.static = Step(self, logits.argmax(-1), self.backend)
+        return logits
+
+    @torch.inference_mode()
+    def step(self, tokens: list[int]) -> Tensor:
+        static, cache = self.static, self.cache
+        static.tokens.copy_(torch.tensor(tokens))  # the step fed itself its own choice; what counts is the sampler's
+        if static.steps == static.warm and static.tokens.is_cuda:
+            static.capture()
+        static.run()
+        if static.slm is not None:  # for the report
+            cache.keys_moved, values = static.side.moved.flatten().tolist()
+            cache.values_moved = values if self.policy.settings.marginal else cache.keys_moved
+            cache.steps = static.steps
+        return static.logits
 
 
 def generate_static(session: Session, max_new_tokens: int, backend: Backend, **options) -> list[list[int]]:
@@ -309,7 +383,7 @@ def generate_static(session: Session, max_new_tokens: int, backend: Backend, **o
     step = Step(session, session.prefill().argmax(-1), backend, **options)
     made = [step.tokens.tolist()]
     for number in range(max_new_tokens - 1):
-        if number == WARM and session.llm.device.type == "cuda":
+        if number == step.warm and session.llm.device.type == "cuda":
             step.capture()
         step.run()
         made.append(step.tokens.tolist())

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 16  # rows that a program brings at once
+STORERS = 16  # programs that write to the host: a multiprocessor whose writes wait for PCIe holds up its neighbours'
+# kernels. With 448 programs the SLM's first kernel lasted as long as they did (0.5 ms at 64 x 2,048); 16 is a guess yet
 BRINGERS = 64  # programs that bring keys, and as many for values: they fill PCIe and leave room for other kernels
 
 
@@ -97,16 +99,17 @@ def _store_kernel(
     newest_ptr, host_key_ptr, host_value_ptr, position_ptr, lines, capacity, B: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # counts layers, sequences and KV heads
-    inside = line < lines
     dim = tl.arange(0, D)
-    position = tl.load(position_ptr + (line // G) % B, mask=inside, other=0)
-    cell = (line.to(tl.int64) * capacity + position)[:, None] * D + dim
-    source = line.to(tl.int64)[:, None] * D + dim
-    key = tl.load(newest_ptr + source, mask=inside[:, None])
-    value = tl.load(newest_ptr + lines * D + source, mask=inside[:, None])
-    tl.store(host_key_ptr + cell, key, mask=inside[:, None])
-    tl.store(host_value_ptr + cell, value, mask=inside[:, None])
+    for at in range(tl.program_id(0) * ROWS, lines, tl.num_programs(0) * ROWS):
+        line = at + tl.arange(0, ROWS)  # counts layers, sequences and KV heads
+        inside = line < lines
+        position = tl.load(position_ptr + (line // G) % B, mask=inside, other=0)
+        cell = (line.to(tl.int64) * capacity + position)[:, None] * D + dim
+        source = line.to(tl.int64)[:, None] * D + dim
+        key = tl.load(newest_ptr + source, mask=inside[:, None])
+        value = tl.load(newest_ptr + lines * D + source, mask=inside[:, None])
+        tl.store(host_key_ptr + cell, key, mask=inside[:, None])
+        tl.store(host_value_ptr + cell, value, mask=inside[:, None])
 
 
 # ---- The launchers ---------------------------------------------------------------------------------------------------
@@ -126,6 +129,6 @@ def bring_rows_triton(
 def store_newest_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, position: Tensor) -> None:
     _, L, B, G, D = newest.shape
     lines = L * B * G
-    _store_kernel[(triton.cdiv(lines, ROWS),)](
+    _store_kernel[(min(STORERS, triton.cdiv(lines, ROWS)),)](
         newest, host_key, host_value, position, lines, host_key.shape[3], B=B, G=G, D=D, ROWS=ROWS, num_warps=4
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cache import ScoredCache, TieredCache, TierPlan
@@ -46,6 +47,8 @@ class Settings:
     matcher: how heads are compared, see match.py. marginal: keep a marginal tier; off, its bytes buy critical tokens.
     saliency_shift: rank by the SLM; off, by the LLM's own weights on what it still holds (Eq. 4), no way back.
     prefetch: move the rows of a layer while the layer before it computes.
+    refresh: plan in every refresh-th step, the first included. Between two plans nobody leaves, the newest token comes
+        in, and marginal tokens borrow from the newest row as ever; see `planned`.
 
     The defaults are what measured best on wikitext-2 (README, "Results"); `Settings.paper` is the paper's.
     """
@@ -57,6 +60,7 @@ class Settings:
     marginal: bool = False
     saliency_shift: bool = True
     prefetch: bool = True
+    refresh: int = 1
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
@@ -67,6 +71,8 @@ class Settings:
             raise ValueError(f"score decay {self.score_decay} is outside [0, 1]; 1 is the paper's accumulation")
         if self.matcher not in MATCHERS:
             raise ValueError(f"unknown matcher {self.matcher!r}; supported: {', '.join(MATCHERS)}")
+        if self.refresh < 1:
+            raise ValueError(f"a plan every {self.refresh} steps is impossible; 1 plans in every step")
 
     @classmethod
     def paper(cls, **changes) -> "Settings":
@@ -104,6 +110,21 @@ class Settings:
             marginal = length - critical
         return TierSizes(critical, recent, marginal)
 
+    def planned(self, length: int) -> TierSizes:
+        """What a plan at this length chooses, so that it lasts until the next one; `sizes` itself if that is near.
+
+        The refresh - 1 tokens to come find their places free: with them the tiers are those of `sizes` in the last step
+        before the next plan, never more (unless that is below refresh tokens: the newest ones always stay). The recent
+        window is that of `sizes`, and only grows until the next plan. While the context is shorter than the matching
+        window everything is kept, on to the next plan.
+        """
+        if length < WINDOW_MIN or self.refresh == 1:
+            return self.sizes(length)
+        coming = self.refresh - 1
+        last, now = self.sizes(length + coming), self.sizes(length)
+        critical = max(1, last.critical - coming)
+        return TierSizes(critical, min(now.recent, critical), last.marginal)
+
 
 def plan_tiers(scores: Tensor, sizes: list[TierSizes], lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Rank the tokens and cut the ranking into tiers (Eq. 4, on scores that see every token).
@@ -127,13 +148,14 @@ def plan_tiers(scores: Tensor, sizes: list[TierSizes], lengths: list[int]) -> tu
     return critical, covered & ~critical
 
 
-def pool_slots(sizes: Callable[[int], TierSizes], shortest: int, capacity: int) -> tuple[int, int]:
-    """Slots of the K pool and the V pool: the most that any length from `shortest` to `capacity` asks for."""
+def pool_slots(settings: Settings, shortest: int, capacity: int) -> tuple[int, int]:
+    """Slots of the K pool and the V pool: the most that a plan at any length from `shortest` to `capacity` asks for,
+    and the tokens that come before the next plan."""
     critical = held = 0
     for length in range(shortest, capacity + 1):
-        size = sizes(length)
+        size = settings.planned(length)
         critical, held = max(critical, size.critical), max(held, size.critical + size.marginal)
-    return critical, held
+    return critical + settings.refresh - 1, held + settings.refresh - 1
 
 
 class SmallKV:
@@ -152,6 +174,7 @@ class SmallKV:
         """head_map (L, H) int64 replaces the matching, for experiments and tests. sums: see ScoredCache."""
         self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, head_map
         self.models, self.sums = [llm, slm], sums
+        self.keep_row = settings.marginal  # the SLM's newest row is lent to marginal tokens
         self.own_scores = not settings.saliency_shift  # the LLM's own attention on what it holds is remembered too
 
     # -- before the first token --
@@ -161,14 +184,15 @@ class SmallKV:
         batch, self.lengths = len(lengths), list(lengths)
         self.slm_cache = ScoredCache(
             self.slm.config, batch, capacity, self.slm.device, self.slm.dtype, self.settings.score_decay,
-            self.sums,
-        )
+            self.sums, self.keep_row,
+        )  # fmt: skip
         self.maps: list[HeadMap | None] = [None] * batch
         self.tokens: list[list[int]] = [[] for _ in lengths]
+        self.steps, self.kept = 0, {}  # layer -> the masks of the last plan, and who came since
         shape = (batch, self.llm.config.layers, self.llm.config.query_heads)
         self.index = torch.zeros(shape, dtype=torch.long, device=self.llm.device)  # f(i) of every sequence
         own_decay = self.settings.score_decay if self.own_scores else None
-        slots = pool_slots(self.settings.sizes, min(lengths), capacity)
+        slots = pool_slots(self.settings, min(lengths), capacity)
         self.cache = TieredCache(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch, own_decay
         )
@@ -177,11 +201,11 @@ class SmallKV:
     def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
         """Ledgers of both caches before anything is allocated."""
         device = self.llm.device.type
-        slots = pool_slots(self.settings.sizes, min(lengths), capacity)
+        slots = pool_slots(self.settings, min(lengths), capacity)
         llm: Config = self.llm.config
         return {
             "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, self.own_scores),
-            "SLM": ScoredCache.predict(self.slm.config, len(lengths), capacity, device, self.slm.dtype),
+            "SLM": ScoredCache.predict(self.slm.config, len(lengths), capacity, device, self.slm.dtype, self.keep_row),
         }
 
     def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
@@ -216,20 +240,31 @@ class SmallKV:
             self.lengths[b] += 1
             self._match(b)
         self.end = span.end
-        self.sizes = [self.settings.sizes(length) for length in self.lengths]
+        self.sizes = [self.settings.planned(length) for length in self.lengths]
+        self.refreshing = self.steps % self.settings.refresh == 0
+        self.steps += 1
 
     def plan(self, layer: int) -> TierPlan:
         """The tiers of one LLM layer, from the newest scores: (B, G, n) masks and the rows to borrow (B, H, n)."""
-        if self.settings.saliency_shift:
-            scores = self._ranking(layer)
+        if self.refreshing:
+            critical, marginal = self._choose(layer)
         else:
-            dropped = self.cache.dropped[layer, :, :, : self.end]
-            scores = self.cache.score[layer, :, :, : self.end].masked_fill(dropped, -torch.inf)
-        critical, marginal = plan_tiers(scores, self.sizes, self.lengths)
-        if not self.settings.saliency_shift:  # a tier that grows faster than the text has nobody to take
-            critical, marginal = critical & ~dropped, marginal & ~dropped
-        borrowed = self._matched(self.slm_cache.row, layer) if any(size.marginal for size in self.sizes) else None
+            critical, marginal = (F.pad(mask, (0, self.end - mask.shape[-1])) for mask in self.kept[layer])
+            newest = torch.tensor(self.lengths, device=critical.device)[:, None, None] - 1  # (B, 1, 1)
+            critical = critical | (torch.arange(self.end, device=critical.device) == newest)
+        if self.settings.refresh > 1:
+            self.kept[layer] = critical, marginal
+        borrowed = self._matched(self.slm_cache.row, layer) if self.settings.marginal else None
         return TierPlan(critical, marginal, borrowed)
+
+    def _choose(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Masks (B, G, n) of the critical and of the marginal tokens, ranked anew."""
+        if self.settings.saliency_shift:
+            return plan_tiers(self._ranking(layer), self.sizes, self.lengths)
+        dropped = self.cache.dropped[layer, :, :, : self.end]
+        scores = self.cache.score[layer, :, :, : self.end].masked_fill(dropped, -torch.inf)
+        critical, marginal = plan_tiers(scores, self.sizes, self.lengths)
+        return critical & ~dropped, marginal & ~dropped  # a tier that grows faster than the text has nobody to take
 
     def _ranking(self, layer: int) -> Tensor:
         """What tokens are ranked by, (B, G, n): a_f(i), one token set for the query heads that share a KV head."""

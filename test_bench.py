@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import bench
-from bench_count import PAIRS, Setting, layer_parameters, pair_configs, paper_throughput, prefill_flops, step_bytes
+from bench_count import (
+    PAIRS,
+    Setting,
+    layer_parameters,
+    pair_configs,
+    paper_throughput,
+    prefill_flops,
+    step_bytes,
+    table,
+)
 from cache import FullCache
 from model import Decoder
 from smallkv import Settings, TierSizes
@@ -75,7 +84,7 @@ def test_the_ring_moves_what_it_is_asked_to():
         assert len(top[-1] - top[-2]) == 7
 
 
-@pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--marginal", "--score-decay", "0.5"]])
+@pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--marginal", "--score-decay", "0.5"], ["--refresh", "3"]])
 def test_the_command_measures_every_method(extra, capsys):
     """Rows, table and the last line; the turnover that is counted is the one asked for."""
     command = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.02,0.2", "--steps", "4", "--table",
@@ -85,7 +94,21 @@ def test_the_command_measures_every_method(extra, capsys):
     report = json.loads(lines[-1])
     assert [row["method"] for row in report["rows"]] == ["full-eager", "full-graph", *["smallkv-graph"] * 2]
     for row in report["rows"][2:]:
-        size = Settings(0.2, marginal=report["marginal"]).sizes(row["length"])
+        size = Settings(0.2, marginal=report["marginal"], refresh=report["refresh"]).planned(row["length"])
         assert row["turnover"] == pytest.approx(row["turnover_asked"], abs=2.5 / size.critical)
     assert sum(line.startswith("| 2x400+60 |") for line in lines) == 4
+    row_bytes = 16 * 4 * 2 * 2 * 2 * size.critical  # of the tokens that a plan moves: D, fp32, layers, sequences, heads
+    if not report["marginal"]:
+        assert row["pcie_bytes_step"] * report["refresh"] == pytest.approx(2 * row_bytes * row["turnover"])
     assert (report["rows"][0]["ttft_s"] is None) == ("--decode-only" in extra)
+
+
+def test_the_table_sets_the_memory_beside_pcie():
+    """A step of 3 ms of memory and 5 ms of PCIe lasts at least 5."""
+    row = {
+        "setting": "1x1+1", "method": "smallkv-graph", "turnover": 0.1, "tpot_s": 0.006, "tpot_p10_p90": [0.006, 0.006],
+        "step_bytes": {"all": 3000}, "pcie_bytes_step": 500, "tokens_s": 1.0, "ttft_s": None, "peak_bytes": None,
+        "predicted_bytes": None,
+    }  # fmt: skip
+    cells = table({"rows": [row], "ceilings": {"copy_bytes_s": 1e6, "pcie_bytes_s": 1e5}}).splitlines()[-1].split(" | ")
+    assert cells[4:6] == ["3.00", "2.00"] and cells[8] == "5.00"

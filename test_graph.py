@@ -1,12 +1,14 @@
 """The static step against the eager path (decode.Session): the same tokens, with either backend, captured on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from backend import TORCH, TRITON
 from conftest import random_prompts, tiny_decoder
-from decode import FullPolicy, Sampler, Session, generate
-from graph import Step, generate_static
+from decode import FullPolicy, Sampler, Session, generate, generate_ids
+from graph import StaticSession, Step, generate_static
 from smallkv import Settings, SmallKV
 
 SETTINGS = {
@@ -35,15 +37,33 @@ def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
     assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected
 
 
+@pytest.mark.parametrize("name", ["full", "default", "marginal"])
+def test_static_session_is_a_session(name, device):
+    """The same sampled tokens and the same counts for the report."""
+    prompts, sampler = random_prompts(*LENGTHS), Sampler(temperature=0.7, seed=3)
+    sessions = []
+    for where, kind in (("cpu", Session), (device, partial(StaticSession, TORCH if device == "cpu" else TRITON))):
+        pair = decoders(where)
+        policy = FullPolicy(pair[0]) if name == "full" else SmallKV(*pair, SETTINGS[name])
+        session = kind(pair[0], policy, prompts, 12)
+        sessions.append((session, list(generate_ids(session, sampler, 12))))
+    (plain, expected), (static, made) = sessions
+    assert made == expected and static.lengths == plain.lengths
+    if name != "full":
+        for count in ("keys_moved", "values_moved", "steps"):
+            assert getattr(static.cache, count) == getattr(plain.cache, count)
+        assert static.cache.tokens(0) == plain.cache.tokens(0)
+
+
 @pytest.mark.parametrize("name", ["default", "marginal"])
 def test_static_step_with_triton(name):
     """Head dim 32, a pair of KV heads with three query heads each; few steps: the interpreter is slow."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    prompts = random_prompts(120, 97)
+    prompts, new = random_prompts(120, 97), 6 if device == "cuda" else 4
     cpu = decoders("cpu", head_dim=32)
-    expected = generate(cpu[0], SmallKV(*cpu, SETTINGS[name]), prompts, 6)
+    expected = generate(cpu[0], SmallKV(*cpu, SETTINGS[name]), prompts, new)
     pair = decoders(device, head_dim=32)
-    assert generate_static(Session(pair[0], SmallKV(*pair, SETTINGS[name]), prompts, 6), 6, TRITON) == expected
+    assert generate_static(Session(pair[0], SmallKV(*pair, SETTINGS[name]), prompts, new), new, TRITON) == expected
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
@@ -138,3 +158,32 @@ def test_the_same_weights_serve_both_paths(device):
     assert torch.equal(llm(tokens), before)
     for layer, (weight, _) in zip(llm.layers, step.llm.qkv):
         assert layer.self_attn.k_proj.weight.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("backend, marginal", [("torch", False), ("torch", True), ("triton", True)])
+def test_a_plan_every_third_step_makes_the_tokens_of_the_eager_path(marginal, backend, device):
+    """And in between nobody leaves, nothing comes from the host, and the newest token is held."""
+    triton = backend == "triton"
+    prompts, new = (random_prompts(120, 97), 6) if triton else (random_prompts(*LENGTHS), 14)
+    settings, size = Settings(marginal=marginal, score_decay=0.5, refresh=3), 32 if triton else 16
+    cpu = decoders("cpu", head_dim=size)
+    expected = generate(cpu[0], SmallKV(*cpu, settings), prompts, new)
+    pair = decoders(device, head_dim=size)
+    session = Session(pair[0], SmallKV(*pair, settings), prompts, new)
+    step = Step(session, session.prefill().argmax(-1), TRITON if triton or device == "cuda" else TORCH)
+    made, held, moved = [step.tokens.tolist()], None, None
+    for number in range(new - 1):
+        if number == step.warm and device == "cuda":
+            step.capture()
+        step.run()
+        made.append(step.tokens.tolist())
+        positions = step.side.cache.key_position.flatten(0, 2).tolist()
+        held, before = [set(line) - {-1} for line in positions], held
+        moved, moved_before = step.side.moved.tolist(), moved
+        if number % 3:
+            came = [now - old for now, old in zip(held, before)]
+            newest = [length - 1 for length in session.lengths]
+            assert [len(tokens) for tokens in came] == [1] * len(came)
+            assert set().union(*came) == set(newest) and all(old < now for now, old in zip(held, before))
+            assert moved == moved_before
+    assert [list(answer) for answer in zip(*made)] == expected

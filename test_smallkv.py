@@ -83,11 +83,28 @@ def test_nothing_is_dropped_before_the_matching_window():
     assert Settings(budget=0.1).sizes(100).critical < 20
 
 
+@pytest.mark.parametrize("marginal", [True, False])
+@pytest.mark.parametrize("budget", [0.05, 0.2, 0.85, 1.0])
+def test_a_plan_that_lasts_leaves_places_for_the_tokens_to_come(budget, marginal):
+    """In no step between two plans are there more tokens than the budget of that step, or fewer recent ones."""
+    for length, refresh in itertools.product((100, 163, 1000, 4097), (1, 2, 4)):
+        settings = Settings(budget=budget, marginal=marginal, refresh=refresh)
+        chosen = settings.planned(length)
+        assert refresh > 1 or chosen == settings.sizes(length)
+        assert 1 <= chosen.recent <= chosen.critical and chosen.critical + chosen.marginal <= length
+        for since in range(refresh):
+            size = settings.sizes(length + since)
+            assert 2 * (chosen.critical + since) + chosen.marginal <= 2 * budget * (length + since) + 2
+            assert min(chosen.recent + since, size.critical) >= size.recent
+        assert since + chosen.critical == size.critical
+    assert Settings(budget=0.1, refresh=4).planned(99) == TierSizes(99, 1, 0)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [({"budget": 0.0}, "budget 0.0 is outside"), ({"budget": 1.5}, "budget 1.5 is outside"),
      ({"budget_tokens": 0}, "budget of 0 tokens"), ({"score_decay": 1.2}, "score decay 1.2"),
-     ({"matcher": "dice"}, "unknown matcher 'dice'")],
+     ({"matcher": "dice"}, "unknown matcher 'dice'"), ({"refresh": 0}, "a plan every 0 steps")],
 )  # fmt: skip
 def test_settings_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
@@ -152,6 +169,8 @@ VARIANTS = {
     "neither": Settings(saliency_shift=False, marginal=False),
     "5 %": Settings(budget=0.05, marginal=True),
     "tokens": Settings(budget_tokens=40),
+    "refresh": Settings(refresh=3),
+    "refresh, marginal": Settings(marginal=True, score_decay=0.5, refresh=4),
 }
 
 
@@ -234,7 +253,8 @@ def test_own_assistant_and_nothing_evicted_is_full_attention(pair, share, decay,
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["default", "paper", "newest row", "marginal", "no shift"])
+@pytest.mark.parametrize("name", ["default", "paper", "newest row", "marginal", "no shift", "refresh",
+                                  "refresh, marginal"])  # fmt: skip
 def test_tiers_partition_the_positions_and_hold_the_right_bits(pair, name, device):
     """After every step: K pool within V pool, sizes as planned, every slot equal to the full cache's row, bit for bit.
 
@@ -255,11 +275,11 @@ def test_tiers_partition_the_positions_and_hold_the_right_bits(pair, name, devic
         for layer, b, g in itertools.product(range(2), range(2), range(2)):
             keys, values = cache.key_position[layer, b, g].tolist(), cache.value_position[layer, b, g].tolist()
             critical, held = {j for j in keys if j >= 0}, {j for j in values if j >= 0}
-            n = session.lengths[b]
-            size = settings.sizes(n)
+            n, since = session.lengths[b], step % settings.refresh
+            size = settings.planned(n - since)
             assert critical <= held <= set(range(n))
-            assert (len(critical), len(held)) == (size.critical, size.critical + size.marginal)
-            assert set(range(n - size.recent, n)) <= critical
+            assert (len(critical), len(held)) == (size.critical + since, size.critical + since + size.marginal)
+            assert set(range(n - settings.sizes(n).recent, n)) <= critical
             for pool, names, host in ((cache.key, keys, cache.host_key), (cache.value, values, cache.host_value)):
                 for slot, j in enumerate(names):
                     if 0 <= j < n - 1:  # the newest token's row is on its way to the host
@@ -293,7 +313,7 @@ def test_scores_are_the_decayed_sum_of_attention_rows(decay, chunk):
     """Prefill in chunks plus decode steps against full attention matrices: score[j] = sum d^(age of q) A[q, j]."""
     slm = tiny_decoder(heads=4, head_dim=8, seed=1)
     (tokens,) = random_prompts(140)
-    cache = ScoredCache(slm.config, 1, 140, "cpu", torch.float32, decay)
+    cache = ScoredCache(slm.config, 1, 140, "cpu", torch.float32, decay, keep_row=True)
     for start in range(0, 130, chunk):
         end = min(130, start + chunk)
         slm(torch.tensor([tokens[start:end]]), Span.block(start, end, "cpu"), cache)
