@@ -242,7 +242,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--slm-revision", help="hub revision of the SLM")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
-    models.add_argument("--backend", default="auto", choices=NAMES, help="of the decode steps; auto: triton on CUDA")
+    models.add_argument("--backend", default="torch", choices=NAMES, help="of the decode steps; auto: triton on CUDA, "
+                        "as static steps in a CUDA graph (default: torch)")  # fmt: skip
     method = parser.add_argument_group("method")
     method.add_argument("--method", default="smallkv", choices=("full", "smallkv", "fused", *BASELINES))
     method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")
