@@ -188,6 +188,7 @@ def input_waits() -> bool:
 def run_demo(args, settings: Settings) -> int:
     if args.method != "smallkv" or args.chat or args.json or args.backend == "triton":
         raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
+    torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
     pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers)
     console = Console(stderr=True)
     line = backend_line(pair, SmallKV(pair.llm, pair.slm, settings), TORCH)  # it takes plain steps everywhere
