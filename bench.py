@@ -29,6 +29,7 @@ from backend import NAMES, TORCH, Backend, pick_backend
 from bench_clock import Clock, ceilings, profile
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
 from cache import FullCache
+from checkpoint import weight_bytes
 from decode import FullPolicy, Session
 from graph import Step
 from match import HeadMap
@@ -137,7 +138,7 @@ def largest(method: str, models, prompt: int, new: int, settings: Settings) -> S
     one = [entry for entries in policy.predict([prompt], prompt + new).values() for entry in entries]
     device = sum(entry.size for entry in one if entry.device == llm.device.type)
     host = sum(entry.size for entry in one if entry.device != llm.device.type)
-    room = 0.92 * torch.cuda.mem_get_info()[1] - sum(weight_bytes(model) for model in models)
+    room = 0.92 * torch.cuda.mem_get_info()[1] - sum(weights_of(model) for model in models)
     batch = int(room // device)
     free = 0.85 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     while host and 2 << (batch * host // 2 - 1).bit_length() > free:
@@ -251,20 +252,20 @@ def tiers(session: Session) -> list[dict]:
     return [vars(entry) | {"model": model} for model, entries in ledgers.items() for entry in entries]
 
 
-def weight_bytes(model: Decoder) -> int:
-    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+def weights_of(model: Decoder) -> int:
+    return weight_bytes(model.config, model.dtype)
 
 
 def idle_bytes(method: str, models) -> int:
     """The SLM's weights stay where they are while the full cache is measured: not its own."""
-    return 0 if method.startswith("smallkv") else weight_bytes(models[1])
+    return 0 if method.startswith("smallkv") else weights_of(models[1])
 
 
 def session_bytes(session: Session, step: Step | None, models) -> int:
     """What the device should hold in a step: weights, ledgers, the step's own tables and its logits."""
     device = session.llm.device.type
     total = sum(entry["size"] for entry in tiers(session) if entry["device"] == device)
-    total += sum(weight_bytes(model) for model in session.policy.models)
+    total += sum(weights_of(model) for model in session.policy.models)
     if step is not None and step.slm is not None:
         total += sum(tensor.nbytes for tensor in step.side.tensors())
     batch, llm = len(session.prompts), session.llm.config
@@ -301,7 +302,7 @@ def transformers_row(models: list[Decoder], setting: Setting, clock: Clock) -> d
     count = STEPS["eager"]
     laps = clock.laps(work, count)
     out = row("transformers", (llm, llm), setting, Settings(), setting.prompt + count // 2, laps, None, None, [0, 0])
-    peak = torch.cuda.max_memory_allocated() - weight_bytes(models[1]) if clock.device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() - weights_of(models[1]) if clock.device.type == "cuda" else None
     return out | {
         "peak_bytes": peak,
         "predicted_bytes": None,

@@ -1,4 +1,4 @@
-"""What bench.py counts instead of measuring: shapes of the pairs, bytes of a step, operations of a prefill, the table.
+"""What bench.py counts instead of measuring: the pairs, bytes of a step, operations of a prefill, the table.
 
 Where it sits: under bench.py. Every figure here follows from the configurations alone, so that the floor beside a
 measured time can be checked by hand.
@@ -7,47 +7,19 @@ measured time can be checked by hand.
 from dataclasses import dataclass
 
 from model import Config
+from overhead import cache_bytes
+from shapes import SHAPES
 from smallkv import TierSizes
 
-QWEN2_05B = {
-    "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
-    "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936, "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-}  # fmt: skip
-QWEN2_7B = {
-    "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-}  # fmt: skip
-QWEN25_14B = {
-    "model_type": "qwen2", "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40,
-    "num_key_value_heads": 8, "intermediate_size": 13824, "vocab_size": 152064, "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA_ROPE = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-LLAMA31_8B = {
-    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072,
-    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_scaling": LLAMA_ROPE,
-}  # fmt: skip
-LLAMA32_1B = {
-    "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256, "max_position_embeddings": 131072,
-    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "head_dim": 64,
-    "rope_scaling": {**LLAMA_ROPE, "factor": 32.0},
-}  # fmt: skip
 TINY = {
     "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 4096,
     "head_dim": 16, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
 }  # fmt: skip
 PAIRS = {
-    "qwen2-7b": (QWEN2_7B, QWEN2_05B),
-    "qwen2.5-14b": (QWEN25_14B, QWEN2_05B),
-    "llama3.1-8b": (LLAMA31_8B, LLAMA32_1B),
+    "qwen2-7b": (SHAPES["Qwen2-7B"], SHAPES["Qwen2-0.5B"]),
+    "qwen2.5-14b": (SHAPES["Qwen2.5-14B"], SHAPES["Qwen2.5-0.5B"]),
+    "llama3.1-8b": (SHAPES["LLaMA-3.1-8B"], SHAPES["LLaMA-3.2-1B"]),
     "tiny": (TINY, {**TINY, "num_attention_heads": 4, "tie_word_embeddings": True}),
 }
 
@@ -96,15 +68,14 @@ def step_bytes(
     once by the plan, and with a marginal tier the rows are those lent.
     """
     weights = itemsize * (layer_parameters(llm) + llm.vocab_size * llm.hidden_size)
-    pair = 2 * llm.layers * llm.kv_heads * llm.head_dim * itemsize * batch  # K and V of one token
+    pair = cache_bytes(llm, 1, batch, itemsize)  # K and V of one token
     if size is None:
         return {"LLM weights": weights, "LLM K, V": pair * length}
-    slm_pair = 2 * slm.layers * slm.kv_heads * slm.head_dim * itemsize * batch
     return {
         "LLM weights": weights,
         "LLM K, V": pair * size.critical + pair // 2 * (size.marginal if marginal else 0),
         "SLM weights": itemsize * layer_parameters(slm),
-        "SLM K, V": slm_pair * length,
+        "SLM K, V": cache_bytes(slm, length, batch, itemsize),
         "scores": 4 * slm.layers * slm.query_heads * length * batch,
     }
 

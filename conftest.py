@@ -1,4 +1,7 @@
-"""Shared by all tests: tiny random decoders, the devices at hand, and poisoned memory."""
+"""Shared by all tests: tiny random decoders, the devices at hand, and poisoned memory.
+
+Where it sits: pytest loads it before any test, so before the modules that define Triton kernels.
+"""
 
 import os
 

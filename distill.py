@@ -37,6 +37,7 @@ from checkpoint import CheckpointError, load_decoder, resolve
 from corpus import Mixture, Recall, Stage, encode_books, freeze_for_workers, load_tokenizer, read_books, windows
 from match import SINKS, WINDOW_MIN, score_similarity
 from model import Config, Decoder
+from overhead import cache_ratio
 from recall import document_ids
 from training import (
     STATE,
@@ -98,11 +99,6 @@ def save_similarity(found: dict[str, Tensor], folder: Path, samples: Sequence[li
     content = {"samples": len(samples), "length": len(samples[0]), "sinks_dropped": SINKS}
     content |= {kind: [[round(head, 4) for head in layer] for layer in value.tolist()] for kind, value in found.items()}
     (folder / SIMILARITY).write_text(json.dumps(content) + "\n")
-
-
-def cache_ratio(llm: Config, slm: Config) -> float:
-    """How many times smaller a token's entry in the SLM's cache is."""
-    return (llm.layers * llm.kv_heads * llm.head_dim) / (slm.layers * slm.kv_heads * slm.head_dim)
 
 
 def print_similarity(found: dict[str, Tensor], llm: Config, slm: Config) -> None:

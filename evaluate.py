@@ -30,9 +30,11 @@ from baselines import BASELINES, Fused
 from benchmarks import TASKS
 from checkpoint import CheckpointError
 from decode import FullPolicy
+from demo import PAIR
 from evicting import Budget
 from generate import DTYPE_CHOICES, Pair, load_pair
 from model import Config
+from overhead import cache_bytes
 from smallkv import Settings, SmallKV
 from tables import CELLS, print_tables, read_about
 from tasks import Sample, Task, read_results
@@ -111,7 +113,7 @@ def _value(text: str) -> bool | int | float | str:
 
 def token_bytes(config: Config, dtype: torch.dtype) -> int:
     """Bytes of K and V of one token in all layers."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+    return cache_bytes(config, 1, 1, dtype.itemsize)
 
 
 def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair) -> list[Cell]:
@@ -321,8 +323,8 @@ def run_task(args) -> None:
 
 def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     models = parser.add_argument_group("models")
-    models.add_argument("--llm", default=str(HOME / "pair" / "llm"), help="folder or hub id (default: pair/llm)")
-    models.add_argument("--slm", default=str(HOME / "pair" / "slm"), help="folder or hub id (default: pair/slm)")
+    models.add_argument("--llm", default=str(PAIR / "llm"), help="folder or hub id (default: pair/llm)")
+    models.add_argument("--slm", default=str(PAIR / "slm"), help="folder or hub id (default: pair/slm)")
     models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")

@@ -23,6 +23,7 @@ from rich.table import Table
 import studies
 from benchmarks import TASKS
 from checkpoint import CheckpointError
+from demo import PAIR
 from evaluate import HOME
 
 BUDGETS = [0.5, 0.3, 0.2, 0.1, 0.05]
@@ -184,8 +185,8 @@ def print_list() -> None:
 def add_common(parser: argparse.ArgumentParser, name: str, experiment: Experiment) -> None:
     count = "one or more, " * experiment.several
     parser.add_argument("--about", action="store_true", help="what the paper ran and by which command; run nothing")
-    parser.add_argument("--llm", default=str(HOME / "pair" / "llm"), help="folder or hub id (default: pair/llm)")
-    parser.add_argument("--slm", nargs="+", default=[str(HOME / "pair" / "slm")], help=f"{count}(default: pair/slm)")
+    parser.add_argument("--llm", default=str(PAIR / "llm"), help="folder or hub id (default: pair/llm)")
+    parser.add_argument("--slm", nargs="+", default=[str(PAIR / "slm")], help=f"{count}(default: pair/slm)")
     parser.add_argument("--task", choices=list(TASKS), default="recall", help="whose samples (default: recall)")
     limit = experiment.samples
     parser.add_argument("--limit", type=int, default=limit, help=f"samples, of each sub-task (default: {limit})")

@@ -376,15 +376,3 @@ class StaticSession(Session):
             cache.values_moved = values if self.policy.settings.marginal else cache.keys_moved
             cache.steps = static.steps
         return static.logits
-
-
-def generate_static(session: Session, max_new_tokens: int, backend: Backend, **options) -> list[list[int]]:
-    """Answers (B lists of tokens) of a new session by the static step, captured on CUDA; no token stops them."""
-    step = Step(session, session.prefill().argmax(-1), backend, **options)
-    made = [step.tokens.tolist()]
-    for number in range(max_new_tokens - 1):
-        if number == step.warm and session.llm.device.type == "cuda":
-            step.capture()
-        step.run()
-        made.append(step.tokens.tolist())
-    return [list(answer) for answer in zip(*made)]

@@ -1,8 +1,9 @@
 """What an SLM costs beside an LLM, from config.json alone (Appendix A: Eq. 7-9, Tables 3 and 4).
 
-Where it sits: under experiments.py; it reads shapes (model.Config), loads no weights and runs nothing. The formulas are
-missing in the text of the paper that this was written from; they are put down here as its words and its figures give
-them: Eq. 7 yields its 5.71 and 21.9 %, the layers' part of Eq. 8 its 14.9.
+Where it sits: under experiments.py; who counts bytes of a cache (evaluate.py, distill.py, bench.py) calls `cache_bytes`
+or `cache_ratio`. It reads shapes (model.Config, shapes.py), loads no weights and runs nothing. The formulas are missing
+in the text of the paper that this was written from; they are put down here as its words and its figures give them:
+Eq. 7 yields its 5.71 and 21.9 %, the layers' part of Eq. 8 its 14.9; the rest of Eq. 8 and Eq. 9 are our reading.
 
 Two of the paper's figures are not Eq. 7-9: 14.9 leaves out the n^2 and vocabulary terms of its own Eq. 8 (with them the
 ratio is lower, and falls with n), and the latencies of Table 4 are no ratio of shapes at all: they were timed, by all
@@ -16,30 +17,9 @@ import torch
 
 from checkpoint import weight_bytes
 from model import Config
+from shapes import SHAPES
 
-
-def _qwen2(layers, heads, kv_heads, hidden, intermediate, vocab=152064) -> Config:
-    raw = {"model_type": "qwen2", "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab,
-           "num_key_value_heads": kv_heads, "hidden_size": hidden, "intermediate_size": intermediate}  # fmt: skip
-    return Config.from_hf({**raw, "max_position_embeddings": 32768, "tie_word_embeddings": vocab == 151936})
-
-
-def _llama(layers, heads, hidden, intermediate, tied) -> Config:
-    raw = {"model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": 128256,
-           "num_key_value_heads": 8, "hidden_size": hidden, "intermediate_size": intermediate}  # fmt: skip
-    return Config.from_hf({**raw, "max_position_embeddings": 131072, "tie_word_embeddings": tied})
-
-
-# The shapes of the paper's models, as their config.json files have them.
-MODELS = {
-    "Qwen2-0.5B": _qwen2(24, 14, 2, 896, 4864, vocab=151936),
-    "Qwen2-7B": _qwen2(28, 28, 4, 3584, 18944),
-    "Qwen2-72B": _qwen2(80, 64, 8, 8192, 29568),
-    "Qwen2.5-0.5B": _qwen2(24, 14, 2, 896, 4864, vocab=151936),
-    "Qwen2.5-14B": _qwen2(48, 40, 8, 5120, 13824),
-    "LLaMA-3.2-1B": _llama(16, 32, 2048, 8192, tied=True),
-    "LLaMA-3.1-8B": _llama(32, 32, 4096, 14336, tied=False),
-}
+MODELS = {name: Config.from_hf(raw) for name, raw in SHAPES.items()}
 
 
 @dataclass(frozen=True)

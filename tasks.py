@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from cache import TieredCache
 from corpus import Recall, read_text
 from decode import Session
+from demo import PAIR
 from generate import Pair, check_caches_fit
 from match import WINDOW_MIN
 from recall import exact
 from text import Text
 
-PROSE = Path(__file__).parent / "pair" / "prose.txt"  # a book that the embedded pair has not seen
+PROSE = PAIR / "prose.txt"  # a book that the embedded pair has not seen
 ANSWER_TOKENS = 32  # of a recall answer; the longest right ones have about 25
 STOP_TAIL = 8  # tokens that a stop string is looked for in: none is longer
 

@@ -8,7 +8,7 @@ import torch
 from backend import TORCH, TRITON
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, generate_ids
-from graph import StaticSession, Step, generate_static
+from graph import StaticSession, Step
 from smallkv import Settings, SmallKV
 
 SETTINGS = {
@@ -19,6 +19,18 @@ SETTINGS = {
     "all of it": Settings(budget=1.0, marginal=True),
 }
 LENGTHS = (130, 63, 97, 157)  # two of them meet the matching window, one while it decodes
+
+
+def generate_static(session, max_new_tokens, backend):
+    """Answers (B lists of tokens) of a new session by the static step, captured on CUDA; no token stops them."""
+    step = Step(session, session.prefill().argmax(-1), backend)
+    made = [step.tokens.tolist()]
+    for number in range(max_new_tokens - 1):
+        if number == step.warm and session.llm.device.type == "cuda":
+            step.capture()
+        step.run()
+        made.append(step.tokens.tolist())
+    return [list(answer) for answer in zip(*made)]
 
 
 def decoders(device, head_dim=16, **changes):
