@@ -60,7 +60,7 @@ class Limits:
     goods: int = 7  # in a scene, for collect tasks
     nouns: int = 3  # of every other pool in a scene: "key", "lamp", "cup"
     looks: int = 2  # first words to each noun: "brass key", "old key"
-    count: tuple[int, int] = (1, 3)  # facts of a count task
+    count: tuple[int, int] = (1, 3)  # people, each in a fact, of a count task
     collect: tuple[int, int] = (2, 2)  # facts of a collect task
     parts: tuple[int, int] = (2, 2)  # facts of a sum task
     amount: tuple[int, int] = (2, 5)  # in one fact of a sum task; from 2, so that the noun is a plural
@@ -210,19 +210,26 @@ def _is_prose(piece: str) -> bool:
 # ---- tasks ----
 
 
+def _listed(things: list[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return ", ".join(things[:-1]) + " and " * (len(things) > 1) + things[-1]
+
+
 def _values(
     rng: random.Random, kind: str, slots: dict, scene: dict, test: bool, limits: Limits
 ) -> tuple[list[str], str]:
     """What each fact of a task says, and the answer they make together."""
     if kind == "count":
-        number = rng.randint(*limits.count)
-        return [with_article(slots["fruit"])] * number, NUMBERS[number - 1]
+        names = rng.sample(scene["who"], rng.randint(*limits.count))
+        return names, f"{_listed(names)}, in all {NUMBERS[len(names) - 1]}"
     if kind == "collect":
         goods = [with_article(good) for good in rng.sample(scene["good"], rng.randint(*limits.collect))]
-        return goods, ", ".join(goods[:-1]) + " and " + goods[-1]
+        return goods, _listed(goods)
     if kind == "sum":
-        # No amounts are held out: what a test asks for is to find them, not to add what was never added.
-        amounts = [rng.randint(*limits.amount) for _ in range(rng.randint(*limits.parts))]
+        # No amounts are held out: what a test asks for is to find them, not to add what was never added. They differ,
+        # as goods and names do: from two equal ones nobody could tell which fact an answer has missed.
+        low, high = limits.amount
+        amounts = rng.sample(range(low, high + 1), rng.randint(*limits.parts))
         parts = [str(amount) for amount in amounts]
         return parts, f"{' and '.join(parts)}, in all {sum(amounts)}"
     if kind == "code":

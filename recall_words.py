@@ -79,7 +79,7 @@ Radley Selby Stanton Sutton Thornton Walton Weston Whitby Winslow Hadley Henley 
 Fairfield Greenfield Redhill Ashford Bradley Bexley Crosby Hartley Morley Ripley""".split()
 
 DEEDS = {  # kind -> its verbs as (plain form, past); no verb serves two kinds
-    "count": (("pick", "picked"), ("eat", "ate"), ("wash", "washed"), ("drop", "dropped"), ("steal", "stole")),
+    "count": (("pick", "picked"), ("wash", "washed"), ("drop", "dropped"), ("peel", "peeled"), ("taste", "tasted")),
     "collect": (("break", "broke"), ("find", "found"), ("lose", "lost"), ("mend", "mended"), ("borrow", "borrowed")),
     "sum": (("lend", "lent"), ("send", "sent"), ("bring", "brought"), ("sell", "sold"), ("hand", "handed")),
 }
@@ -91,16 +91,17 @@ KEYS = {  # kind -> the slots that say what a task is about
     "home": ("who",),
     "trade": ("who",),
     "gift": ("who", "whom"),
-    "count": ("who", "deed", "fruit"),
+    "count": ("deed", "fruit"),
     "collect": ("who", "deed"),
     "sum": ("who", "whom", "deed", "unit"),
 }
 KINDS = tuple(KEYS)
 WEIGHTS = {"count": 0.5}  # of a kind among the questions; 1 for the others
-ANY_ORDER = ("collect", "sum")  # kinds whose answers are right in any order: "a hat and a map", "3 and 4, in all 7"
+ANY_ORDER = ("count", "collect", "sum")  # right in any order: "a hat and a map", "3 and 4, in all 7"
 # In training only, so that copying and the question's sense are learnt, and not the pools and the wordings:
 BORROWED = 0.8  # share of words taken from the prose instead
-FIRST_BORROWED = 0.3  # the same of the first words of a pair
+FIRST_BORROWED = 0.5  # the same of the first words of a pair
+COINED = 0.25  # share of the words taken from the prose to which the end of another is added: "gardenher"
 WORN = 0.15  # share of statements with one of their own words, names aside, taken from the prose instead
 OPENED = 0.25  # share of statements and questions that begin with one of these
 STATEMENT_OPENERS = ("They say that", "Everyone knows that", "It is said that", "I have heard that", "You know that")
@@ -115,6 +116,12 @@ TIMES = (  # for the deeds; many, so that the facts of one count all read differ
     "Before sunset {}.", "{} late at night.", "Soon {}.", "{} after lunch.", "At noon {}.",
     "{} by chance.", "Later on {}.", "{} without a word.", "Once {}.", "{} before sunset.",
 )
+
+
+def capitalised(wording: str) -> str:
+    return wording[0].upper() + wording[1:]
+
+
 STATEMENTS = {  # what the question asks for comes last, after what it is about: so a reader can find one by the other
     "where": (
         "{who} keeps the {thing} {value}.", "{who} has put the {thing} {value}.", "{who} left the {thing} {value}.",
@@ -205,7 +212,7 @@ STATEMENTS = {  # what the question asks for comes last, after what it is about:
         "In great haste {who} gave {whom} {value}.", "{whom} was given by {who} {value}.",
         "With a smile {who} made {whom} a gift of {value}.",
     ),
-    "count": tuple(time.format("{who} {did} {value}") for time in TIMES),
+    "count": tuple(capitalised(time.format("the {fruits} were {did} by {value}")) for time in TIMES),
     "collect": tuple(time.format("{who} {did} {value}") for time in TIMES),
     "sum": tuple(time.format("{who} {did} {whom} {value} {units}") for time in TIMES),
 }
@@ -217,7 +224,7 @@ ANSWERS = {  # one wording a kind: an answer says again what it is about, all of
     "home": "{who} lives {value}.",
     "trade": "{who} works as {value}.",
     "gift": "{who} gave {whom} {value}.",
-    "count": "Of {fruits} {who} {did} {value}.",
+    "count": "The {fruits} were {did} by {value}.",  # who they were comes first: "Ann and Bob, in all two"
     "collect": "{who} {did} {value}.",
     "sum": "Of {units} {who} {did} {whom} {value}.",  # the value shows its parts: "3 and 4, in all 7"
 }
@@ -291,12 +298,11 @@ QUESTIONS = {
         "What was it that {whom} got from {who}?", "What gift did {who} give {whom}?",
     ),
     "count": (
-        "How many {fruits} did {who} {do}?", "What number of {fruits} did {who} {do}?",
-        "How many {fruits} did {who} {do} in all?", "How many were the {fruits} that {who} {did}?",
-        "In all, how many {fruits} did {who} {do}?",
-        "How many {fruits} were those that {who} {did}?", "In all, what number of {fruits} did {who} {do}?",
-        "How many {fruits} did {who} {do} altogether?", "Altogether, what number of {fruits} did {who} {do}?",
-        "Altogether, how many {fruits} did {who} {do}?",
+        "How many people {did} {fruits}?", "By how many people were {fruits} {did}?", "How many {did} {fruits}?",
+        "How many were those who {did} {fruits}?", "In all, how many people {did} {fruits}?",
+        "How many people were there who {did} {fruits}?", "By how many were {fruits} {did}?",
+        "How many people {did} {fruits} in all?", "By how many people in all were {fruits} {did}?",
+        "How many people altogether {did} {fruits}?",
     ),
     "collect": (
         "What did {who} {do}?", "Which things did {who} {do}?", "What did {who} {do} in all?",
@@ -386,6 +392,7 @@ class Vocabulary:
             self.pools[name] = tuple((word,) for word in words(pool, split))
         self.statements = {kind: words(wordings, split) for kind, wordings in STATEMENTS.items()}
         self.questions = {kind: words(wordings, split) for kind, wordings in QUESTIONS.items()}
+        self.unseen = unseen_words()
         self.statement_openers = STATEMENT_OPENERS if split == "train" else ()
         self.question_openers = QUESTION_OPENERS if split == "train" else ()
 
@@ -395,16 +402,20 @@ class Vocabulary:
         """The few words that one document is about: so many people, goods, and nouns with `looks` first words each.
 
         lexicon: words and capitalised words of the prose. In training they take the place of most words: of single
-        ones, of the last one of a pair ("brass yesterday"), and of some first ones ("never yesterday").
+        ones, of the last one of a pair ("brass yesterday"), and of some first ones ("never yesterday"). Some go on with
+        the end of another: who has read a known word must see whether it ends there ("Joseph", "Josephine").
         """
         sizes = {"who": people, "good": goods}
-        made, used = {}, set()
+        made, used = {}, set(self.unseen)
 
         def borrow(share: float, instead_of: str) -> str:
             """A word of the prose, or the one there is; no word for two things in one scene."""
             source = lexicon[instead_of[0].isupper()]
             if self.split == "train" and source and rng.random() < share:
                 word = rng.choice(source)
+                if rng.random() < COINED:
+                    tail = rng.choice(source).lower()
+                    word += tail[len(tail) // 2 :]
                 if word not in used:
                     used.add(word)
                     return word
