@@ -286,16 +286,16 @@ QUESTIONS = {
         "What is the work of {who}?", "Which is the work of {who}?", "As what was {who} trained?",
         "What has {who} become?", "What is {who}'s work?",
     ),
-    "gift": (
-        "What did {who} give {whom}?", "What was {whom} given by {who}?", "What was the present of {who} to {whom}?",
+    "gift": (  # the giver comes first, as in the answer: to tell the roles apart is not what is asked here
+        "What did {who} give {whom}?", "What did {who} give to {whom}?", "What was the present of {who} to {whom}?",
         "Which present did {who} give {whom}?", "What present did {who} give {whom}?",
         "What was the gift of {who} to {whom}?", "What was it that {who} gave {whom}?",
-        "Which gift did {who} give {whom}?", "What did {whom} get from {who}?", "What gift did {whom} get from {who}?",
-        "Which gift did {whom} get from {who}?", "What present did {whom} get from {who}?",
+        "Which gift did {who} give {whom}?", "From {who}, what did {whom} get?", "From {who}, which gift had {whom}?",
+        "Which gift did {who} give to {whom}?", "What present did {who} give to {whom}?",
         "With what did {who} present {whom}?", "What was {who}'s present to {whom}?",
-        "Which present did {whom} get from {who}?",
-        "With what did {who} surprise {whom}?", "What was {who}'s gift to {whom}?", "What had {whom} from {who}?",
-        "What was it that {whom} got from {who}?", "What gift did {who} give {whom}?",
+        "Which present did {who} give to {whom}?",
+        "With what did {who} surprise {whom}?", "What was {who}'s gift to {whom}?", "From {who}, what had {whom}?",
+        "What was it that {who} gave to {whom}?", "What gift did {who} give {whom}?",
     ),
     "count": (
         "How many people {did} {fruits}?", "By how many people were {fruits} {did}?", "How many {did} {fruits}?",
