@@ -91,7 +91,8 @@ class DrivenSmallKV(SmallKV):
 
 def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
     llm, slm = models
-    prompts = torch.randint(llm.config.vocab_size, (setting.batch, setting.prompt)).tolist()
+    known = min(llm.config.vocab_size, slm.config.vocab_size)  # those of one series are padded differently
+    prompts = torch.randint(known, (setting.batch, setting.prompt)).tolist()
     if method.startswith("full"):
         return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
     heads = slm.config.layers * slm.config.query_heads

@@ -35,8 +35,8 @@ from kernels_move import Moves
 from kernels_tiers import CRITICAL, MARGINAL, admit_newest
 from model import Decoder
 
-PROGRAMS = 396  # of a plan in one launch, each a KV head of a sequence and layer: the three that fit on each of an
-# H100's 132 multiprocessors, so that no launch ends in a wave of few
+PROGRAMS = 132  # of a plan in one launch, each a KV head of a sequence and layer: one for each of an H100's
+# multiprocessors. Three for each would fill it better, but the LLM waits for the first launch
 
 
 class Layers:

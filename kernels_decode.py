@@ -27,7 +27,7 @@ from torch import Tensor
 
 import kernels
 
-BLOCK = 64  # tokens of one tile: K and V tiles, three deep, stay below 100 KB of shared memory at D = 128
+TILE = 8192  # numbers in a tile of K, 64 tokens at D = 128: K and V tiles, three deep, take 96 KB of shared memory
 PROGRAMS = 1056  # how many programs are aimed at: eight for each of the 132 multiprocessors of an H100
 CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
 
@@ -249,10 +249,11 @@ def _merge_kernel(
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
-def split_size(pairs: int, tokens: int) -> int:
-    """Tokens of one split: as few as keep the programs at PROGRAMS, so that a small batch still fills the GPU."""
+def split_size(pairs: int, tokens: int, block: int) -> int:
+    """Tokens of one split, a multiple of a tile's `block`: as few as keep the programs at PROGRAMS, so that a small
+    batch still fills the GPU."""
     wanted = max(1, PROGRAMS // pairs)
-    return BLOCK * max(2, triton.cdiv(tokens, BLOCK * wanted))
+    return block * max(2, triton.cdiv(tokens, block * wanted))
 
 
 def decode_attention_triton(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
@@ -270,14 +271,15 @@ def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
     G, S = key.shape[1], key.shape[2]
     assert key.stride()[2:] == (D, 1) and value.stride() == key.stride(), "token rows must lie one after another"
     assert query.is_contiguous()
-    group, split = H // G, split_size(B * G, S)
+    group, block = H // G, TILE // D
+    split = split_size(B * G, S, block)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(S, split)
     part = (B * G, splits, rows)
     stat, acc = _scratch(query, *part, 3), _scratch(query, *part, D)
     logit = stat if score is None else _scratch(query, B * H, S)
     _full_split_kernel[(B * G, splits)](
         query, key, value, length, logit, stat, acc, key.stride(0), key.stride(1), S, D**-0.5, splits, split,
-        G=G, GROUP=group, ROWS=rows, D=D, BLOCK=BLOCK, SCORED=score is not None,
+        G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     out = torch.empty_like(query)
@@ -304,7 +306,8 @@ def tiered_attention_triton(
     assert all(tensor.is_contiguous() for tensor in given), "the pools of one layer are contiguous"
     assert (value_slot is None) == (borrowed is None), "a marginal tier needs both"
     marginal = borrowed is not None
-    group, split = H // G, split_size(B * G, N)
+    group, block = H // G, TILE // D
+    split = split_size(B * G, N, block)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(N, split)
     part = (B * G, splits, rows)
     stat, acc = _scratch(query, *part, 3), _scratch(query, *part, D)
@@ -313,7 +316,7 @@ def tiered_attention_triton(
     _tiered_split_kernel[(B * G, splits)](
         query, key, value, key_position, value_slot if marginal else key_position, borrowed if marginal else stat,
         logit, stat, acc, lent, C, N, D**-0.5, splits, split,
-        GROUP=group, ROWS=rows, D=D, BLOCK=BLOCK, MARGINAL=marginal, WEIGHTED=weight is not None,
+        GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=marginal, WEIGHTED=weight is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     out = torch.empty_like(query)

@@ -4,6 +4,7 @@ Where it sits: text -> **pretrain** -> pair/llm -> distill.py -> pair/slm. Train
 documents of recall.py (train split only), each sequence one or the other; `Mixture` makes both on the fly.
 
     python pretrain.py --text ../shared/text/gutenberg/*.txt --out pair/llm --compile
+    python pretrain.py average runs/stage-5 runs/stage-6 --out pair/llm
 
 Books (.txt or .txt.xz) are divided by a line <|endoftext|>. The last book of every file is held out. The first step is
 a byte-level BPE tokenizer, unless --tokenizer names one; --tokenizer-only stops after it, which needs no GPU.
@@ -225,9 +226,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def average(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="pretrain.py average", description="The mean of checkpoints' weights: two "
+                                     "ends of one training miss different things.")  # fmt: skip
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="of one shape; the last one's other files are copied")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    args = parser.parse_args(argv)
+    decoders = [load_decoder(folder, "cpu", torch.float32) for folder in args.folders]
+    for folder, decoder in zip(args.folders, decoders):
+        if decoder.config != decoders[0].config:
+            raise ValueError(f"{folder} has another shape than {args.folders[0]}: only one shape has a mean")
+    states = [decoder.state_dict() for decoder in decoders]
+    mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
+    decoders[-1].load_state_dict(mean)
+    folder, out = Path(args.folders[-1]), Path(args.out)
+    save_hf(decoders[-1], out, folder, (folder / "README.md").read_text(encoding="utf-8"))
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(parse(argv))
+        if argv[:1] == ["average"]:
+            average(argv[1:])
+        else:
+            run(parse(argv))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,12 +18,13 @@ import align
 import distill
 import pretrain
 from checkpoint import load_decoder
+from conftest import tiny_decoder
 from corpus import END, Mixture, Recall, Stage, encode_books, parse_stages, read_books
 from kernels import attention_rows
 from match import SINKS
 from model import Config, Decoder
 from recall import document_ids
-from training import copy_decoder, initialise, learning_rate
+from training import copy_decoder, initialise, learning_rate, save_hf
 
 WORDS = """river mountain window letter garden evening silence winter village summer morning shadow forest kitchen
 captain journey harbour silver question candle weather corner distance narrow ancient gentle strange heavy quiet
@@ -205,6 +206,19 @@ def test_stop_and_resume_equals_not_stopping(trainer, llm_run, text, tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     for (name, ours), theirs in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_the_mean_of_checkpoints(tmp_path, capsys):
+    folders = [tmp_path / name for name in ("one", "two", "wide")]
+    for seed, folder in enumerate(folders):
+        decoder = tiny_decoder(seed=seed, heads=8 if folder.name == "wide" else 4)
+        save_hf(decoder, folder, tmp_path, "card")
+    assert pretrain.main(["average", *map(str, folders[:2]), "--out", str(tmp_path / "mean")]) == 0
+    one, two, mean = (load_file(folder / "model.safetensors") for folder in (*folders[:2], tmp_path / "mean"))
+    for name in one:
+        assert torch.equal(mean[name], ((one[name].float() + two[name].float()) / 2).bfloat16())
+    assert pretrain.main(["average", *map(str, folders), "--out", str(tmp_path / "no")]) == 2
+    assert "another shape" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_answer_rate_of_a_model_that_knows_the_text(mixture):
