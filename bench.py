@@ -176,7 +176,7 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     peak_prefill = torch.cuda.max_memory_allocated() if cuda else 0
     step = None
     if method.endswith("graph"):
-        step = DrivenStep(session, tokens, backend, args.max_moves)
+        step = DrivenStep(session, tokens, backend)
         if step.slm is not None:
             step.driven = session.policy.driven
         work = step.run
@@ -316,7 +316,8 @@ def run(args) -> int:
     device = torch.device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
-    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh)
+    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh,
+                        max_moves=args.max_moves)  # fmt: skip
     raws, configs = pair_configs(args.pair)
     torch.manual_seed(0)
     models = [random_decoder(config, device, dtype) for config in configs]
