@@ -106,7 +106,7 @@ class Settings:
 
     @property
     def static(self) -> bool:
-        """Whether graph.py has a step for it: a gate asks for sizes by KV head, no saliency shift for the last weights."""
+        """Whether graph.py has a step for it: a gate asks for sizes by head, no saliency shift for the last weights."""
         return self.saliency_shift and self.gate is None
 
     @property

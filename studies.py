@@ -259,10 +259,20 @@ def evaluated(args, slm: str, out: Path) -> Run:
     return read_run(out)
 
 
-def compare_quality(args, out: Path | None = None) -> None:
+def compare_quality(args, out: Path | None = None) -> Run:
     """Methods by budgets: Fig. 1d, 2 (right), 5, 6 and Table 1."""
     run = evaluated(args, one_slm(args), out or args.out)
     draw(args, f"{args.name}-quality", lambda plt: figures.draw_budgets(run, plt))
+    return run
+
+
+def frontier(args) -> None:
+    """Methods by budgets, and their scores against the bytes that moved."""
+    run = compare_quality(args)
+    for budget, found in figures.movement(run).items():
+        best = figures.frontier(found, run.task.metric == "KL")
+        print(f"{budget:g}, on the frontier, by bytes moved: {', '.join(best)}")
+    draw(args, args.name, lambda plt: figures.draw_frontier(run, plt))
 
 
 def fig7(args) -> None:
