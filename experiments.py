@@ -203,7 +203,7 @@ def add_common(parser: argparse.ArgumentParser, name: str, experiment: Experimen
     limit = experiment.samples
     parser.add_argument("--limit", type=int, default=limit, help=f"samples, of each sub-task (default: {limit})")
     parser.add_argument("--seed", type=int, default=0, help="another choice of samples")
-    parser.add_argument("--data", default=str(HOME / ".." / "shared" / "data"), help="folder of the data sets")
+    parser.add_argument("--data", default=str(HOME / ".." / "shared" / "data"), help="as in evaluate.py")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="as in evaluate.py (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help=f"folder (default: runs/{name})")

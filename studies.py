@@ -27,6 +27,7 @@ from benchmarks import TASKS
 from checkpoint import read_config, resolve, weight_bytes
 from evaluate import Cell, describe, make_cells, make_parser, parse_method, positions, run_task, too_long
 from generate import Pair, load_pair
+from hub import fetch
 from tables import Run, print_rows, read_run, show
 from tasks import Sample, Task, converse, mean
 
@@ -48,6 +49,7 @@ def load(args, slm: str) -> tuple[Pair, Task, list[Sample], argparse.Namespace]:
     """A pair and the task's samples for it, one by one: no budget, no batch."""
     given = task_arguments(args, slm, args.out)
     pair = load_pair(args.llm, slm, args.device, args.dtype)
+    given.data = fetch(given.data, args.task)
     samples = TASKS[args.task].samples(given, pair.text, positions(pair))
     if not samples:
         raise ValueError(f"{args.task}: no samples; look at --limit and --data")
