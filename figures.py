@@ -20,6 +20,7 @@ from tables import Run, merge, read_run
 from tasks import mean, read_json_file, read_lines
 
 BOOKKEEPING = ("step", "seconds", "lr", "tokens", "tokens_per_s")  # of log.jsonl: not drawn
+BOUNDS = ("full", "oracle")  # they hold every key: what nothing reaches, not what is compared by bytes moved
 SIMILARITY_KEYS = ("best", "jaccard", "cosine")  # the best SLM head, and what each matcher finds
 
 
@@ -71,10 +72,10 @@ def draw_budgets(run: Run, plt):
 
 
 def movement(run: Run) -> dict[float, dict[str, tuple[float, float]]]:
-    """At each budget (bytes moved a step and sequence, score) of the methods; 0 bytes where there is no host tier."""
+    """At each budget (bytes moved a step and sequence, score) of the methods but BOUNDS; 0 bytes without a host tier."""
     found: dict[float, dict[str, tuple[float, float]]] = {}
     for (method, budget), lines in run.cells.items():
-        if method != "full" and (figures := run.task.summary(lines)):
+        if method not in BOUNDS and (figures := run.task.summary(lines)):
             found.setdefault(budget, {})[method] = (figures.get("moved_bytes", 0.0), figures[run.task.metric])
     return dict(sorted(found.items(), reverse=True))
 
@@ -92,7 +93,7 @@ def frontier(points: dict[str, tuple[float, float]], lower: bool) -> list[str]:
 
 
 def draw_frontier(run: Run, plt):
-    """A panel a budget: every method a point, a line through those that are on the frontier."""
+    """A panel a budget: every method a point, a line through those that are on the frontier; the oracle is a level."""
     found, task = movement(run), run.task
     size = {"figsize": (1 + 4.5 * len(found), 4.5), "squeeze": False, "sharey": True, "layout": "constrained"}
     figure, panels = plt.subplots(1, len(found), **size)
@@ -104,7 +105,13 @@ def draw_frontier(run: Run, plt):
         for method, (moved, score) in points.items():
             marker, color = marks[method]
             axes.plot(moved, score, marker=marker, color=color, linestyle="", markersize=5, label=method)
+        if exact := run.cells.get(("oracle", budget)):
+            axes.axhline(task.summary(exact)[task.metric], color="black", linestyle="--", linewidth=1, label="oracle")
         axes.set_xscale("symlog", linthresh=1e3)
+        most = max(moved for moved, _ in points.values())
+        axes.set_xticks([0, *(10**power for power in range(3, 12) if 10**power <= 2 * most)])
+        axes.set_xlim(-200, max(2e3, 1.5 * most))
+        axes.minorticks_off()
         axes.set_title(f"budget {budget:.3g}", fontsize="small")
         axes.set_xlabel("bytes from the host, a step and sequence")
     if task.metric == "KL":

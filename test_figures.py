@@ -67,7 +67,8 @@ def test_the_frontier_is_what_nothing_beats_in_both(tmp_path):
 
     cells = {
         ("full", 1.0): [sample(0)], ("h2o", 0.2): [sample(3)], ("a", 0.2): [sample(2, 500), sample(4, 700)],
-        ("b", 0.2): [sample(1, 900)], ("c", 0.2): [sample(1, 1900)], ("a", 0.1): [sample(5, 100)],
+        ("oracle", 0.2): [sample(0.5)], ("b", 0.2): [sample(1, 900)], ("c", 0.2): [sample(1, 1900)],
+        ("a", 0.1): [sample(5, 100)],
     }  # fmt: skip
     run = read_run(write_run(tmp_path / "w", "wikitext", cells))
     found = figures.movement(run)
