@@ -72,7 +72,7 @@ def draw_budgets(run: Run, plt):
 
 
 def movement(run: Run) -> dict[float, dict[str, tuple[float, float]]]:
-    """At each budget (bytes moved a step and sequence, score) of the methods but BOUNDS; 0 bytes without a host tier."""
+    """At each budget (bytes moved a step and sequence, score) of the methods but BOUNDS; 0 where nothing moves."""
     found: dict[float, dict[str, tuple[float, float]]] = {}
     for (method, budget), lines in run.cells.items():
         if method not in BOUNDS and (figures := run.task.summary(lines)):
