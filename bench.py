@@ -8,7 +8,8 @@ bandwidth, for TTFT the operations of the prefill over the measured matrix rate.
 
 With random weights the plan is noise. `--turnover 0.1` drives it: a prior that outweighs every score ranks the tokens
 on a ring that is turned each step, so that a tenth of the critical set leaves and another comes from the host. What
-moved is counted, and printed as counted. `--decode-only` fills the caches with random K and V instead of prefilling.
+moved is counted, and printed as counted. `--decode-only` fills the caches with random K and V instead of prefilling
+(methods that evict are prefilled all the same: what they keep comes from there).
 
 `--refresh r` plans in every r-th step: the turnover is that of a plan, the bytes over PCIe are those of a mean step,
 and a time is the mean over the r steps from plan to plan (the median of such means). What a plan finds changed after r
@@ -26,17 +27,21 @@ import time
 import torch
 
 from backend import NAMES, TORCH, Backend, pick_backend
+from baselines import BASELINES
 from bench_clock import Clock, ceilings, profile
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
 from cache import FullCache
 from checkpoint import weight_bytes
 from decode import FullPolicy, Session
+from evicting import Budget
 from graph import Step
 from match import HeadMap
 from model import Config, Decoder
-from smallkv import Settings, SmallKV
+from smallkv import Settings, SmallKV, TierSizes
 
-METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph")
+RIVALS = ("h2o", "pyramidinfer", "streaming", "snapkv")  # h2o-published: with the n x n matrix of its prefill
+METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph",
+           *(f"{name}-eager" for name in RIVALS), "h2o-published")  # fmt: skip
 STEPS = {"eager": 5, "graph": 30}  # timed steps
 
 
@@ -89,12 +94,21 @@ class DrivenSmallKV(SmallKV):
             self.slm_cache.score.add_(self.driven.turn()[None, :, None])
 
 
+def rival(method: str, llm: Decoder, settings: Settings):
+    """The policy of a method that evicts, at the same budget; None for the full cache and SmallKV."""
+    name, _, path = method.partition("-")
+    options = {"eager": True} if path == "published" else {}
+    return BASELINES[name](llm, Budget(settings.budget), **options) if name in RIVALS else None
+
+
 def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
     llm, slm = models
     known = min(llm.config.vocab_size, slm.config.vocab_size)  # those of one series are padded differently
     prompts = torch.randint(known, (setting.batch, setting.prompt)).tolist()
     if method.startswith("full"):
         return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
+    if policy := rival(method, llm, settings):
+        return Session(llm, policy, prompts, setting.new, chunk)
     heads = slm.config.layers * slm.config.query_heads
     head_map = torch.randint(heads, (llm.config.layers, llm.config.query_heads))
     policy = DrivenSmallKV(llm, slm, settings, head_map, backend.column_sums)
@@ -135,7 +149,8 @@ def largest(method: str, models, prompt: int, new: int, settings: Settings) -> S
     PyTorch rounds each pinned tensor up to a power of two, so K and V on the host are counted so.
     """
     llm, slm = models
-    policy = FullPolicy(llm) if method.startswith("full") else SmallKV(llm, slm, settings)
+    policy = FullPolicy(llm) if method.startswith("full") else rival(method, llm, settings)
+    policy = policy or SmallKV(llm, slm, settings)
     one = [entry for entries in policy.predict([prompt], prompt + new).values() for entry in entries]
     device = sum(entry.size for entry in one if entry.device == llm.device.type)
     host = sum(entry.size for entry in one if entry.device != llm.device.type)
@@ -170,14 +185,14 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     session = make_session(
         method, models, setting, settings, args.chunk, backend if method.endswith("graph") else TORCH
     )
-    prefilled = not args.decode_only or setting.name in args.prefill
+    prefilled = not args.decode_only or setting.name in args.prefill or method.partition("-")[0] in RIVALS
     logits: list[torch.Tensor] = []
     ttft = clock.once(lambda: logits.append(session.prefill())) if prefilled else None
     tokens = logits[0].argmax(-1) if prefilled else fill(session)
     peak_prefill = torch.cuda.max_memory_allocated() if cuda else 0
     step = None
     if method.endswith("graph"):
-        step = DrivenStep(session, tokens, backend, args.max_moves)
+        step = DrivenStep(session, tokens, backend)
         if step.slm is not None:
             step.driven = session.policy.driven
         work = step.run
@@ -229,7 +244,10 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
 def row(method, models, setting, settings, length, laps, ttft, turnover, moved) -> dict:
     """The numbers of one method in one setting, all in seconds and bytes."""
     llm, slm = (model.config for model in models)
-    size = settings.sizes(length) if method.startswith("smallkv") else None
+    slm = slm if method.startswith("smallkv") else None
+    size = settings.sizes(length) if slm else None
+    if method.partition("-")[0] in RIVALS:
+        size = TierSizes(Budget(settings.budget).kept(length), 1, 0)
     tpot = statistics.median(laps)
     cuts = statistics.quantiles(laps, n=10) if len(laps) > 1 else [tpot]
     row_bytes = llm.head_dim * models[0].dtype.itemsize
@@ -238,9 +256,9 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "method": method, "setting": setting.name, "length": length, "tpot_s": tpot,
         "tpot_p10_p90": [cuts[0], cuts[-1]],
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
-        "turnover": moved[0] * settings.refresh / per_plan if size else None, "pcie_bytes_step": sum(moved) * row_bytes,
+        "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal),
-        "prefill_flops": prefill_flops(llm, slm if size else None, setting.batch, setting.prompt),
+        "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
     return out
@@ -317,7 +335,8 @@ def run(args) -> int:
     device = torch.device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
-    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh)
+    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh,
+                        max_moves=args.max_moves)  # fmt: skip
     raws, configs = pair_configs(args.pair)
     torch.manual_seed(0)
     models = [random_decoder(config, device, dtype) for config in configs]

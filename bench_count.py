@@ -60,9 +60,9 @@ def layer_parameters(config: Config) -> int:
 
 
 def step_bytes(
-    llm: Config, slm: Config, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool
+    llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool
 ) -> dict[str, int]:
-    """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache.
+    """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache, slm None a method without.
 
     The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither. Scores are read
     once by the plan, and with a marginal tier the rows are those lent.
@@ -71,9 +71,12 @@ def step_bytes(
     pair = cache_bytes(llm, 1, batch, itemsize)  # K and V of one token
     if size is None:
         return {"LLM weights": weights, "LLM K, V": pair * length}
+    held = pair * size.critical + pair // 2 * (size.marginal if marginal else 0)
+    if slm is None:
+        return {"LLM weights": weights, "LLM K, V": held}
     return {
         "LLM weights": weights,
-        "LLM K, V": pair * size.critical + pair // 2 * (size.marginal if marginal else 0),
+        "LLM K, V": held,
         "SLM weights": itemsize * layer_parameters(slm),
         "SLM K, V": cache_bytes(slm, length, batch, itemsize),
         "scores": 4 * slm.layers * slm.query_heads * length * batch,

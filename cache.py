@@ -45,6 +45,11 @@ class TierPlan:
     borrowed: Tensor | None
 
 
+def column(values: list[int], device) -> Tensor:
+    """One number a sequence, to stand beside (B, G, n): (B, 1, 1)."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
 def _bytes(dtype: torch.dtype, *shape: int) -> int:
     return dtype.itemsize * torch.Size(shape).numel()
 
@@ -210,7 +215,7 @@ class TieredCache:
             self.score = torch.zeros(*base, capacity, device=device)
             self.dropped = torch.zeros(*base, capacity, dtype=torch.bool, device=device)
         self.stream = torch.cuda.Stream(device) if prefetch and device.type == "cuda" else None
-        self.keys_moved = self.values_moved = self.steps = 0
+        self.keys_moved = self.values_moved = self.steps = self.filled = 0  # filled: rows that the first plan brought
         self._plan: Callable[[int], TierPlan] | None = None
         self._ready: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> borrowed weights, arrival
 
@@ -238,6 +243,8 @@ class TieredCache:
         """
         self._store_newest()
         self._plan, self._position = plan, span.positions[:, 0]  # (B,)
+        if self.steps == 1:
+            self.filled = self.keys_moved + self.values_moved
         self.steps += 1
         if self.prefetch:
             if self.stream is not None:
@@ -343,6 +350,11 @@ class TieredCache:
         pools = self.key_position[:, b], self.value_position[:, b]
         critical, held = ((position >= 0).sum(-1).float().mean().item() for position in pools)
         return critical, held - critical
+
+    def moved_bytes(self) -> float:
+        """Bytes from the host a step and sequence, mean; the first plan, which fills the pools, does not count."""
+        rows = (self.keys_moved + self.values_moved - self.filled) / max(1, self.steps - 1)
+        return rows * self.config.head_dim * self.key.itemsize / self.key.shape[1]
 
     def ledger(self) -> list[Entry]:
         """What is allocated, by tier and device."""

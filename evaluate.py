@@ -33,6 +33,7 @@ from decode import FullPolicy
 from demo import PAIR
 from evicting import Budget
 from generate import DTYPE_CHOICES, Pair, load_pair
+from hub import fetch
 from model import Config
 from overhead import cache_bytes
 from smallkv import Settings, SmallKV
@@ -304,6 +305,7 @@ def run_task(args) -> None:
         about["invocations"] = before["invocations"]
         about["commit"] = ", ".join(dict.fromkeys([*before["commit"].split(", "), about["commit"]]))
     cells = make_cells(args.method, args.budget, args.equal, pair)
+    args.data = fetch(args.data, task.name)
     samples = task.samples(args, pair.text, pair.llm.config.max_positions)
     if not samples:
         raise ValueError(f"{args.task}: no samples; look at --limit and --data")
@@ -343,7 +345,8 @@ def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     run.add_argument("--batch", type=int, default=task.default_batch, help="samples that run together (default: "
                      f"{task.default_batch})")  # fmt: skip
     run.add_argument("--seed", type=int, default=0, help="another choice of samples (default: 0)")
-    run.add_argument("--data", type=Path, default=HOME / ".." / "shared" / "data", help="folder of the data sets")
+    run.add_argument("--data", default=str(HOME / ".." / "shared" / "data"), help="folder of the data sets; or hub, or "
+                     "a hub data set that is such a folder: see hub.py")  # fmt: skip
     run.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache import Entry, FullCache
+from cache import Entry, FullCache, column
 from kernels import tiered_attention
 from model import Config, Decoder, Span
 
@@ -44,11 +44,6 @@ class Budget:
             return min(self.tokens, length)
         of = prompt if self.of_prompt and prompt is not None else length
         return max(1, int(self.share * of + 1e-9))
-
-
-def column(values: list[int], device) -> Tensor:
-    """One number a sequence, to stand beside (B, G, N): (B, 1, 1)."""
-    return torch.tensor(values, device=device)[:, None, None]
 
 
 # ---- Slots that forget -----------------------------------------------------------------------------------------------

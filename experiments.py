@@ -29,6 +29,13 @@ from evaluate import HOME
 BUDGETS = [0.5, 0.3, 0.2, 0.1, 0.05]
 OURS, BOTH_OFF = "smallkv-paper", "smallkv-paper:marginal=no,saliency_shift=no"
 RIVALS = ["full", "h2o", "pyramidinfer", OURS, "smallkv"]
+FRONTIER = [
+    "oracle", "h2o", "smallkv", *(f"smallkv:score_decay={decay}" for decay in (0.25, 0.5, 0.75, 0.9, 1)),
+    *(f"smallkv:refresh={every}" for every in (2, 4, 8)), *(f"smallkv:max_moves={moves}" for moves in (16, 8, 4, 2)),
+    "smallkv:score_decay=0.5,max_moves=8", "smallkv:score_decay=0.5,refresh=2", "smallkv:matcher=jaccard",
+    "fused:score_decay=0.5", "fused:score_decay=0.9", OURS, *(f"smallkv:split={split}" for split in ("9:1:0", "1:1:0")),
+    *(f"smallkv:marginal=yes{more}" for more in ("", ",split=3:1:1", ",split=1:1:4", ",gate=0.9", ",gate=0.95")),
+]  # fmt: skip
 ABLATION = ["full", OURS, f"{OURS}:marginal=no", f"{OURS}:saliency_shift=no", BOTH_OFF]
 SEVEN = "--llm Qwen/Qwen2-7B-Instruct --slm Qwen/Qwen2-0.5B-Instruct"
 FOURTEEN = "--llm Qwen/Qwen2.5-14B-Instruct --slm Qwen/Qwen2.5-0.5B-Instruct"
@@ -112,6 +119,11 @@ EXPERIMENTS = {
         tuple(on_three(models) for models in (SEVEN, FOURTEEN, LLAMA)), studies.compare_quality, samples=20,
         limits=(NO_72B,), own=(method_flag(RIVALS), budget_flag(BUDGETS)),
     ),
+    "frontier": Experiment(
+        "Nothing: it is beyond the paper. Quality against the bytes that come from the host a step, for every choice "
+        "that trades one for the other: score memory, refresh, a limit on moves, splits, the gate, fused scores.",
+        (on_wikitext("frontier"),), studies.frontier, samples=8, own=(method_flag(FRONTIER), budget_flag([0.2, 0.1])),
+    ),
     "fig6": Experiment(
         "The ablation on BBH, Qwen2-7B with Qwen2-0.5B: SmallKV, without the marginal tier, without both. The command "
         "adds the fourth, without saliency shift alone.",
@@ -191,7 +203,7 @@ def add_common(parser: argparse.ArgumentParser, name: str, experiment: Experimen
     limit = experiment.samples
     parser.add_argument("--limit", type=int, default=limit, help=f"samples, of each sub-task (default: {limit})")
     parser.add_argument("--seed", type=int, default=0, help="another choice of samples")
-    parser.add_argument("--data", default=str(HOME / ".." / "shared" / "data"), help="folder of the data sets")
+    parser.add_argument("--data", default=str(HOME / ".." / "shared" / "data"), help="as in evaluate.py")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="as in evaluate.py (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help=f"folder (default: runs/{name})")

@@ -5,7 +5,8 @@
 Where it sits: after evaluate.py, pretrain.py and distill.py, whose files it reads; nothing is computed here but means.
 
 - a run's folder: the score of each method by budget (the paper's Fig. 5), one picture for all runs of the
-  same samples and models; of a needle run a grid of depth and length, too
+  same samples and models; where rows came from the host, the score against the bytes that moved a step, too, and of a
+  needle run a grid of depth and length
 - similarity.json of distill.py: similarity of every LLM head (the paper's Fig. 8)
 - log.jsonl of a training run: losses, and what its evaluations found
 """
@@ -19,6 +20,7 @@ from tables import Run, merge, read_run
 from tasks import mean, read_json_file, read_lines
 
 BOOKKEEPING = ("step", "seconds", "lr", "tokens", "tokens_per_s")  # of log.jsonl: not drawn
+BOUNDS = ("full", "oracle")  # they hold every key: what nothing reaches, not what is compared by bytes moved
 SIMILARITY_KEYS = ("best", "jaccard", "cosine")  # the best SLM head, and what each matcher finds
 
 
@@ -66,6 +68,56 @@ def draw_budgets(run: Run, plt):
     axes.set_xlabel("share of the full cache's bytes" + ", the SLM's own included" * (equal == "bytes"))
     axes.set_ylabel(f"{task.name}: {task.metric}" + " to the full cache" * (task.metric == "KL"))
     axes.legend(fontsize="small")
+    return figure
+
+
+def movement(run: Run) -> dict[float, dict[str, tuple[float, float]]]:
+    """At each budget (bytes moved a step and sequence, score) of the methods but BOUNDS; 0 where nothing moves."""
+    found: dict[float, dict[str, tuple[float, float]]] = {}
+    for (method, budget), lines in run.cells.items():
+        if method not in BOUNDS and (figures := run.task.summary(lines)):
+            found.setdefault(budget, {})[method] = (figures.get("moved_bytes", 0.0), figures[run.task.metric])
+    return dict(sorted(found.items(), reverse=True))
+
+
+def frontier(points: dict[str, tuple[float, float]], lower: bool) -> list[str]:
+    """The methods that no other beats in one of the two without being worse in the other, by bytes moved."""
+    sign = 1 if lower else -1
+    order = sorted(points, key=lambda method: (points[method][0], sign * points[method][1]))
+    best, kept = float("inf"), []
+    for method in order:
+        if sign * points[method][1] < best:
+            best = sign * points[method][1]
+            kept.append(method)
+    return kept
+
+
+def draw_frontier(run: Run, plt):
+    """A panel a budget: every method a point, a line through those that are on the frontier; the oracle is a level."""
+    found, task = movement(run), run.task
+    size = {"figsize": (1 + 4.5 * len(found), 4.5), "squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, panels = plt.subplots(1, len(found), **size)
+    methods = list(dict.fromkeys(method for points in found.values() for method in points))
+    marks = {method: ("os^Dv"[i // 10 % 5], f"C{i % 10}") for i, method in enumerate(methods)}
+    for axes, (budget, points) in zip(panels[0], found.items()):
+        kept = [points[method] for method in frontier(points, task.metric == "KL")]
+        axes.plot(*zip(*kept), color="lightgrey", drawstyle="steps-post", zorder=0)
+        for method, (moved, score) in points.items():
+            marker, color = marks[method]
+            axes.plot(moved, score, marker=marker, color=color, linestyle="", markersize=5, label=method)
+        if exact := run.cells.get(("oracle", budget)):
+            axes.axhline(task.summary(exact)[task.metric], color="black", linestyle="--", linewidth=1, label="oracle")
+        axes.set_xscale("symlog", linthresh=1e3)
+        most = max(moved for moved, _ in points.values())
+        axes.set_xticks([0, *(10**power for power in range(3, 12) if 10**power <= 2 * most)])
+        axes.set_xlim(-200, max(2e3, 1.5 * most))
+        axes.minorticks_off()
+        axes.set_title(f"budget {budget:.3g}", fontsize="small")
+        axes.set_xlabel("bytes from the host, a step and sequence")
+    if task.metric == "KL":
+        panels[0][0].set_yscale("log")
+    panels[0][0].set_ylabel(f"{task.name}: {task.metric}" + " to the full cache" * (task.metric == "KL"))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize="x-small", loc="outside right")
     return figure
 
 
@@ -165,6 +217,8 @@ def pictures(paths: list[Path], plt) -> Iterator[tuple[str, object]]:
     for run in merge(runs):
         name = f"{run.path.resolve().name}-{run.about['arguments']['equal']}"
         yield name, draw_budgets(run, plt)
+        if any("moved_bytes" in line for line in run.lines):
+            yield f"{name}-frontier", draw_frontier(run, plt)
         if run.task.name == "needle":
             yield f"{name}-grid", draw_needle(run, plt)
 

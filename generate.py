@@ -14,7 +14,7 @@ import argparse
 import json
 import select
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -137,8 +137,8 @@ def make_session(pair: Pair, policy, prompts: list[list[int]], new: int, backend
 
 
 def has_static_step(policy) -> bool:
-    """graph.py knows the full cache and SmallKV with saliency shift; its kernels three head dims."""
-    known = type(policy) is FullPolicy or (type(policy) is SmallKV and policy.settings.saliency_shift)
+    """graph.py knows the full cache and SmallKV where `Settings.static`; its kernels three head dims."""
+    known = type(policy) is FullPolicy or (type(policy) is SmallKV and policy.settings.static)
     return known and all(model.config.head_dim in (32, 64, 128) for model in policy.models)
 
 
@@ -225,11 +225,7 @@ def _utf8(data: bytes, source: str) -> str:
 
 def make_settings(args) -> Settings:
     """The method's settings from the arguments; --paper gives the paper's, and what is typed beside it still counts."""
-    asked = {
-        "budget": args.budget, "budget_tokens": args.budget_tokens, "score_decay": args.score_decay,
-        "matcher": args.matcher, "marginal": args.marginal, "saliency_shift": args.saliency_shift,
-        "prefetch": args.prefetch, "refresh": args.refresh,
-    }  # fmt: skip
+    asked = {field.name: getattr(args, field.name) for field in fields(Settings)}
     asked = {name: value for name, value in asked.items() if value is not None}
     return Settings.paper(**asked) if args.paper else Settings(**asked)
 
@@ -259,6 +255,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--saliency-shift", action=switch, help="rank tokens by the SLM (default)")
     method.add_argument("--prefetch", action=switch, help="move tiers a layer ahead (default)")
     method.add_argument("--refresh", type=int, metavar="R", help="choose the tiers in every R-th step (default: 1)")
+    method.add_argument("--max-moves", type=int, metavar="S", help="at most S tokens a KV head enter at a plan")
+    method.add_argument("--split", metavar="C:R:M", help="critical : recent : marginal tokens (default: 2:1:2)")
+    method.add_argument("--gate", type=float, metavar="X", help="no marginal tier below this similarity of the heads")
     method.add_argument("--paper", action="store_true", help="the paper's setting: decay 1, Jaccard, marginal tier")
     prompt = parser.add_argument_group("prompts")
     prompt.add_argument("prompt", nargs="*", help="prompts; with none, and no file, standard input is read")

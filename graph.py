@@ -124,18 +124,18 @@ class ScoredSide:
 class TieredSide:
     """The LLM on its tiers; the plan of its layers and the movement it asks for run on side streams.
 
-    moves: at most that many tokens enter a critical set at a plan (`--max-moves`); None is no limit. `prior` (B, S)
-    fp32, if set, is added to the scores: bench.py drives the turnover of the tiers with it.
+    moves: at most that many tokens enter a critical set at a plan (`--max-moves`); None is no limit, and what the first
+    plan has, which fills the pools. `prior` (B, S) fp32, if set, is added to the scores: bench.py drives the turnover
+    of the tiers with it.
     """
 
-    def __init__(self, policy, backend: Backend, length: Tensor, moves: int | None):
+    def __init__(self, policy, backend: Backend, length: Tensor):
         settings = policy.settings
-        if not settings.saliency_shift:
-            raise ValueError("--no-saliency-shift has no graph: its plan needs the weights of the step before")
-        if moves is not None and settings.marginal:
-            raise ValueError("--max-moves goes with --no-marginal: a marginal tier moves tokens of its own")
+        if not settings.static:
+            raise ValueError("no graph without saliency shift (its plan needs the weights of the step before) nor with "
+                             "a gate: use the plain steps")  # fmt: skip
         self.policy, self.cache, self.backend, self.length = policy, policy.cache, backend, length
-        self.marginal, self.moves, self.prior = settings.marginal, moves, None
+        self.marginal, self.moves, self.prior = settings.marginal, None, None
         L, B, G, _ = self.cache.key_position.shape
         N, S = self.cache.value_position.shape[3], self.cache.host_key.shape[3]
         device = self.cache.key.device
@@ -261,9 +261,7 @@ class Step:
     the caller between steps: the largest sum is then a sample.
     """
 
-    def __init__(
-        self, session: Session, tokens: Tensor, backend: Backend, moves: int | None = None, temperature: float = 0.0
-    ):
+    def __init__(self, session: Session, tokens: Tensor, backend: Backend, temperature: float = 0.0):
         """session: prefilled. tokens (B,): what the prefill's logits chose."""
         self.session, self.backend, self.temperature = session, backend, temperature
         device, capacity, policy = session.llm.device, session.capacity, session.policy
@@ -279,8 +277,8 @@ class Step:
         else:
             self.slm = Layers(policy.slm, capacity, backend)
             self.scored = ScoredSide(policy.slm_cache, backend, self.length, policy.settings.marginal)
-            self.side = TieredSide(policy, backend, self.length, None)  # the first plan fills the pools: no limit
-            self.moves, self.refresh = moves, policy.settings.refresh
+            self.side = TieredSide(policy, backend, self.length)
+            self.moves, self.refresh = policy.settings.max_moves, policy.settings.refresh
             self._hand_over()
         # Eager steps before a capture: the first plan fills the pools without a limit on moves, the second has it.
         self.warm = self.refresh + 1
@@ -375,4 +373,6 @@ class StaticSession(Session):
             cache.keys_moved, values = static.side.moved.flatten().tolist()
             cache.values_moved = values if self.policy.settings.marginal else cache.keys_moved
             cache.steps = static.steps
+            if static.steps == 1:
+                cache.filled = cache.keys_moved + cache.values_moved
         return static.logits

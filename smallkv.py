@@ -13,19 +13,18 @@ Shapes follow the legend in model.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import ScoredCache, TieredCache, TierPlan
+from cache import ScoredCache, TieredCache, TierPlan, column
 from kernels import column_sums
 from match import MATCHERS, WINDOW_MAX, WINDOW_MIN, HeadMap, match_heads
 from model import Config, Decoder, Span
 
-CRITICAL_FLOOR = 0.0375  # of the length: small budgets keep this share critical (see Settings.sizes)
-RECENT_SHARE = 0.25  # of the budget's bytes, at every split: 2:1:2 in tokens is 2:1:1 in bytes
+SMALL_BUDGET = 0.075  # below it the critical tokens stay as many as there (see Settings.sizes)
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,14 @@ class Settings:
     budget_tokens: instead of the share, bytes worth that many whole tokens (K and V), whatever the length.
     score_decay: d in `score = d * score + newest row`; 1 is the paper's accumulation, 0 the newest row alone.
     matcher: how heads are compared, see match.py. marginal: keep a marginal tier; off, its bytes buy critical tokens.
+    split: critical : recent : marginal in tokens, as "C:R:M"; a marginal token costs half.
+    gate: KV heads whose matched similarity (mean over their query heads) is below it keep no marginal tier and spend
+        its bytes on critical tokens. The pools are then allocated for either kind of head; the budget is what is used.
     saliency_shift: rank by the SLM; off, by the LLM's own weights on what it still holds (Eq. 4), no way back.
     prefetch: move the rows of a layer while the layer before it computes.
     refresh: plan in every refresh-th step, the first included. Between two plans nobody leaves, the newest token comes
         in, and marginal tokens borrow from the newest row as ever; see `planned`.
+    max_moves: at most that many tokens a KV head enter the critical set at a plan, see `limit_moves`; None: no limit.
 
     The defaults are what measured best on wikitext-2 (README, "Results"); `Settings.paper` is the paper's.
     """
@@ -61,6 +64,9 @@ class Settings:
     saliency_shift: bool = True
     prefetch: bool = True
     refresh: int = 1
+    split: str = "2:1:2"
+    gate: float | None = None
+    max_moves: int | None = None
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
@@ -73,19 +79,48 @@ class Settings:
             raise ValueError(f"unknown matcher {self.matcher!r}; supported: {', '.join(MATCHERS)}")
         if self.refresh < 1:
             raise ValueError(f"a plan every {self.refresh} steps is impossible; 1 plans in every step")
+        if self.shares[2] == 0 and self.marginal:
+            raise ValueError(f"split {self.split} leaves the marginal tier nothing: switch it off or give it tokens")
+        if self.gate is not None and not (self.marginal and -1 <= self.gate <= 1):
+            raise ValueError(f"gate {self.gate} should be a similarity, from -1 to 1, and needs the marginal tier")
+        if self.max_moves is not None and (self.max_moves < 0 or self.marginal or not self.saliency_shift):
+            raise ValueError(f"{self.max_moves} moves: a limit is at least 0, needs saliency shift and goes without a "
+                             "marginal tier, which moves tokens of its own")  # fmt: skip
 
     @classmethod
     def paper(cls, **changes) -> "Settings":
         """The paper's setting: accumulated scores, Jaccard matcher, marginal tier."""
         return cls(**{"score_decay": 1.0, "matcher": "jaccard", "marginal": True, **changes})
 
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Critical, recent and marginal share of the budget's bytes: 2:1:2 in tokens is 2:1:1 in bytes."""
+        try:
+            critical, recent, marginal = (float(part) for part in self.split.split(":"))
+            whole = critical + recent + marginal / 2
+            if min(critical, recent, marginal) < 0 or not 0 < critical < float("inf") or not whole < float("inf"):
+                raise ValueError
+        except (AttributeError, ValueError):
+            raise ValueError(f"split {self.split!r} is not C:R:M, three counts of tokens such as 2:1:2") from None
+        return critical / whole, recent / whole, marginal / 2 / whole
+
+    @property
+    def static(self) -> bool:
+        """Whether graph.py has a step for it: a gate asks for sizes by head, no saliency shift for the last weights."""
+        return self.saliency_shift and self.gate is None
+
+    @property
+    def bare(self) -> "Settings":
+        """What holds for the KV heads that the gate leaves no marginal tier."""
+        return replace(self, marginal=False, gate=None)
+
     def sizes(self, length: int) -> TierSizes:
         """The split of the budget at one length, in tokens.
 
-        2:1:2 of critical : recent : marginal tokens; a marginal token costs half, so the bytes go 2:1:1. Without a
-        marginal tier 3:1. Three rules at the edges:
-        - floor: below 7.5 % the critical share stays at CRITICAL_FLOOR of the length, while recent and marginal shrink
-          in proportion, until it has 3/4 of the budget (at 5 %); below that all shrink together;
+        2:1:2 of critical : recent : marginal tokens, or `split`; a marginal token costs half, so the bytes go 2:1:1.
+        Without a marginal tier 3:1: its bytes go to the critical ones. Three rules at the edges (figures at 2:1:2):
+        - floor: below 7.5 % the critical share stays what it is there, 3.75 % of the length, while recent and marginal
+          shrink in proportion, until it has 3/4 of the budget (at 5 %); below that all shrink together;
         - ceiling: once the three cover every token (from 80 %), more bytes turn marginal tokens critical, until at
           100 % all are;
         - nothing is dropped while the context is shorter than the matching window.
@@ -94,11 +129,12 @@ class Settings:
             return TierSizes(length, 1, 0)
         share = self.budget if self.budget_tokens is None else min(1.0, self.budget_tokens / length)
         rows = int(2 * share * length + 1e-9)  # K or V rows the budget pays for
+        of_critical, of_recent, of_marginal = self.shares
         if self.marginal:
-            critical_share = max(share / 2, min(CRITICAL_FLOOR, 0.75 * share))
-            recent_share = (share - critical_share) / 2
+            critical_share = max(of_critical * share, min(of_critical * SMALL_BUDGET, 0.75 * share))
+            recent_share = (share - critical_share) * of_recent / (of_recent + of_marginal)
         else:
-            critical_share, recent_share = (1 - RECENT_SHARE) * share, RECENT_SHARE * share
+            recent_share = of_recent * share
         whole = max(1, rows // 2)  # the token being decoded is always there, whatever the budget
         recent = max(1, int(recent_share * length + 1e-9))
         if not self.marginal:
@@ -126,34 +162,55 @@ class Settings:
         return TierSizes(critical, min(now.recent, critical), last.marginal)
 
 
+def recent_first(scores: Tensor, sizes: list[TierSizes], lengths: list[int]) -> Tensor:
+    """Scores (B, G, n) with the newest token before all, then the recent ones, and what is not there yet last."""
+    token, length = torch.arange(scores.shape[-1], device=scores.device), column(lengths, scores.device)
+    recent = token >= length - column([size.recent for size in sizes], scores.device)
+    scores = scores.masked_fill(recent, torch.finfo(scores.dtype).max).masked_fill(token == length - 1, torch.inf)
+    return scores.masked_fill(token >= length, -torch.inf)
+
+
 def plan_tiers(scores: Tensor, sizes: list[TierSizes], lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Rank the tokens and cut the ranking into tiers (Eq. 4, on scores that see every token).
 
     scores (B, G, n) fp32, sizes and lengths one for each sequence. Returns critical and marginal masks (B, G, n).
     Recent tokens rank first; equal scores rank by position, so that the outcome does not depend on the batch.
     """
-    device, n = scores.device, scores.shape[-1]
-
-    def column(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=device)[:, None, None]  # (B, 1, 1)
-
-    token = torch.arange(n, device=device)
-    length = column(lengths)
-    scores = scores.masked_fill(token >= length - column([size.recent for size in sizes]), torch.inf)
-    scores = scores.masked_fill(token >= length, -torch.inf)
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, token.expand_as(order))
-    critical = rank < column([size.critical for size in sizes])
-    covered = rank < column([size.critical + size.marginal for size in sizes])
+    rank = ranks(recent_first(scores, sizes, lengths))
+    critical = rank < column([size.critical for size in sizes], scores.device)
+    covered = rank < column([size.critical + size.marginal for size in sizes], scores.device)
     return critical, covered & ~critical
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """How many of a row come before each token, the largest score first, equal ones by position: (B, G, n)."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    token = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.empty_like(order).scatter_(-1, order, token.expand_as(order))
+
+
+def limit_moves(scores: Tensor, wanted: Tensor, held: Tensor, moves: int) -> Tensor:
+    """The critical set (B, G, n) when only `moves` tokens may enter it, the newest not counted.
+
+    scores as `recent_first` gives them. wanted (B, G, n): what the plan would have. held (B, G, C): positions of the
+    tokens that are critical, -1 for an empty slot. Of the wanted that are not held the best enter; the best of those
+    held keep the other places. `kernels_tiers.plan_layers` does the same.
+    """
+    B, G, n = scores.shape
+    inside = torch.zeros(B, G, n + 1, dtype=torch.bool, device=scores.device)
+    inside = inside.scatter_(-1, held.long().where(held >= 0, n), True)[..., :n]
+    coming = wanted & ~inside
+    enter = coming & (ranks(scores.masked_fill(~coming, -torch.inf)) <= moves)
+    places = wanted.sum(-1, keepdim=True) - enter.sum(-1, keepdim=True)
+    return enter | (inside & (ranks(scores.masked_fill(~inside, -torch.inf)) < places))
 
 
 def pool_slots(settings: Settings, shortest: int, capacity: int) -> tuple[int, int]:
     """Slots of the K pool and the V pool: the most that a plan at any length from `shortest` to `capacity` asks for,
     and the tokens that come before the next plan."""
     critical = held = 0
-    for length in range(shortest, capacity + 1):
-        size = settings.planned(length)
+    kinds = (settings,) if settings.gate is None else (settings, settings.bare)
+    for size in (kind.planned(length) for length in range(shortest, capacity + 1) for kind in kinds):
         critical, held = max(critical, size.critical), max(held, size.critical + size.marginal)
     return critical + settings.refresh - 1, held + settings.refresh - 1
 
@@ -191,6 +248,8 @@ class SmallKV:
         self.steps, self.kept = 0, {}  # layer -> the masks of the last plan, and who came since
         shape = (batch, self.llm.config.layers, self.llm.config.query_heads)
         self.index = torch.zeros(shape, dtype=torch.long, device=self.llm.device)  # f(i) of every sequence
+        gates = (*shape[:2], self.llm.config.kv_heads)
+        self.closed = torch.zeros(gates, dtype=torch.bool, device=self.llm.device)  # heads without a marginal tier
         own_decay = self.settings.score_decay if self.own_scores else None
         slots = pool_slots(self.settings, min(lengths), capacity)
         self.cache = TieredCache(
@@ -228,6 +287,9 @@ class SmallKV:
         else:
             return
         self.index[b] = self.maps[b].index.to(self.index.device)
+        if self.settings.gate is not None:
+            similar = self.maps[b].similarity.to(self.closed.device)  # (L, H)
+            self.closed[b] = similar.view(*self.closed.shape[1:], -1).mean(-1) < self.settings.gate
 
     # -- every step --
 
@@ -260,11 +322,25 @@ class SmallKV:
     def _choose(self, layer: int) -> tuple[Tensor, Tensor]:
         """Masks (B, G, n) of the critical and of the marginal tokens, ranked anew."""
         if self.settings.saliency_shift:
-            return plan_tiers(self._ranking(layer), self.sizes, self.lengths)
+            return self._tiers(layer, self._ranking(layer))
         dropped = self.cache.dropped[layer, :, :, : self.end]
         scores = self.cache.score[layer, :, :, : self.end].masked_fill(dropped, -torch.inf)
-        critical, marginal = plan_tiers(scores, self.sizes, self.lengths)
+        critical, marginal = self._tiers(layer, scores)
         return critical & ~dropped, marginal & ~dropped  # a tier that grows faster than the text has nobody to take
+
+    def _tiers(self, layer: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The ranking cut into tiers, under the gate and the limit on moves: masks (B, G, n)."""
+        critical, marginal = plan_tiers(scores, self.sizes, self.lengths)
+        if self.settings.gate is not None:
+            bare = [self.settings.bare.planned(length) for length in self.lengths]
+            closed = self.closed[:, layer, :, None]  # (B, G, 1)
+            critical = critical.where(~closed, plan_tiers(scores, bare, self.lengths)[0])
+            marginal = marginal & ~closed
+        if self.settings.max_moves is not None and self.steps > 1:  # the first plan fills the pools
+            held = self.cache.key_position[layer]
+            scores = recent_first(scores, self.sizes, self.lengths)
+            critical = limit_moves(scores, critical, held, self.settings.max_moves)
+        return critical, marginal
 
     def _ranking(self, layer: int) -> Tensor:
         """What tokens are ranked by, (B, G, n): a_f(i), one token set for the query heads that share a KV head."""

@@ -27,6 +27,7 @@ from benchmarks import TASKS
 from checkpoint import read_config, resolve, weight_bytes
 from evaluate import Cell, describe, make_cells, make_parser, parse_method, positions, run_task, too_long
 from generate import Pair, load_pair
+from hub import fetch
 from tables import Run, print_rows, read_run, show
 from tasks import Sample, Task, converse, mean
 
@@ -48,6 +49,7 @@ def load(args, slm: str) -> tuple[Pair, Task, list[Sample], argparse.Namespace]:
     """A pair and the task's samples for it, one by one: no budget, no batch."""
     given = task_arguments(args, slm, args.out)
     pair = load_pair(args.llm, slm, args.device, args.dtype)
+    given.data = fetch(given.data, args.task)
     samples = TASKS[args.task].samples(given, pair.text, positions(pair))
     if not samples:
         raise ValueError(f"{args.task}: no samples; look at --limit and --data")
@@ -259,10 +261,20 @@ def evaluated(args, slm: str, out: Path) -> Run:
     return read_run(out)
 
 
-def compare_quality(args, out: Path | None = None) -> None:
+def compare_quality(args, out: Path | None = None) -> Run:
     """Methods by budgets: Fig. 1d, 2 (right), 5, 6 and Table 1."""
     run = evaluated(args, one_slm(args), out or args.out)
     draw(args, f"{args.name}-quality", lambda plt: figures.draw_budgets(run, plt))
+    return run
+
+
+def frontier(args) -> None:
+    """Methods by budgets, and their scores against the bytes that moved."""
+    run = compare_quality(args)
+    for budget, found in figures.movement(run).items():
+        best = figures.frontier(found, run.task.metric == "KL")
+        print(f"{budget:g}, on the frontier, by bytes moved: {', '.join(best)}")
+    draw(args, args.name, lambda plt: figures.draw_frontier(run, plt))
 
 
 def fig7(args) -> None:

@@ -89,9 +89,11 @@ def merge(runs: list[Run]) -> list[Run]:
 
 
 def show(name: str, value: float) -> str:
-    """A figure as tables print it: shares in percent, KL with three digits after the point (and never as -0)."""
+    """A figure as tables print it: shares in percent, bytes in KB, KL with three digits after the point (never -0)."""
     if name in ("perplexity", "rating"):
         return f"{value:.2f}"
+    if name == "moved_bytes":
+        return f"{value / 1e3:,.0f} KB"
     return f"{round(value, 3) + 0.0:.3f}" if name == "KL" else f"{value:.1%}"
 
 

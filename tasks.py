@@ -79,7 +79,8 @@ class Task:
     def run(self, pair: Pair, policy, samples: list[Sample]) -> list[dict]:
         """Figures of a batch under one policy."""
         answers = converse(pair, policy, samples, self.stops)
-        return [{**self.score(s, a), **_similarity(policy, b)} for b, (s, a) in enumerate(zip(samples, answers))]
+        known = [{**_movement(policy), **_similarity(policy, b)} for b in range(len(samples))]
+        return [{**self.score(s, a), **more} for s, a, more in zip(samples, answers, known)]
 
     def finish(self, args, samples: list[Sample], out: Path) -> None:
         """After a run: what else belongs into its folder."""
@@ -102,7 +103,8 @@ class Task:
             return {}
         if self.macro:
             scores = [mean(group) for group in by_group.values()]
-        known = {name: [line[name] for line in lines if name in line] for name in self.further}
+        further = (*self.further, "moved_bytes")
+        known = {name: [line[name] for line in lines if name in line] for name in further}
         return {self.metric: mean(scores), **{name: mean(values) for name, values in known.items() if values}}
 
 
@@ -114,6 +116,12 @@ def _similarity(policy, b: int) -> dict:
     """Mean similarity of the matched heads of sequence b, where the policy matches any."""
     maps = getattr(policy, "maps", None)
     return {} if maps is None or maps[b] is None else {"similarity": maps[b].similarity.mean().item()}
+
+
+def _movement(policy) -> dict:
+    """Bytes from the host a step and sequence (mean of the batch), where the policy has a host tier."""
+    cache = getattr(policy, "cache", None)
+    return {"moved_bytes": cache.moved_bytes()} if isinstance(cache, TieredCache) else {}
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------
@@ -277,7 +285,7 @@ class Wikitext(Task):
             heads = llm.config.layers * llm.config.kv_heads
             moved = {"moved": (session.cache.keys_moved - first) / (critical * heads)}
         return [
-            {"score": kl, "loss": loss, "agreement": same, **moved, **_similarity(policy, b)}
+            {"score": kl, "loss": loss, "agreement": same, **moved, **_movement(policy), **_similarity(policy, b)}
             for b, (loss, kl, same) in enumerate((sums / steps).T.tolist())
         ]
 

@@ -103,6 +103,25 @@ def test_the_command_measures_every_method(extra, capsys):
     assert (report["rows"][0]["ttft_s"] is None) == ("--decode-only" in extra)
 
 
+def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
+    methods = [f"{name}-eager" for name in bench.RIVALS] + ["h2o-published"]
+    command = ["--pair", "tiny", "--settings", "2x400+60", "--steps", "4", "--table", "--device", "cpu",
+               "--budget", "0.1", "--decode-only", "--methods", ",".join(methods)]  # fmt: skip
+    assert bench.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads(lines[-1])["rows"]
+    assert [row["method"] for row in rows] == methods and sum(line.startswith("| 2x400+60 |") for line in lines) == 5
+    full = bench.step_bytes(*pair_configs("tiny")[1], 2, 400, 4, None, False)
+    for row in rows:
+        assert row["ttft_s"] > 0 and row["turnover"] is None and row["pcie_bytes_step"] == 0
+        assert row["step_bytes"].keys() == full.keys() and row["step_bytes"]["LLM weights"] == full["LLM weights"]
+        assert row["step_bytes"]["LLM K, V"] == full["LLM K, V"] // 400 * (row["length"] // 10)
+        assert row["prefill_flops"] == prefill_flops(pair_configs("tiny")[1][0], None, 2, 400)
+        kept = sum(tier["size"] for tier in row["tiers"] if tier["what"] == "kept K, V")
+        if row["method"] in ("h2o-eager", "h2o-published", "streaming-eager"):  # the others have rules of their own
+            assert kept == full["LLM K, V"] // 400 * 46  # a tenth of the capacity
+
+
 def test_the_table_sets_the_memory_beside_pcie():
     """A step of 3 ms of memory and 5 ms of PCIe lasts at least 5."""
     row = {

@@ -171,6 +171,9 @@ def test_method_options():
     assert method is evaluate.METHODS["smallkv"]
     assert given == {"score_decay": 0.5, "marginal": True, "matcher": "jaccard", "budget_tokens": 3}
     assert parse_method("full")[1] == {}
+    told = parse_method("smallkv:split=1:1:4,marginal=yes,gate=0.9")[1]  # a split has colons of its own
+    assert told == {"split": "1:1:4", "marginal": True, "gate": 0.9}
+    assert parse_method("fused:max_moves=8")[1] == {"max_moves": 8}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +181,8 @@ def test_method_options():
     [
         (["--method", "h3o"], "unknown method 'h3o'; supported: full"),
         (["--method", "smallkv:decay=1"], "method 'smallkv:decay=1': "),
+        (["--method", "smallkv:split=1:2"], "split '1:2' is not C:R:M"),
+        (["--method", "smallkv:max_moves=2,marginal=yes"], "2 moves: a limit is at least 0"),
         (["--method", "smallkv:marginal"], "'marginal' should look like option=value"),
         (["--method", "smallkv", "--budget", "1.5"], "budget 1.5 is outside (0, 1]"),
         (["--limit", "0"], "--limit 0 and --batch 2 should both be at least 1"),

@@ -315,6 +315,16 @@ def test_quality_commands_are_evaluate_s_runs(command, folders, tmp_path):
     assert rows[1]["similarity"] == pytest.approx(1) and rows[1]["cache"] == 1  # the LLM as its own SLM
 
 
+def test_the_frontier_names_what_nothing_beats(command, tmp_path):
+    code, out, err = command("frontier", *SMALL, "--method", "window", "smallkv", "oracle", "--budget", 0.3)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    kl = {name: sum(line["score"] for line in lines if line["method"] == name) for name in ("window", "smallkv")}
+    expected = ["window", "smallkv"] if kl["smallkv"] < kl["window"] else ["window"]  # a window moves nothing
+    assert f"0.3, on the frontier, by bytes moved: {', '.join(expected)}\n" in out
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"frontier.png", "frontier-quality.png"}
+
+
 def test_the_case_study_shows_every_answer(command, tmp_path):
     more = ("--task", "bbh", "--subtask", "navigate", "--limit", 1, "--max-new-tokens", 4, "--budget", 0.5)
     code, out, err = command("fig10", *more, "--method", "full", "h2o", "smallkv")

@@ -61,6 +61,30 @@ def test_grid_has_a_row_a_depth_and_a_column_a_length(needle):
     assert math.isnan(scores[0][0]) and [scores[0][1], *scores[1]] == [0.0, 0.5, 1.0]
 
 
+def test_the_frontier_is_what_nothing_beats_in_both(tmp_path):
+    def sample(score, moved=None):
+        return {"score": score, "loss": 1.0, "agreement": 0.5, **({} if moved is None else {"moved_bytes": moved})}
+
+    cells = {
+        ("full", 1.0): [sample(0)], ("h2o", 0.2): [sample(3)], ("a", 0.2): [sample(2, 500), sample(4, 700)],
+        ("oracle", 0.2): [sample(0.5)], ("b", 0.2): [sample(1, 900)], ("c", 0.2): [sample(1, 1900)],
+        ("a", 0.1): [sample(5, 100)],
+    }  # fmt: skip
+    run = read_run(write_run(tmp_path / "w", "wikitext", cells))
+    found = figures.movement(run)
+    assert found == {0.2: {"h2o": (0, 3), "a": (600, 3), "b": (900, 1), "c": (1900, 1)}, 0.1: {"a": (100, 5)}}
+    assert figures.frontier(found[0.2], lower=True) == ["h2o", "b"]
+    assert figures.frontier(found[0.2], lower=False) == ["h2o"]
+    by_brute_force = [  # of equal points the first would count; there are none here
+        one for one in found[0.2] if not any(
+            other != one and all(x <= y for x, y in zip(found[0.2][other], found[0.2][one])) for other in found[0.2]
+        )
+    ]  # fmt: skip
+    assert by_brute_force == ["h2o", "b"]
+    assert figures.main([str(tmp_path / "w"), "--out", str(tmp_path / "p")]) == 0
+    assert {path.stem for path in (tmp_path / "p").iterdir()} == {"w-budget", "w-budget-frontier"}
+
+
 @pytest.fixture
 def log(tmp_path):
     rows = [

@@ -17,6 +17,9 @@ SETTINGS = {
     "paper": Settings.paper(),
     "marginal": Settings(marginal=True, score_decay=0.5),
     "all of it": Settings(budget=1.0, marginal=True),
+    "split": Settings(marginal=True, split="1:1:6"),
+    "moves": Settings(max_moves=1),
+    "moves, refresh": Settings(max_moves=1, refresh=3),
 }
 LENGTHS = (130, 63, 97, 157)  # two of them meet the matching window, one while it decodes
 
@@ -62,7 +65,7 @@ def test_static_session_is_a_session(name, device):
     (plain, expected), (static, made) = sessions
     assert made == expected and static.lengths == plain.lengths
     if name != "full":
-        for count in ("keys_moved", "values_moved", "steps"):
+        for count in ("keys_moved", "values_moved", "steps", "filled"):
             assert getattr(static.cache, count) == getattr(plain.cache, count)
         assert static.cache.tokens(0) == plain.cache.tokens(0)
 
@@ -129,8 +132,8 @@ def test_moves_are_limited_and_the_rest_is_as_before(moves, device):
     made = {}
     for limit in (None, moves):
         pair = decoders(device)
-        session = Session(pair[0], SmallKV(*pair, Settings()), prompts, 12)
-        step = Step(session, session.prefill().argmax(-1), backend, moves=limit)
+        session = Session(pair[0], SmallKV(*pair, Settings(max_moves=limit)), prompts, 12)
+        step = Step(session, session.prefill().argmax(-1), backend)
         made[limit], before = [], 0
         for number in range(10):
             step.run()

@@ -29,6 +29,9 @@ VARIANTS = {
     "tokens": Settings(budget_tokens=40),
     "refresh": Settings(refresh=3),
     "refresh, marginal": Settings(marginal=True, score_decay=0.5, refresh=4),
+    "split": Settings(marginal=True, split="1:1:6"),
+    "gate": Settings(marginal=True, gate=0.6),
+    "moves": Settings(max_moves=2),
 }
 
 

@@ -10,7 +10,7 @@ from cache import assign_slots
 from conftest import random_prompts, tiny_decoder
 from decode import Session
 from match import jaccard_similarity, match_heads
-from smallkv import CRITICAL_FLOOR, Settings, SmallKV, TierSizes, plan_tiers
+from smallkv import SMALL_BUDGET, Settings, SmallKV, TierSizes, plan_tiers
 
 # ---- slots and tiers -------------------------------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ def test_split_of_the_budget(length):
     assert at_20.critical - at_20.recent == int(0.1 * length + 1e-9)
     assert abs(at_20.marginal - 0.1 * length) <= 4  # the odd rows that rounding leaves go here
     at_5 = Settings(budget=0.05, marginal=True).sizes(length)
-    assert at_5.critical - at_5.recent == int(CRITICAL_FLOOR * length + 1e-9)
+    assert at_5.critical - at_5.recent == int(SMALL_BUDGET / 2 * length + 1e-9)
     assert at_5.recent == max(1, int(0.00625 * length + 1e-9))
     assert Settings(budget=1.0).sizes(length) == TierSizes(length, int(0.25 * length + 1e-9), 0)
     covered = Settings(budget=0.9, marginal=True).sizes(length)
