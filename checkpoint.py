@@ -24,8 +24,8 @@ class CheckpointError(ValueError):
     """A model that cannot be used as given."""
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `name` itself if it is one, else that hub id, downloaded with progress bars."""
+def resolve(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> Path:
+    """The folder of a checkpoint: `name` itself if it is one, else that hub id, its files downloaded with bars."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision:
@@ -36,7 +36,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors, snapshot_download  # imported late: it takes a second, and folders need it not
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"hub model {name} has no revision {revision}; see its list of versions") from None
     except errors.RepositoryNotFoundError:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import bench
 import generate as command
 import parallel
 from backend import TORCH, TRITON
@@ -277,22 +278,22 @@ def models(tmp_path):
 class Ranks:
     """A command on `size` processes as torchrun would start them, their outputs in files."""
 
-    def __init__(self, size: int, folder: Path, arguments: list[str], change=None):
+    def __init__(self, size: int, folder: Path, arguments: list[str], change=None, main=command.main):
         """change(rank): what is done in each process before the command."""
         self.folder, port, context = folder, free_port(), multiprocessing.get_context("fork")
-        tasks = [(self, rank, size, port, arguments, change) for rank in range(size)]
+        tasks = [(self, rank, size, port, arguments, change, main) for rank in range(size)]
         self.processes = [context.Process(target=Ranks._command, args=task) for task in tasks]
         for process in self.processes:
             process.start()
 
-    def _command(self, rank: int, size: int, port: int, arguments: list[str], change) -> None:
+    def _command(self, rank: int, size: int, port: int, arguments: list[str], change, main) -> None:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ.update({k: str(v) for k, v in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()})
         parallel.PATIENCE = 0.5
         sys.stdout, sys.stderr = (open(self.folder / f"{kind}{rank}", "w", buffering=1) for kind in ("out", "err"))
         if change:
             change(rank)
-        os._exit(parallel.run(lambda: command.main(arguments)))
+        os._exit(parallel.run(lambda: main(arguments)))
 
     def text(self, kind: str) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"{kind}?")))
@@ -365,3 +366,21 @@ def test_ctrl_c_stops_all_after_the_same_step(models, tmp_path):
         os.kill(process.pid, signal.SIGINT)
     assert ranks.codes() == [130, 130]
     assert "on each of 2 processes" in ranks.text("err") and "interrupted" in ranks.text("err")
+
+
+def test_the_benchmark_measures_one_rank_s_part(tmp_path, capsys):
+    """Rank 0's figures: half of the LLM's bytes a step, all of the SLM's; the turnover is the one asked for."""
+    flags = ["--pair", "tiny", "--settings", "2x200+20", "--decode-only", "--steps", "4", "--turnover", "0.1"]
+    flags += ["--device", "cpu", "--methods", "full-graph,smallkv-graph"]
+    assert bench.main(flags) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ranks = Ranks(2, tmp_path, flags, main=bench.main)
+    assert ranks.codes() == [0, 0], ranks.text("err")
+    found = json.loads(ranks.text("out").splitlines()[-1])
+    assert found["ranks"] == 2 and len(found["rows"]) == 2
+    for part, whole in zip(found["rows"], alone["rows"]):
+        assert part["step_bytes"]["LLM K, V"] * 2 == whole["step_bytes"]["LLM K, V"]
+        assert part["turnover"] == whole["turnover"]
+    assert part["step_bytes"]["SLM K, V"] == whole["step_bytes"]["SLM K, V"]
+    ranks = Ranks(2, tmp_path, [*flags, "--largest", "1x200+20"], main=bench.main)
+    assert ranks.codes() == [2, 2] and ranks.text("err").startswith("error: --largest")
