@@ -259,18 +259,24 @@ def run(command: Callable[[], int]) -> int:
         code, cause_is_here = 1, not _heard("failed", 1.0)  # the sum fails too when another rank has gone
         if cause_is_here:
             traceback.print_exc()
-    if code == 0:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return 0
-    sys.stdout.flush()
-    if cause_is_here and code != 130:
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+    if code not in (0, 130) and cause_is_here:
         for word in ("failed", "told")[: 2 - (rank > 0)]:
             _say(word)
         if rank and not _heard("told", PATIENCE) and dist.is_initialized():  # before the ranks met all fail alike
             lines = sys.stderr.getvalue().splitlines()
             print(f"rank {rank}:", *(lines if code == 1 else lines[-1:]), sep="\n" * (code == 1) or " ", file=spoken)
-    os._exit(code)  # no goodbye to ranks that may be gone
+    leave(code)
+
+
+def leave(code: int) -> None:
+    """End this process as it is: NCCL is not taken apart, which would wait for every CUDA graph that holds its kernels,
+    and for ranks that may be gone."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # the reader of our output may have gone
+            stream.flush()
+    os._exit(code)
 
 
 def _say(word: str) -> None:

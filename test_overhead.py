@@ -79,7 +79,7 @@ def test_bytes_are_those_of_the_ledgers():
     assert weights(use, 4)["read"] == 4 * layer_parameters(HALF)
     slots = pool_slots(Settings(budget=0.2), n, n)
     pools = {entry.what: entry.size for entry in TieredCache.predict(SEVEN, 1, n, *slots, "cuda", dtype)}
-    assert pools["critical K, V"] / n == 0.2 * 2 * SEVEN.layers * SEVEN.kv_heads * SEVEN.head_dim * 2
+    assert pools["critical K, V"] == 2 * SEVEN.layers * SEVEN.kv_heads * SEVEN.head_dim * 2 * n // 5
 
 
 def test_the_command_takes_folders_and_names(tmp_path, capsys):

@@ -65,7 +65,8 @@ def _rank(rank: int, size: int, store: str, device: str, work, args) -> None:
         torch.cuda.set_device(where)
     parallel.join(dist.FileStore(store, size), rank, size, where)
     torch.save(work(Team(rank, size, where), *args), f"{store}.{rank}")
-    dist.destroy_process_group()
+    dist.barrier()
+    parallel.leave(0)
 
 
 def tiny_shape(**changes) -> Decoder:
@@ -245,17 +246,18 @@ def test_methods_that_mix_heads_are_refused():
         Team(0, 2).check_method("pyramidinfer")
 
 
+def on_a_gpu(team: Team) -> list:
+    cases = [("paper", None), ("full", TRITON), ("default", TRITON), ("paper", TRITON)]
+    return [answers(team, name, Sampler(), static, {"head_dim": 32}) for name, static in cases]
+
+
 def test_two_gpus_make_the_tokens_of_one(tmp_path):
     """NCCL: plain steps, and the Triton step with its all-reduces in a CUDA graph."""
     if torch.cuda.device_count() < 2:
         pytest.skip("two GPUs are needed")
-    changes = {"head_dim": 32}
-    cases = [("paper", None), ("full", TRITON), ("default", TRITON), ("paper", TRITON)]
-    for number, (name, static) in enumerate(cases):
-        given = name, Sampler(), static, changes
-        (tmp_path / str(number)).mkdir()
-        ranks = spread(2, tmp_path / str(number), answers, *given, device="cuda", start="spawn")
-        assert_same(answers(Team(device=torch.device("cuda", 0)), *given), ranks)
+    ranks = spread(2, tmp_path, on_a_gpu, device="cuda", start="spawn")
+    for alone, *parts in zip(on_a_gpu(Team(device=torch.device("cuda", 0))), *ranks):
+        assert_same(alone, parts)
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
