@@ -56,7 +56,7 @@ class Team:
             fitting = [str(n) for n in range(1, config.kv_heads + 1) if config.kv_heads % n == 0]
             raise ValueError(
                 f"{config.kv_heads} KV heads of the LLM cannot be split over {self.size} processes; "
-                f"use --nproc-per-node {', '.join(fitting[:-1])} or {fitting[-1]}"
+                f"use --nproc-per-node {' or '.join(fitting)}"
             )
         inner = self._bounds(config.intermediate_size)
         return replace(
