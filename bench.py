@@ -1,10 +1,12 @@
 """How fast, against the floor: TTFT, TPOT, tokens per second, memory and movement, at the real shapes, random weights.
 
     python bench.py --pair qwen2-7b --settings 64x2048+256,4x16384+512 --decode-only --table
+    python bench.py overhead --llm Qwen2-7B --slm Qwen2-0.5B          # calculated, not measured: bench_overhead.py
 
 Where it sits: on top of graph.py and decode.py, beside generate.py. Methods run one after another in one process on the
 same weights. Beside every time stands its floor: for TPOT the bytes that a step must read over the measured copy
-bandwidth, for TTFT the operations of the prefill over the measured matrix rate.
+bandwidth, for TTFT the operations of the prefill over the measured matrix rate. Under torchrun the LLM is split over
+the processes (parallel.py), and all of it is one rank's.
 
 With random weights the plan is noise. `--turnover 0.1` drives it: a prior that outweighs every score ranks the tokens
 on a ring that is turned each step, so that a tenth of the critical set leaves and another comes from the host. What
@@ -23,15 +25,17 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
+import bench_overhead
+import parallel
 from backend import NAMES, TORCH, Backend, pick_backend
 from baselines import BASELINES
 from bench_clock import Clock, ceilings, profile
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
 from cache import FullCache
-from checkpoint import weight_bytes
 from decode import FullPolicy, Session
 from evicting import Budget
 from graph import Step
@@ -45,12 +49,14 @@ METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv
 STEPS = {"eager": 5, "graph": 30}  # timed steps
 
 
-def random_decoder(config: Config, device: torch.device, dtype: torch.dtype) -> Decoder:
+def random_decoder(config: Config, device: torch.device, dtype: torch.dtype, make=Decoder) -> Decoder:
+    """make: `Team.split` for this rank's part of an LLM. The ranks' parts are the same numbers: that costs no time."""
+    torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            decoder = Decoder(config).requires_grad_(False).eval()
+            decoder = make(config).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
     for parameter in decoder.parameters():
@@ -244,6 +250,7 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
 def row(method, models, setting, settings, length, laps, ttft, turnover, moved) -> dict:
     """The numbers of one method in one setting, all in seconds and bytes."""
     llm, slm = (model.config for model in models)
+    llm = replace(llm, vocab_size=models[0].lm_head.out_features)  # a rank's part of the output projection
     slm = slm if method.startswith("smallkv") else None
     size = settings.sizes(length) if slm else None
     if method.partition("-")[0] in RIVALS:
@@ -272,7 +279,8 @@ def tiers(session: Session) -> list[dict]:
 
 
 def weights_of(model: Decoder) -> int:
-    return weight_bytes(model.config, model.dtype)
+    storages = [parameter.untyped_storage() for parameter in model.parameters()]
+    return sum({held.data_ptr(): held.nbytes() for held in storages}.values())  # views of one tensor count once
 
 
 def idle_bytes(method: str, models) -> int:
@@ -332,21 +340,23 @@ def transformers_row(models: list[Decoder], setting: Setting, clock: Clock) -> d
 
 
 def run(args) -> int:
-    device = torch.device(args.device)
+    team = parallel.start(args.device)
+    if team.size > 1 and (args.largest or "transformers" in args.methods):
+        raise ValueError("--largest and the method transformers are for one process; leave them out under torchrun")
+    device = team.device or torch.device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
     settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh,
                         max_moves=args.max_moves)  # fmt: skip
     raws, configs = pair_configs(args.pair)
-    torch.manual_seed(0)
-    models = [random_decoder(config, device, dtype) for config in configs]
+    models = [random_decoder(config, device, dtype, make) for config, make in zip(configs, (team.split, Decoder))]
     models[0].raw = raws[0]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
-              "max_moves": args.max_moves, "refresh": args.refresh, "decode_only": args.decode_only,
+              "max_moves": args.max_moves, "refresh": args.refresh, "decode_only": args.decode_only, "ranks": team.size,
               "ceilings": ceilings(clock), "rows": []}  # fmt: skip
-    print(f"backend: {backend.name}, {name}, {dtype}, ceilings {report['ceilings']}", flush=True)
+    print(f"backend: {backend.name}, {team.size} x {name}, {dtype}, ceilings {report['ceilings']}", flush=True)
     work = [(setting, method) for setting in args.settings for method in args.methods]
     for setting in args.largest:
         work += [(largest(method, models, setting.prompt, setting.new, settings), method) for method in args.methods]
@@ -368,6 +378,9 @@ def run(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["overhead"]:
+        return bench_overhead.main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--pair", choices=PAIRS, default="qwen2-7b")
     parser.add_argument("--settings", type=Setting.many, default=Setting.many("64x2048+256,4x16384+512,32x16384+256"),
@@ -396,8 +409,12 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [method for method in args.methods if method not in METHODS]
     if unknown:
         parser.error(f"unknown method {unknown[0]!r}; supported: {', '.join(METHODS)}")
-    return run(args)
+    try:
+        return run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(parallel.run(main))

@@ -6,6 +6,7 @@ and what to do.
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Config, Decoder
+from parallel import Team
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -22,8 +24,8 @@ class CheckpointError(ValueError):
     """A model that cannot be used as given."""
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `name` itself if it is one, else that hub id, downloaded with progress bars."""
+def resolve(name: str, revision: str | None = None, files: list[str] = HUB_FILES) -> Path:
+    """The folder of a checkpoint: `name` itself if it is one, else that hub id, its files downloaded with bars."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision:
@@ -34,7 +36,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors, snapshot_download  # imported late: it takes a second, and folders need it not
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"hub model {name} has no revision {revision}; see its list of versions") from None
     except errors.RepositoryNotFoundError:
@@ -89,12 +91,15 @@ def weight_bytes(config: Config, dtype: torch.dtype) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that could still be taken: free GPU memory, or what the kernel says is available on the host."""
+    """Memory that could still be taken: free GPU memory, or what the kernel says is available on the host.
+
+    The processes that torchrun started on one host share that alike.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return 2**63  # not Linux: no cheap answer, so no check
 
 
@@ -141,21 +146,23 @@ def _skipped(name: str, config: Config, stopped: bool) -> bool:
 
 
 def load_decoder(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, layers: int | None = None
-) -> Decoder:
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, layers: int | None = None,
+    team: Team = Team(),
+) -> Decoder:  # fmt: skip
     """Load a checkpoint folder, strictly: every tensor named, none left over, every shape right.
 
     layers: only the first so many are read and run (appendix A.3: the SLM's attention is all that SmallKV needs of it).
     dtype None keeps the checkpoint's. The parameters are made on the meta device and replaced tensor by tensor, so the
-    weights are held once, plus one tensor. Raises CheckpointError naming file or tensors.
+    weights are held once, plus one tensor. team: of its ranks each reads its own part. Raises CheckpointError naming
+    file or tensors.
     """
     folder = Path(folder)
     config = read_config(folder, layers)
     dtype = dtype or checkpoint_dtype(folder)
     with torch.device("meta"):
-        decoder = Decoder(config)
-    own_name = {_checkpoint_name(name): name for name, _ in decoder.named_parameters()}
-    expected = {_checkpoint_name(name): tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+        whole, decoder = Decoder(config), team.split(config)
+    own_name = {_checkpoint_name(name): name for name, _ in whole.named_parameters()}
+    expected = {_checkpoint_name(name): tuple(parameter.shape) for name, parameter in whole.named_parameters()}
     seen: set[str] = set()
     problems: list[str] = []
     for path in _shards(folder):
@@ -170,7 +177,8 @@ def load_decoder(
                     elif shape != expected[name]:
                         problems.append(f"tensor {name} has shape {shape}, config.json says {expected[name]}")
                     else:
-                        _assign(decoder, own_name[name], shard.get_tensor(name).to(device=device, dtype=dtype))
+                        part = team.part(own_name[name], shard.get_slice(name), config)
+                        _assign(decoder, own_name[name], part.to(device=device, dtype=dtype))
                     seen.add(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file, truncated or corrupt: {error}") from None
@@ -178,8 +186,7 @@ def load_decoder(
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{folder}: " + "; ".join(problems[:8]) + more)
-    if config.tied:
-        decoder.lm_head.weight = decoder.embed_tokens.weight  # assigning has parted them
+    team.tie(decoder)  # assigning has parted them
     return decoder.eval().requires_grad_(False)
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 import demo
+import parallel
 from backend import NAMES, TORCH, Backend, pick_backend
 from baselines import BASELINES, Fused
 from checkpoint import (
@@ -32,7 +33,6 @@ from checkpoint import (
     load_decoder,
     read_config,
     resolve,
-    weight_bytes,
 )
 from decode import FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
 from evicting import Budget
@@ -55,6 +55,7 @@ class Pair:
     llm: Decoder
     slm: Decoder | None
     text: Text
+    team: parallel.Team = parallel.Team()  # the ranks over which the LLM is split; here alone
 
 
 @dataclass
@@ -84,14 +85,14 @@ def pick_device(name: str) -> torch.device:
 
 def load_pair(
     llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
-    slm_revision: str | None = None, slm_layers: int | None = None,
+    slm_revision: str | None = None, slm_layers: int | None = None, team: parallel.Team = parallel.Team(),
 ) -> Pair:  # fmt: skip
     """Load both models of a pair, after checking that they belong together and fit. slm None loads the LLM alone.
 
     slm_layers: the SLM stops after so many layers (appendix A.3, Table 6), the others are not loaded.
     dtype "auto" is the checkpoint's on a GPU, float32 on a CPU, where 16-bit arithmetic is slow.
     """
-    where = pick_device(device)
+    where = team.device or pick_device(device)
     names = [(llm, revision)] + ([(slm, slm_revision)] if slm else [])
     folders = [resolve(name, wanted) for name, wanted in names]
     texts = [Text.load(folder) for folder in folders]
@@ -105,10 +106,11 @@ def load_pair(
         if top >= config.vocab_size:
             size = config.vocab_size
             raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
-    roles = zip(("LLM weights", "SLM weights"), configs)
-    check_fits({role: weight_bytes(config, kind) for role, config in roles}, where)
-    decoders = [load_decoder(folder, where, kind, stop) for folder, stop in zip(folders, stops)]
-    return Pair(decoders[0], decoders[1] if slm else None, texts[0])
+    teams = [team, parallel.Team()]  # the LLM is split, the SLM copied
+    sizes = [each.weight_bytes(config, kind) for each, config in zip(teams, configs)]
+    check_fits(dict(zip(("LLM weights", "SLM weights"), sizes)), where)
+    decoders = [load_decoder(folder, where, kind, stop, each) for folder, stop, each in zip(folders, stops, teams)]
+    return Pair(decoders[0], decoders[1] if slm else None, texts[0], team)
 
 
 def check_caches_fit(policy, lengths: list[int], capacity: int) -> None:
@@ -161,7 +163,7 @@ def answer(
     stopped = [False] * len(prompts)
     interrupted = False
     try:
-        for step in generate_ids(session, sampler, max_new_tokens, set(pair.text.stop), timing):
+        for step in generate_ids(session, pair.team.sampler(sampler), max_new_tokens, set(pair.text.stop), timing):
             bar.close()
             for b, token in enumerate(step):
                 if token is None:
@@ -175,7 +177,7 @@ def answer(
     except KeyboardInterrupt:
         interrupted = True
     bar.close()
-    return Answer(tokens, stopped, make_report(session, timing)), interrupted
+    return Answer(tokens, stopped, pair.team.report(make_report(session, timing))), interrupted
 
 
 def input_waits() -> bool:
@@ -277,24 +279,26 @@ def run(args) -> int:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is too small; at least 1")
     settings = make_settings(args)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    team = parallel.start(args.device)
     if args.llm is None:
         if args.slm:
             raise ValueError("--slm is given without --llm: name both models, or none for the embedded pair")
         args.llm, args.slm = str(demo.PAIR / "llm"), str(demo.PAIR / "slm")
-        if not args.prompt and not args.prompt_file and not input_waits():
+        if not args.prompt and not args.prompt_file and team.size == 1 and not input_waits():
             return run_demo(args, settings)
-    texts = read_prompts(args)
-    if args.json:
+    texts = team.from_first(read_prompts, args)
+    if args.json and team.rank == 0:
         check_writable(Path(args.json))  # before the work, not after it
     if args.compare and args.method not in ("full", "smallkv"):
         raise ValueError(f"--compare sets SmallKV beside the full cache; leave --method {args.method} out")
     smallkv = args.method in ("smallkv", "fused")
     if (smallkv or args.compare) and not args.slm:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
+    team.check_method(args.method)
     console = Console(stderr=True)
     pair = load_pair(
         args.llm, args.slm if smallkv or args.compare else None, args.device, args.dtype, args.revision,
-        args.slm_revision, args.slm_layers,
+        args.slm_revision, args.slm_layers, team,
     )
     backend = pick_backend(args.backend, pair.llm.device)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
@@ -322,7 +326,7 @@ def run(args) -> int:
             print(f"--- answer {number}\n{pair.text.decode(tokens)}")
     for name, result in results.items():
         print_report(name, result.report, console)
-    if args.json:
+    if args.json and team.rank == 0:
         write_json(Path(args.json), pair.text, prompts, results)
     if interrupted:
         console.print("interrupted: the answer above is what was there by then", style="yellow")
@@ -397,4 +401,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(parallel.run(main))

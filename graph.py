@@ -303,7 +303,7 @@ class Step:
             self.slm.run(self.tokens, self.scored.attend)
         self.side.begin(plan)
         hidden = self.llm.run(self.tokens, self.side.attend)
-        logits = F.linear(hidden, self.session.llm.lm_head.weight)[:, : self.session.vocab]
+        logits = self.session.llm.lm_head(hidden)[:, : self.session.vocab]
         self.logits = logits
         if self.noise is not None:
             logits = logits.float() / self.temperature + self.noise
@@ -343,7 +343,8 @@ class Step:
         graphs, pool = {}, None
         for plan in (True, False)[: self.refresh]:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):  # recording runs nothing: the state stays as it is
+            # Recording runs nothing: the state stays as it is. thread_local: NCCL's own thread may go on meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self.body(plan)
             graphs[plan] = graph, self.logits
             pool = graph.pool()  # one replay ends before the next begins: they share their memory

@@ -23,7 +23,8 @@ def make_report(session: Session, timing: Timing) -> dict:
 
     tokens: per sequence, tokens in the slots of each tier at the end, mean over layers and KV heads; what a baseline
     evicted is dropped, not offloaded. ledger: bytes allocated, by model, kind and device. full_cache_bytes: what the
-    LLM's full cache would take for the same positions. moved: rows brought from the host.
+    LLM's full cache would take for the same positions. moved: rows brought from the host. parallel.py joins the reports
+    of several ranks to one with `ranks`, the ledger of each.
     """
     policy, cache, llm = session.policy, session.cache, session.llm
     batch, capacity = len(session.prompts), session.capacity
@@ -82,6 +83,10 @@ def print_report(name: str, report: dict, console: Console) -> None:
     table.add_section()
     table.add_row("both", "all but the host tier", "", _size(fast), f"{fast / full:.1%}", style="bold")
     console.print(table)
+    if "ranks" in report:
+        sizes = [sum(entry["bytes"] for entry in rank if entry["device"] not in ("host", "pinned"))
+                 for rank in report["ranks"]]  # fmt: skip
+        console.print(f"on each of {len(sizes)} processes: {', '.join(map(_size, sizes))}", highlight=False)
     if report["ttft_s"] is None:
         console.print("ended in the prefill: nothing was generated", highlight=False)
         return
