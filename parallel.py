@@ -114,9 +114,13 @@ class Team:
         counted = [p.numel() for name, p in parts if not (config.tied and name == "lm_head.weight")]
         return sum(counted) * dtype.itemsize
 
-    def check_method(self, method: str) -> None:
+    def check_method(self, method: str, **flags) -> None:
+        """ValueError for a method that mixes heads, and for any of these flags that is set: they need one process."""
         if self.size > 1 and method in MIXED:
             raise ValueError(f"--method {method} takes the mean over all heads of a layer; run it in one process")
+        for flag, value in flags.items():
+            if self.size > 1 and value:
+                raise ValueError(f"--{flag} {value} is not built for several processes; leave it out under torchrun")
 
     # -- what every rank must know alike --
 

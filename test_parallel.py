@@ -244,6 +244,9 @@ def test_methods_that_mix_heads_are_refused():
     Team().check_method("pyramidinfer")
     with pytest.raises(ValueError, match="--method pyramidinfer .* one process"):
         Team(0, 2).check_method("pyramidinfer")
+    Team(0, 2).check_method("smallkv", speculate=0)
+    with pytest.raises(ValueError, match="--speculate 4 is not built for several processes"):
+        Team(0, 2).check_method("smallkv", speculate=4)
 
 
 def on_a_gpu(team: Team) -> list:
