@@ -114,9 +114,13 @@ class Team:
         counted = [p.numel() for name, p in parts if not (config.tied and name == "lm_head.weight")]
         return sum(counted) * dtype.itemsize
 
-    def check_method(self, method: str) -> None:
+    def check_method(self, method: str, **flags) -> None:
+        """ValueError for a method that mixes heads, and for any of these flags that is set: they need one process."""
         if self.size > 1 and method in MIXED:
             raise ValueError(f"--method {method} takes the mean over all heads of a layer; run it in one process")
+        for flag, value in flags.items():
+            if self.size > 1 and value:
+                raise ValueError(f"--{flag} {value} is not built for several processes; leave it out under torchrun")
 
     # -- what every rank must know alike --
 
@@ -138,7 +142,7 @@ class Team:
 
     def sampler(self, sampler):
         """The sampler for a session of this team: rank 0 draws, all take what it drew."""
-        return sampler if self.size == 1 else FirstRanks(sampler, self)
+        return sampler if self.size == 1 else SharedSampler(sampler, self)
 
     def report(self, report: dict) -> dict:
         """The reports of all ranks as one: bytes and moves are summed, `ranks` holds each rank's own ledger."""
@@ -177,7 +181,7 @@ def _gather(module: nn.Module, inputs, out: Tensor) -> Tensor:
     return parts.movedim(0, -2).flatten(-2)
 
 
-class FirstRanks:
+class SharedSampler:
     """A sampler whose choice is rank 0's: logits are alike on all ranks, and this way nothing hangs on it.
 
     Ctrl-C goes the same way: rank 0 notes it and sends it with the next tokens, so that every rank stops after the same
@@ -255,6 +259,8 @@ def run(command: Callable[[], int]) -> int:
         code = command()
     except SystemExit as ended:  # argparse: the same on every rank
         code = ended.code if isinstance(ended.code, int) else 2 if ended.code else 0
+    except KeyboardInterrupt:
+        code = 130
     except Exception:
         code, cause_is_here = 1, not _heard("failed", 1.0)  # the sum fails too when another rank has gone
         if cause_is_here:
@@ -264,9 +270,9 @@ def run(command: Callable[[], int]) -> int:
     if code not in (0, 130) and cause_is_here:
         for word in ("failed", "told")[: 2 - (rank > 0)]:
             _say(word)
-        if rank and not _heard("told", PATIENCE) and dist.is_initialized():  # before the ranks met all fail alike
-            lines = sys.stderr.getvalue().splitlines()
-            print(f"rank {rank}:", *(lines if code == 1 else lines[-1:]), sep="\n" * (code == 1) or " ", file=spoken)
+        if rank and not _heard("told", PATIENCE):  # had rank 0 failed alike, torchrun would have ended this one by now
+            lines, gap = sys.stderr.getvalue().splitlines(), "\n" if code == 1 else " "
+            print(f"rank {rank}:", *(lines if code == 1 else lines[-1:]), sep=gap, file=spoken, flush=True)
     leave(code)
 
 
