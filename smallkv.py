@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import ScoredCache, TieredCache, TierPlan
+from frugal import FrugalCache
 from kernels import column_sums
 from match import MATCHERS, WINDOW_MAX, WINDOW_MIN, HeadMap, match_heads
 from model import Config, Decoder, Span
@@ -49,6 +50,7 @@ class Settings:
     prefetch: move the rows of a layer while the layer before it computes.
     refresh: plan in every refresh-th step, the first included. Between two plans nobody leaves, the newest token comes
         in, and marginal tokens borrow from the newest row as ever; see `planned`.
+    slm_budget: share of the SLM's own cache that it keeps, as H2O would; 1 keeps all. See frugal.py.
 
     The defaults are what measured best on wikitext-2 (README, "Results"); `Settings.paper` is the paper's.
     """
@@ -61,6 +63,7 @@ class Settings:
     saliency_shift: bool = True
     prefetch: bool = True
     refresh: int = 1
+    slm_budget: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
@@ -73,6 +76,8 @@ class Settings:
             raise ValueError(f"unknown matcher {self.matcher!r}; supported: {', '.join(MATCHERS)}")
         if self.refresh < 1:
             raise ValueError(f"a plan every {self.refresh} steps is impossible; 1 plans in every step")
+        if not 0 < self.slm_budget <= 1:
+            raise ValueError(f"SLM budget {self.slm_budget} is outside (0, 1]; 0.4 keeps two fifths of the SLM's cache")
 
     @classmethod
     def paper(cls, **changes) -> "Settings":
@@ -166,6 +171,7 @@ class SmallKV:
 
     name = "smallkv"
     whole_prompt = False
+    tiers, scored, frugal = TieredCache, ScoredCache, FrugalCache  # of the LLM, of the SLM, of an SLM with a budget
 
     def __init__(
         self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None,
@@ -182,10 +188,7 @@ class SmallKV:
     def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
         """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
         batch, self.lengths = len(lengths), list(lengths)
-        self.slm_cache = ScoredCache(
-            self.slm.config, batch, capacity, self.slm.device, self.slm.dtype, self.settings.score_decay,
-            self.sums, self.keep_row,
-        )  # fmt: skip
+        self.slm_cache = self.make_slm_cache(batch, capacity)
         self.maps: list[HeadMap | None] = [None] * batch
         self.tokens: list[list[int]] = [[] for _ in lengths]
         self.steps, self.kept = 0, {}  # layer -> the masks of the last plan, and who came since
@@ -193,27 +196,38 @@ class SmallKV:
         self.index = torch.zeros(shape, dtype=torch.long, device=self.llm.device)  # f(i) of every sequence
         own_decay = self.settings.score_decay if self.own_scores else None
         slots = pool_slots(self.settings, min(lengths), capacity)
-        self.cache = TieredCache(
+        self.cache = self.tiers(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch, own_decay
         )
         return self.cache
+
+    def make_slm_cache(self, batch: int, capacity: int) -> ScoredCache:
+        settings = self.settings
+        shape = (self.slm.config, batch, capacity, self.slm.device, self.slm.dtype)
+        scores = (settings.score_decay, self.sums, self.keep_row)
+        if settings.slm_budget < 1:
+            return self.frugal(*shape, *scores, settings.slm_budget, settings.refresh)
+        return self.scored(*shape, *scores)
 
     def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
         """Ledgers of both caches before anything is allocated."""
         device = self.llm.device.type
         slots = pool_slots(self.settings, min(lengths), capacity)
         llm: Config = self.llm.config
+        shape = (self.slm.config, len(lengths), capacity, device, self.slm.dtype, self.keep_row)
+        share, refresh = self.settings.slm_budget, self.settings.refresh
         return {
             "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, self.own_scores),
-            "SLM": ScoredCache.predict(self.slm.config, len(lengths), capacity, device, self.slm.dtype, self.keep_row),
+            "SLM": FrugalCache.predict(*shape, share, refresh) if share < 1 else ScoredCache.predict(*shape),
         }
 
     def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
         """Run the SLM over the prompt of sequence b, in the given (start, end) chunks, and match the heads."""
-        view = self.slm_cache.sequence(b)
+        staged = self.slm_cache.staging(b, len(tokens))
         for start, end in chunks:
             ids = torch.tensor([tokens[start:end]], device=self.slm.device)
-            self.slm(ids, Span.block(start, end, self.slm.device), view, logits="none")
+            self.slm(ids, Span.block(start, end, self.slm.device), staged, logits="none")
+        self.slm_cache.load(b, staged, len(tokens))
         self.tokens[b] = list(tokens)
         self._match(b)
 
@@ -234,6 +248,8 @@ class SmallKV:
     def observe(self, tokens: list[int], span: Span) -> None:
         """One SLM step on the newest token of each sequence: its attention rows and scores are in the SLM's cache."""
         ids = torch.tensor(tokens, device=self.slm.device)[:, None]  # (B, 1)
+        self.refreshing = self.due()
+        self.slm_cache.begin(self.refreshing)
         self.slm(ids, span, self.slm_cache, logits="none")
         for b, token in enumerate(tokens):
             self.tokens[b].append(token)
@@ -241,8 +257,11 @@ class SmallKV:
             self._match(b)
         self.end = span.end
         self.sizes = [self.settings.planned(length) for length in self.lengths]
-        self.refreshing = self.steps % self.settings.refresh == 0
         self.steps += 1
+
+    def due(self) -> bool:
+        """Whether this step chooses the tiers anew."""
+        return self.steps % self.settings.refresh == 0
 
     def plan(self, layer: int) -> TierPlan:
         """The tiers of one LLM layer, from the newest scores: (B, G, n) masks and the rows to borrow (B, H, n)."""
@@ -277,7 +296,4 @@ class SmallKV:
 
     def _matched(self, table: Tensor, layer: int) -> Tensor:
         """Rows of the SLM heads f(i) of one LLM layer: (L', B, H', S) -> (B, H, n)."""
-        head = self.index[:, layer]  # (B, H)
-        sequence = torch.arange(len(head), device=head.device)[:, None]
-        per_layer = self.slm.config.query_heads
-        return table[head // per_layer, sequence, head % per_layer, : self.end]
+        return self.slm_cache.of_heads(table, self.index[:, layer], self.end)
