@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cache import Entry, FullCache, TierPlan
@@ -160,29 +161,42 @@ class SpeculativeSmallKV(SmallKV):
 # ---- Acceptance ------------------------------------------------------------------------------------------------------
 
 
-def accept_greedy(drafts: list[int], best: list[int]) -> list[int]:
-    """The drafts that are the LLM's own choice, up to the first that is not, and the LLM's choice after them.
+def accept_greedy(drafts: Tensor, best: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """How many drafts are the LLM's own choice before the first that is not, and its choice after them: (B,) each.
 
-    best: the LLM's choice after the newest token and after every draft, one more than there are drafts.
+    drafts (B, K). best (B, K + 1): the LLM's choice after the newest token and after every draft. allowed (B,): how
+    many of a sequence's drafts count at all.
     """
-    count = next((i for i, (draft, own) in enumerate(zip(drafts, best)) if draft != own), len(drafts))
-    return best[: count + 1]
+    place = torch.arange(drafts.shape[1], device=drafts.device)
+    own = (drafts == best[:, :-1]) & (place < allowed[:, None])
+    count = own.long().cumprod(-1).sum(-1)
+    return count, best.gather(1, count[:, None])[:, 0]
 
 
-def accept_sampled(drafts: list[int], believed: Tensor, wanted: Tensor, generator: torch.Generator) -> list[int]:
-    """Acceptance-rejection (arXiv 2211.17192): accepted drafts and one token more, distributed as the LLM's own.
+def accept_sampled(
+    drafts: Tensor, believed: Tensor, wanted: Tensor, allowed: Tensor, chance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Acceptance-rejection (arXiv 2211.17192): how many drafts stay and the token after them, distributed as the LLM's.
 
-    believed (k, V): what each draft was drawn from. wanted (k + 1, V): what the LLM would draw from, at each of the
-    drafts and after them.
+    drafts (B, K), allowed (B,) as above. believed (B, K, V): what each draft was drawn from. wanted (B, K + 1, V): what
+    the LLM would draw from at each draft and after them. chance (B, K + 1) uniform in [0, 1): one a draft, and one for
+    the token after them.
     """
-    for i, draft in enumerate(drafts):
-        p, q = wanted[i], believed[i]
-        if torch.rand((), generator=generator) * q[draft] < p[draft]:
-            continue
-        rest = (p - q).clamp(min=0)
-        rest = rest if rest.sum() > 0 else p  # p = q up to rounding: there was nothing to reject
-        return drafts[:i] + [torch.multinomial(rest, 1, generator=generator).item()]
-    return drafts + [torch.multinomial(wanted[len(drafts)], 1, generator=generator).item()]
+    p, q = (table.gather(-1, drafts[..., None])[..., 0] for table in (wanted[:, :-1], believed))  # (B, K)
+    stays = (chance[:, :-1] * q < p) & (torch.arange(drafts.shape[1]) < allowed[:, None])
+    count = stays.long().cumprod(-1).sum(-1)  # (B,)
+    row = torch.arange(len(count))
+    own = wanted[row, count]  # (B, V): where the next token comes from if no draft was refused
+    refused = F.pad(believed, (0, 0, 0, 1))[row, count] * (count < allowed)[:, None]
+    rest = (own - refused).clamp(min=0)
+    rest = rest.where(rest.sum(-1, keepdim=True) > 0, own)  # p = q up to rounding: there was nothing to refuse
+    return count, draw(rest, chance[:, -1])
+
+
+def draw(distribution: Tensor, chance: Tensor) -> Tensor:
+    """A token of each distribution (B, V), which need not sum to one, by a uniform number each: (B,)."""
+    below = distribution.double().cumsum(-1)
+    return torch.searchsorted(below, chance.double()[:, None] * below[:, -1:], right=True)[:, 0]
 
 
 # ---- Rounds ----------------------------------------------------------------------------------------------------------
@@ -224,58 +238,41 @@ class SpeculativeSession(Session):
         Returns each sequence's new tokens, 1 to allowed + 1 of them, none of them after a stop token; the last one is
         in no cache yet. One that has ended gets none: it keeps its place, and what it has cached.
         """
-        places = max(count for count in allowed if count is not None)
+        drafts, device = self.policy.drafts, self.llm.device
+        limits = torch.tensor([count or 0 for count in allowed])
+        # As many numbers for each sequence in every round: what one draws does not depend on the others.
+        chance = torch.stack([torch.rand(2 * drafts + 1, generator=generator) for generator in generators])
+        greedy, places = sampler.temperature == 0, int(limits.max())
         self.begun.append(list(self.lengths))
         fed, believed = [newest], []
         for place in range(places + 1):
-            span = Span.step([n + place for n in self.lengths], self.llm.device)
+            span = Span.step([n + place for n in self.lengths], device)
             logits = self.policy.draft(fed[-1], span, place, words=place < places)
-            if place < places:
-                drawn, distribution = self._draw(logits[:, : self.vocab], place, allowed, sampler, generators)
-                fed.append(drawn)
-                believed.append(distribution)
-        span = Span.step(self.lengths, self.llm.device, places + 1)
+            if place < places and greedy:
+                fed.append(logits[:, : self.vocab].argmax(-1).tolist())
+            elif place < places:
+                believed.append(sampler.probabilities(logits[:, : self.vocab].cpu()))  # (B, V)
+                fed.append(draw(believed[-1], chance[:, place]).tolist())
+        span = Span.step(self.lengths, device, places + 1)
         self.cache.migrate(self.policy.plan, span)
-        ids = torch.tensor(fed, device=self.llm.device).T  # (B, T)
-        logits = self.llm(ids, span, self.cache)[..., : self.vocab]  # (B, T, V)
-        tokens = [list(row) for row in zip(*fed)]
-        answers = self._accept(tokens, believed, logits, allowed, sampler, generators)
-        for answer in answers:
+        tokens = torch.tensor(fed).T  # (B, T)
+        logits = self.llm(tokens.to(device), span, self.cache)[..., : self.vocab]  # (B, T, V)
+        if greedy:
+            counts, after = accept_greedy(tokens[:, 1:], logits.argmax(-1).cpu(), limits)
+        else:
+            wanted = sampler.probabilities(logits.cpu())
+            believed = torch.stack(believed, 1) if believed else wanted[:, :0]
+            left = torch.cat((chance[:, drafts : drafts + places], chance[:, -1:]), 1)  # (B, T)
+            counts, after = accept_sampled(tokens[:, 1:], believed, wanted, limits, left)
+        rows, given = tokens.tolist(), zip(counts.tolist(), after.tolist())
+        answers = [[*row[1 : count + 1], token] for row, (count, token) in zip(rows, given)]
+        for answer, count in zip(answers, allowed):
             ends = [i for i, token in enumerate(answer) if token in stop]
-            del answer[min(ends, default=len(answer)) + 1 :]
+            del answer[0 if count is None else min(ends, default=len(answer)) + 1 :]
         kept = [len(answer) for answer in answers]  # the newest token and the accepted drafts
-        self.policy.keep(tokens, kept)
+        self.policy.keep(rows, kept)
         self.lengths = [n + count for n, count in zip(self.lengths, kept)]
         self._count(allowed, kept)
-        return answers
-
-    def _draw(
-        self, logits: Tensor, place: int, allowed: list[int | None], sampler: Sampler, generators
-    ) -> tuple[list[int], Tensor | None]:  # fmt: skip
-        """One draft a sequence from logits (B, V), and what it was drawn from; any token where none is allowed."""
-        if sampler.temperature == 0:
-            return logits.argmax(-1).tolist(), None
-        distribution = sampler.probabilities(logits.cpu())
-        drawn = [
-            torch.multinomial(row, 1, generator=generator).item() if count is not None and place < count else 0
-            for row, count, generator in zip(distribution, allowed, generators)
-        ]
-        return drawn, distribution
-
-    def _accept(self, tokens, believed, logits: Tensor, allowed, sampler: Sampler, generators) -> list[list[int]]:
-        """Each sequence's accepted drafts and the LLM's token after them, from its logits (B, T, V)."""
-        if sampler.temperature == 0:
-            best = logits.argmax(-1).tolist()
-            return [
-                [] if count is None else accept_greedy(row[1 : count + 1], own[: count + 1])
-                for row, own, count in zip(tokens, best, allowed)
-            ]
-        wanted = sampler.probabilities(logits.cpu())
-        answers = []
-        for b, (row, count) in enumerate(zip(tokens, allowed)):
-            own = [distribution[b] for distribution in believed]
-            drafts = row[1 : count + 1] if count is not None else []
-            answers.append([] if count is None else accept_sampled(drafts, own, wanted[b], generators[b]))
         return answers
 
     def _count(self, allowed: list[int | None], kept: list[int]) -> None:

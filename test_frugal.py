@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+import measures
 import overhead
 from baselines import H2O
 from cache import FullCache, ScoredCache
@@ -13,9 +14,11 @@ from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Session, generate
 from evicting import Budget
 from frugal import FrugalCache, kept_tokens
+from match import match_heads
 from model import Decoder, Span
 from smallkv import Settings, SmallKV
 from speculative import SpeculativeFull, SpeculativeSmallKV
+from test_experiments import N, dense, naive_cosine, naive_jaccard
 
 LENGTHS = (150, 97, 200, 101)
 
@@ -114,6 +117,19 @@ def test_a_batch_changes_nothing_and_the_budget_bites(pair, marginal, refresh):
     assert together != generate(pair[0], SmallKV(*pair, whole), prompts, 30)
     full = generate(pair[0], FullPolicy(pair[0]), prompts, 30)
     assert generate(pair[0], SmallKV(*pair, Settings(budget=1.0, slm_budget=0.1)), prompts, 30) == full
+
+
+def test_a_frugal_view_of_the_whole_cache_is_the_plain_one():
+    llm, slm, (ids,) = tiny_decoder(), tiny_decoder(layers=3, heads=4, head_dim=8, seed=1), random_prompts(N, seed=3)
+    chosen = match_heads(llm, slm, ids, "cosine").index.flatten()
+    rows, others = dense(llm, ids).sum(1), dense(slm, ids).sum(1)[chosen]
+    found = measures.frugal_view(llm, slm, ids, 1.0, 0.2)
+    expected = [naive_cosine(one, two) for one, two in zip(rows, others)]
+    assert found["similarity"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+    named, important = (one.view(2, 2, 3, N).sum(2).topk(24).indices.flatten(0, 1).tolist() for one in (others, rows))
+    assert found["jaccard"] == pytest.approx(naive_jaccard(list(map(set, named)), list(map(set, important))), abs=1e-6)
+    less = measures.kept_scores(slm, ids, 0.3)
+    assert ((less > 0).sum(-1) == 36).all()  # 30 % of 120 tokens, in every head
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
