@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import causal_attention, column_sums, full_attention_step, move_rows, tiered_attention
+from kernels import causal_attention, column_sums, full_attention_block, move_rows, tiered_attention
 from model import Config, Span
 
 
@@ -85,12 +85,12 @@ class FullCache:
         """A full cache has one tier: nothing moves."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        """Append key, value (B, G, T, D), then attend with query (B, H, T, D); T > 1 for one sequence, 1 for all."""
+        """Append key, value (B, G, T, D), then attend with query (B, H, T, D). A prompt comes alone (B = 1)."""
         self._append(layer, key, value, span)
         seen_key, seen_value = self.key[layer, :, :, : span.end], self.value[layer, :, :, : span.end]  # (B, G, end, D)
-        if query.shape[2] > 1:
+        if len(query) == 1 and query.shape[2] > 1:
             return causal_attention(query, seen_key, seen_value)
-        return full_attention_step(query, seen_key, seen_value, span.positions[:, 0])[0]
+        return full_attention_block(query, seen_key, seen_value, span.positions)[0]
 
     def _append(self, layer: int, key: Tensor, value: Tensor, span: Span) -> None:
         if span.end > self.key.shape[3]:
@@ -132,15 +132,26 @@ class ScoredCache(FullCache):
         self._append(layer, key, value, span)
         T, end = query.shape[2], span.end
         seen_key, seen_value = self.key[layer, :, :, :end], self.value[layer, :, :, :end]
-        score = self.score[layer, :, :, :end]  # (B, H, end)
         if T > 1:
-            score.mul_(self.decay**T).add_(self.sums(query, seen_key, self.decay))
+            self.score[layer, :, :, :end].mul_(self.decay**T).add_(self.sums(query, seen_key, self.decay))
             return causal_attention(query, seen_key, seen_value)
-        out, row = full_attention_step(query, seen_key, seen_value, span.positions[:, 0])
-        if "row" in self.sliced:
-            self.row[layer, :, :, :end] = row
-        score.mul_(self.decay).add_(row)
+        out, rows = full_attention_block(query, seen_key, seen_value, span.positions)
+        self._remember(layer, rows[:, :, 0])
         return out
+
+    def _remember(self, layer: int | slice, row: Tensor) -> None:
+        """The newest query's attention (..., B, H, end), of one layer or of all."""
+        if "row" in self.sliced:
+            self.row[layer][..., : row.shape[-1]] = row
+        self.score[layer][..., : row.shape[-1]].mul_(self.decay).add_(row)
+
+    def begin(self, plans: bool) -> None:
+        """A step begins: a cache that drops tokens does so in the steps that plan (frugal.py)."""
+
+    def of_heads(self, table: Tensor, head: Tensor, end: int) -> Tensor:
+        """Rows of some heads by position: table (L, B, H, ..., S), head (B, h) as l * H + h -> (B, h, ..., end)."""
+        sequence = torch.arange(len(head), device=head.device)[:, None]
+        return table[head // table.shape[2], sequence, head % table.shape[2], ..., :end]
 
     def ledger(self) -> list[Entry]:
         size = sum(getattr(self, name).nbytes for name in self.sliced[2:])
@@ -301,9 +312,9 @@ class TieredCache:
     def _bring(self, pool: Tensor, slot: Tensor, host: Tensor, fresh: Tensor) -> int:
         """Move the fresh tokens' rows from host (B, G, S, D) into pool (B, G, slots, D); returns how many.
 
-        The newest token of each sequence has a slot but no row yet: attention writes it.
+        The newest tokens of each sequence have slots but no rows yet: attention writes them.
         """
-        moving = fresh & (torch.arange(fresh.shape[-1], device=fresh.device) != self._position[:, None, None])
+        moving = fresh & (torch.arange(fresh.shape[-1], device=fresh.device) < self._position[:, None, None])
         b, g, token = moving.nonzero(as_tuple=True)
         head = b * self.config.kv_heads + g
         target = head * pool.shape[2] + slot[b, g, token]
@@ -316,15 +327,8 @@ class TieredCache:
         """Put the newest token's key, value (B, G, 1, D) into its slots, then attend with query (B, H, 1, D), Eq. 6."""
         if query.shape[2] != 1:
             raise ValueError(f"a tiered cache takes one token a step, not {query.shape[2]}; prefill is for staging()")
-        if not self.prefetch:
-            self._ready[layer] = (self._move(layer), None)
-        borrowed, arrived = self._ready.pop(layer)
-        if arrived is not None:
-            torch.cuda.current_stream(self.key.device).wait_event(arrived)
-        position = span.positions[:, :, None]  # (B, 1, 1)
-        for pool, where, row in ((self.key, self.key_position, key), (self.value, self.value_position, value)):
-            slot = (where[layer] == position).byte().argmax(-1)  # (B, G)
-            pool[layer].scatter_(2, slot[:, :, None, None].expand_as(row), row)
+        borrowed = self._arrived(layer)
+        self._put(layer, key, value, span)
         self.newest[0, layer], self.newest[1, layer] = key[:, :, 0], value[:, :, 0]
         self.newest_position = self._position
         used = self.key_position[layer] >= 0
@@ -336,6 +340,22 @@ class TieredCache:
         if self.prefetch:
             self._prefetch(layer + 1)
         return out
+
+    def _arrived(self, layer: int) -> Tensor:
+        """Wait for the rows of a layer; its borrowed weights."""
+        if not self.prefetch:
+            self._ready[layer] = (self._move(layer), None)
+        borrowed, arrived = self._ready.pop(layer)
+        if arrived is not None:
+            torch.cuda.current_stream(self.key.device).wait_event(arrived)
+        return borrowed
+
+    def _put(self, layer: int, key: Tensor, value: Tensor, span: Span) -> None:
+        """Write key, value (B, G, T, D) of the new tokens into the slots that the plan has given them."""
+        position = span.positions[:, None, :, None]  # (B, 1, T, 1)
+        for pool, where, row in ((self.key, self.key_position, key), (self.value, self.value_position, value)):
+            slot = (where[layer][:, :, None] == position).byte().argmax(-1, keepdim=True)  # (B, G, T, 1)
+            pool[layer].scatter_(2, slot.expand_as(row), row)
 
     def _remember(self, layer: int, weight: Tensor) -> None:
         """Add this step's weights (B, H, N), summed over the heads of a group, to the LLM's own scores."""
@@ -359,11 +379,10 @@ class TieredCache:
     def ledger(self) -> list[Entry]:
         """What is allocated, by tier and device."""
         device = self.key.device.type
-        marginal = self.value.nbytes - self.key.nbytes
         tables = self.key_position.nbytes + self.value_position.nbytes + self.value_slot.nbytes + self.newest.nbytes
         entries = [
             Entry("critical K, V", device, 2 * self.key.nbytes),
-            Entry("marginal V", device, marginal),
+            Entry("marginal V", device, self.value.nbytes - self.key.nbytes),
             Entry("slot tables, newest K, V", device, tables),
             Entry("host K, V", "pinned" if self.host_key.is_pinned() else "host", 2 * self.host_key.nbytes),
         ]
@@ -377,8 +396,7 @@ class TieredCache:
         dtype: torch.dtype, own_scores: bool = False,
     ) -> list[Entry]:  # fmt: skip
         """The ledger from the shapes alone, before anything is allocated."""
-        rows = config.layers * batch * config.kv_heads
-        D = config.head_dim
+        rows, D = config.layers * batch * config.kv_heads, config.head_dim
         entries = [
             Entry("critical K, V", device, 2 * _bytes(dtype, rows, critical_slots, D)),
             Entry("marginal V", device, _bytes(dtype, rows, value_slots - critical_slots, D)),

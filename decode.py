@@ -80,9 +80,9 @@ class Session:
 
     def __init__(
         self, llm: Decoder, policy, prompts: list[list[int]], max_new_tokens: int, chunk: int = PREFILL_CHUNK,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] | None = None, spare: int = 0,
     ):  # fmt: skip
-        """prompts: token ids, one list a sequence. max_new_tokens: the caches are made for that many more.
+        """prompts: token ids, one list a sequence. max_new_tokens: the caches are made for that many more, and `spare`.
 
         progress is called with the number of prompt tokens that both models have done, chunk by chunk.
         """
@@ -90,7 +90,7 @@ class Session:
             raise ValueError("empty prompt: there is nothing to continue")
         self.llm, self.policy, self.prompts, self.chunk, self.progress = llm, policy, prompts, chunk, progress
         self.lengths = [len(prompt) for prompt in prompts]
-        self.capacity = max(self.lengths) + max_new_tokens
+        self.capacity = max(self.lengths) + max_new_tokens + spare
         check_positions(policy, self.lengths, max_new_tokens)
         # Ids that only padding rows of the larger embedding have mean nothing, and the SLM could not read them.
         self.vocab = min(model.config.vocab_size for model in policy.models)
@@ -150,14 +150,16 @@ class Sampler:
         return [torch.Generator().manual_seed(self.seed) for _ in range(batch)]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """logits (V,) -> the distribution that is drawn from, (V,) fp32."""
+        """logits (..., V) -> the distributions that are drawn from, (..., V) fp32."""
         scaled = logits.float() / self.temperature
         if self.top_k:
-            scaled = scaled.masked_fill(scaled < scaled.topk(min(self.top_k, len(scaled))).values[-1], -torch.inf)
+            least = scaled.topk(min(self.top_k, scaled.shape[-1])).values[..., -1:]
+            scaled = scaled.masked_fill(scaled < least, -torch.inf)
         if self.top_p < 1:
             ordered, order = scaled.softmax(-1).sort(descending=True)
             before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens: the first one always stays
-            scaled[order[before >= self.top_p]] = -torch.inf
+            unlikely = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
+            scaled = scaled.masked_fill(unlikely, -torch.inf)
         return scaled.softmax(-1)
 
     def __call__(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:

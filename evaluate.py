@@ -26,13 +26,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from arguments import DTYPE_CHOICES
 from baselines import BASELINES, Fused
 from benchmarks import TASKS
 from checkpoint import CheckpointError
 from decode import FullPolicy
 from demo import PAIR
 from evicting import Budget
-from generate import DTYPE_CHOICES, Pair, load_pair
+from generate import Pair, load_pair
 from hub import fetch
 from model import Config
 from overhead import cache_bytes
@@ -125,11 +126,12 @@ def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair)
     """
     cells = []
     for text in methods:
-        method = parse_method(text)[0]
+        method, options = parse_method(text)
         for budget in budgets if method.budgets else [1.0]:
             own = budget
             if equal == "bytes" and method.needs_slm:
                 share = token_bytes(pair.slm.config, pair.slm.dtype) / token_bytes(pair.llm.config, pair.llm.dtype)
+                share *= options.get("slm_budget", 1.0)  # of its own cache that the SLM keeps
                 own = budget - share
                 if own <= 0:
                     raise ValueError(

@@ -6,8 +6,9 @@
     python experiments.py fig7 --slm pair/slm pair/llm --batch 10     # flags of evaluate.py's task go through
 
 Where it sits: above everything. A command says what the paper ran and prints the command for the paper's own pair, then
-measures here what studies.py does (`--about`: only the first two). The folder --out gets rows.jsonl and experiment.json
-(or evaluate.py's results.jsonl and run.json) and the pictures. Figures in the texts below are the paper's.
+measures here what studies.py or slm_costs.py does (`--about`: only the first two). The folder --out gets rows.jsonl and
+experiment.json (or evaluate.py's results.jsonl and run.json) and the pictures. Figures in the texts below are the
+paper's.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import slm_costs
 import studies
 from benchmarks import TASKS
 from checkpoint import CheckpointError
@@ -137,16 +139,32 @@ EXPERIMENTS = {
     ),
     "table3": Experiment(
         "The shapes of Qwen2-7B and Qwen2-72B, from which Eq. 7 and 8 give ratios of cache, saving and FLOPs.",
-        ("python experiments.py table3",), studies.shapes,
+        ("python experiments.py table3",), slm_costs.shapes,
     ),
     "table4": Experiment(
         "Latency and KV cache of the SLM beside the LLM's, four pairs. Added here: FLOPs, and from how many tokens on "
         "the SLM pays for itself.",
-        ("python experiments.py table4",), studies.costs,
+        ("python experiments.py table4",), slm_costs.costs,
         several=True,
         limits=("The latencies are the paper's: no formula of its yields them, and bench.py times ours.",),
         own=(("--length", {"nargs": "+", "type": int, "default": [2304, 16896], "help": "(default: Table 2's)"}),
              budget_flag([0.2])),
+    ),
+    "table5": Experiment(
+        "A.3: the SLM's own cache at 20, 40, 60, 80 and 100 %, Qwen2-7B at 20 % with Qwen2-0.5B on BBH: 0.287, 0.442, "
+        "0.462, 0.464 and 0.436; H2O at 30 %, the bytes of both caches at 40 %: 0.38.",
+        (quality("bbh", SEVEN, "table5"),), slm_costs.table5, samples=20,
+        own=(TOKENS, method_flag(["smallkv"]), budget_flag([0.2]),
+             ("--slm-budget", {"nargs": "+", "type": float, "default": [1.0, 0.8, 0.6, 0.4, 0.2],
+                               "help": "shares of the SLM's own cache (default: 1 0.8 0.6 0.4 0.2)"})),
+    ),
+    "table6": Experiment(
+        "A.3: the SLM stops after 24 (all), 20, 18, 16 and 12 layers, Qwen2-7B at 20 % with Qwen2-0.5B on BBH: 0.436, "
+        "0.436, 0.390, 0.359 and 0.335; H2O at 20 %: 0.318.",
+        (f"{quality('bbh', SEVEN, 'table6')} --method smallkv-paper h2o --layers 24 20 18 16 12",), slm_costs.table6,
+        samples=20,
+        own=(method_flag(["smallkv", "h2o"]), budget_flag([0.2]),
+             ("--layers", {"nargs": "+", "type": int, "help": "of the SLM (default: 1, 5/6, 2/3, 1/2, 1/3 of them)"})),
     ),
     "table7": Experiment(
         "Similarity of matched heads, the first tokens left out, of 6 pairs on BBH, GSM8K and MMLU: 0.83 to 0.98.",
@@ -191,7 +209,7 @@ def print_list() -> None:
     for name, experiment in EXPERIMENTS.items():
         table.add_row(name, experiment.ran)
     Console().print(table, markup=False)
-    print("Table 2 is bench.py. Tables 5 and 6 (a compressed SLM, an SLM that stops early) are not built.")
+    print("Table 2 is bench.py.")
 
 
 def add_common(parser: argparse.ArgumentParser, name: str, experiment: Experiment) -> None:

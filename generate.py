@@ -12,9 +12,8 @@ to decode.py, and prints: the answer on standard output, all else on standard er
 
 import argparse
 import json
-import select
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ from tqdm import tqdm
 
 import demo
 import parallel
-from backend import NAMES, TORCH, Backend, pick_backend
+from arguments import add_arguments, check_speculation, input_waits, make_settings, read_prompts
+from backend import TORCH, Backend, pick_backend
 from baselines import BASELINES, Fused
 from checkpoint import (
     DTYPES,
@@ -38,14 +38,13 @@ from decode import FullPolicy, Sampler, Session, Timing, check_positions, genera
 from evicting import Budget
 from graph import StaticSession
 from kernels import SCORE_BLOCK
-from match import MATCHERS
 from model import Decoder
 from report import make_report, print_comparison, print_report
 from smallkv import Settings, SmallKV
+from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV, speculate_ids
 from text import Text, check_same_tokenizer
 
 PROGRESS_FROM = 2048  # prompt tokens from which the prefill shows a bar
-DTYPE_CHOICES = {"auto": None, **DTYPES}
 
 
 @dataclass
@@ -133,6 +132,8 @@ def check_caches_fit(policy, lengths: list[int], capacity: int) -> None:
 
 def make_session(pair: Pair, policy, prompts: list[list[int]], new: int, backend: Backend, progress) -> Session:
     """With static steps, one CUDA graph each, where the backend is Triton and the policy has them; else the plain."""
+    if drafts_of(policy):
+        return SpeculativeSession(pair.llm, policy, prompts, new, progress=progress)
     if backend.name == "triton" and has_static_step(policy):
         return StaticSession(backend, pair.llm, policy, prompts, new, progress=progress)
     return Session(pair.llm, policy, prompts, new, progress=progress)
@@ -142,6 +143,11 @@ def has_static_step(policy) -> bool:
     """graph.py knows the full cache and SmallKV where `Settings.static`; its kernels three head dims."""
     known = type(policy) is FullPolicy or (type(policy) is SmallKV and policy.settings.static)
     return known and all(model.config.head_dim in (32, 64, 128) for model in policy.models)
+
+
+def drafts_of(policy) -> int:
+    """How many tokens the SLM drafts a round; 0: none."""
+    return policy.drafts if isinstance(policy, (SpeculativeFull, SpeculativeSmallKV)) else 0
 
 
 def answer(
@@ -154,7 +160,7 @@ def answer(
     """
     lengths = [len(prompt) for prompt in prompts]
     check_positions(policy, lengths, max_new_tokens)
-    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens)
+    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts_of(policy))
     total = sum(lengths)
     bar = tqdm(total=total, desc="prefill", unit="token", leave=False, disable=None if total >= PROGRESS_FROM else True)
     session = make_session(pair, policy, prompts, max_new_tokens, backend, bar.update)
@@ -163,11 +169,10 @@ def answer(
     stopped = [False] * len(prompts)
     interrupted = False
     try:
-        for step in generate_ids(session, pair.team.sampler(sampler), max_new_tokens, set(pair.text.stop), timing):
+        make_ids = speculate_ids if drafts_of(policy) else generate_ids
+        for step in make_ids(session, pair.team.sampler(sampler), max_new_tokens, set(pair.text.stop), timing):
             bar.close()
-            for b, token in enumerate(step):
-                if token is None:
-                    continue
+            for b, token in flat(step):
                 if token in pair.text.stop:
                     stopped[b] = True
                     continue
@@ -180,15 +185,14 @@ def answer(
     return Answer(tokens, stopped, pair.team.report(make_report(session, timing))), interrupted
 
 
-def input_waits() -> bool:
-    """Whether something was piped in. A terminal, an empty file or a pipe in which nothing is yet is nothing."""
-    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
-        return False
-    return bool(select.select([sys.stdin], [], [], 0.2)[0]) and bool(sys.stdin.buffer.peek(1))
+def flat(step: list) -> list[tuple[int, int]]:
+    """(sequence, token) of every new token of a step, which has one or none a sequence, or of a round: a list each."""
+    rows = [new if isinstance(new, list) else [new] for new in step]
+    return [(b, token) for b, row in enumerate(rows) for token in row if token is not None]
 
 
 def run_demo(args, settings: Settings) -> int:
-    if args.method != "smallkv" or args.chat or args.json or args.backend == "triton":
+    if args.method != "smallkv" or args.chat or args.json or args.backend == "triton" or args.speculate:
         raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
     torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
     pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers)
@@ -197,81 +201,6 @@ def run_demo(args, settings: Settings) -> int:
     console.print(line, style="dim", highlight=False, soft_wrap=True)
     demo.show(pair, settings, console)
     return 0
-
-
-def read_prompts(args) -> list[str]:
-    """Prompts from the arguments, from files (one prompt a file), or from standard input (one prompt)."""
-    prompts = list(args.prompt)
-    for name in args.prompt_file:
-        try:
-            data = Path(name).read_bytes()
-        except OSError as error:
-            raise ValueError(f"cannot read prompt file {name}: {error.strerror}") from None
-        prompts.append(_utf8(data, f"prompt file {name}"))
-    if not prompts:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise ValueError("no prompt: give one as an argument, with --prompt-file, or on standard input")
-        prompts.append(_utf8(sys.stdin.buffer.read(), "standard input"))
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise ValueError(f"prompt {number} is empty: there is nothing to continue")
-    return prompts
-
-
-def _utf8(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
-
-
-def make_settings(args) -> Settings:
-    """The method's settings from the arguments; --paper gives the paper's, and what is typed beside it still counts."""
-    asked = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    return Settings.paper(**asked) if args.paper else Settings(**asked)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    models = parser.add_argument_group("models")
-    models.add_argument("--llm", help="the large model: a folder or a hub id (default: the embedded pair)")
-    models.add_argument("--slm", help="the small model of the same series: a folder or a hub id")
-    models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
-    models.add_argument("--revision", help="hub revision of the LLM")
-    models.add_argument("--slm-revision", help="hub revision of the SLM")
-    models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
-    models.add_argument("--backend", default="torch", choices=NAMES, help="of the decode steps; auto: triton on CUDA, "
-                        "as static steps in a CUDA graph (default: torch)")  # fmt: skip
-    method = parser.add_argument_group("method")
-    method.add_argument("--method", default="smallkv", choices=("full", "smallkv", "fused", *BASELINES))
-    method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")
-    method.add_argument("--budget", type=float, help=f"share of the full cache's bytes (default: {Settings.budget})")
-    method.add_argument("--budget-tokens", type=int, help="instead: bytes of that many whole tokens")
-    method.add_argument("--score-decay", type=float, metavar="D", help="score = D * score + newest row (default: "
-                        f"{Settings.score_decay}; 1 is the paper's accumulation)")  # fmt: skip
-    method.add_argument("--matcher", choices=MATCHERS, help=f"how heads are matched (default: {Settings.matcher})")
-    switch = argparse.BooleanOptionalAction
-    method.add_argument("--marginal", action=switch, help="marginal compensation (default: "
-                        f"{'on' if Settings.marginal else 'off'})")  # fmt: skip
-    method.add_argument("--saliency-shift", action=switch, help="rank tokens by the SLM (default)")
-    method.add_argument("--prefetch", action=switch, help="move tiers a layer ahead (default)")
-    method.add_argument("--refresh", type=int, metavar="R", help="choose the tiers in every R-th step (default: 1)")
-    method.add_argument("--max-moves", type=int, metavar="S", help="at most S tokens a KV head enter at a plan")
-    method.add_argument("--split", metavar="C:R:M", help="critical : recent : marginal tokens (default: 2:1:2)")
-    method.add_argument("--gate", type=float, metavar="X", help="no marginal tier below this similarity of the heads")
-    method.add_argument("--paper", action="store_true", help="the paper's setting: decay 1, Jaccard, marginal tier")
-    prompt = parser.add_argument_group("prompts")
-    prompt.add_argument("prompt", nargs="*", help="prompts; with none, and no file, standard input is read")
-    prompt.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
-    prompt.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
-    sampling = parser.add_argument_group("decoding")
-    sampling.add_argument("--max-new-tokens", type=int, default=256)
-    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    sampling.add_argument("--top-p", type=float, default=1.0)
-    sampling.add_argument("--top-k", type=int, default=0)
-    sampling.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write answers and report for machines")
 
 
 def run(args) -> int:
@@ -291,14 +220,15 @@ def run(args) -> int:
         check_writable(Path(args.json))  # before the work, not after it
     if args.compare and args.method not in ("full", "smallkv"):
         raise ValueError(f"--compare sets SmallKV beside the full cache; leave --method {args.method} out")
-    smallkv = args.method in ("smallkv", "fused")
-    if (smallkv or args.compare) and not args.slm:
+    two = args.method in ("smallkv", "fused") or args.compare or bool(args.speculate)
+    if two and not args.slm:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
-    team.check_method(args.method)
+    check_speculation(args)
+    team.check_method(args.method, speculate=args.speculate)
     console = Console(stderr=True)
     pair = load_pair(
-        args.llm, args.slm if smallkv or args.compare else None, args.device, args.dtype, args.revision,
-        args.slm_revision, args.slm_layers, team,
+        args.llm, args.slm if two else None, args.device, args.dtype, args.revision, args.slm_revision,
+        args.slm_layers, team,
     )
     backend = pick_backend(args.backend, pair.llm.device)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
@@ -307,9 +237,14 @@ def run(args) -> int:
 
     results: dict[str, Answer] = {}
     interrupted = False
-    methods = ["full", "smallkv"] if args.compare else [args.method]
-    for name in methods:
-        policy = make_policy(name, pair, settings)
+    asked = args.method, args.speculate
+    methods = {args.method: asked}  # what is shown -> method, drafts
+    if args.compare and args.speculate:
+        methods = {args.method: (args.method, 0), f"{args.method}, {args.speculate} drafts": asked}
+    elif args.compare:
+        methods = {"full": ("full", 0), "smallkv": ("smallkv", 0)}
+    for name, (method, drafts) in methods.items():
+        policy = make_policy(method, pair, settings, drafts)
         console.print(backend_line(pair, policy, backend), style="dim", highlight=False, soft_wrap=True)
         stream = pair.text.stream()
         live = len(prompts) == 1 and not args.compare  # several answers at once cannot be streamed into one column
@@ -320,9 +255,10 @@ def run(args) -> int:
         if interrupted:
             break
     if args.compare and len(results) == 2:
-        print_comparison(pair.text, results["full"], results["smallkv"], Console())
+        names = list(results) if args.speculate else ["full cache", "SmallKV"]
+        print_comparison(pair.text, *results.values(), Console(), names)
     elif len(prompts) > 1 or args.compare:
-        for number, tokens in enumerate(results[methods[len(results) - 1]].tokens, 1):
+        for number, tokens in enumerate(results[name].tokens, 1):
             print(f"--- answer {number}\n{pair.text.decode(tokens)}")
     for name, result in results.items():
         print_report(name, result.report, console)
@@ -333,8 +269,12 @@ def run(args) -> int:
     return 130 if interrupted else 0
 
 
-def make_policy(method: str, pair: Pair, settings: Settings):
+def make_policy(method: str, pair: Pair, settings: Settings, drafts: int = 0):
     """The policy of one --method; a baseline takes the budget from the settings, and the rest means nothing to it."""
+    if drafts:
+        if method == "full":
+            return SpeculativeFull(pair.llm, pair.slm, drafts)
+        return SpeculativeSmallKV(pair.llm, pair.slm, settings, drafts)
     if method == "full":
         return FullPolicy(pair.llm)
     if method in ("smallkv", "fused"):

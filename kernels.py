@@ -3,14 +3,16 @@
 Where it sits: below the caches (cache.py), which call nothing else to attend or to move bytes. The functions here are
 the twins that a faster kernel must equal, argument for argument.
 
-| function              | flow                            | paper                              |
-| --------------------- | ------------------------------- | ---------------------------------- |
-| `causal_attention`    | prefill of both models          | vanilla attention                  |
-| `attention_rows`      | matching window                 | the matrices of Eq. 1-2            |
-| `column_sums`         | prefill -> scores               | Eq. 1, in blocks                   |
-| `full_attention_step` | SLM's (or full) decode step     | vanilla attention, the row is kept |
-| `tiered_attention`    | LLM's decode step               | Eq. 6                              |
-| `move_rows`           | migration, host -> GPU slots    | Algorithm 1, line 9                |
+| function                 | flow                         | paper                              |
+| ------------------------ | ---------------------------- | ---------------------------------- |
+| `causal_attention`       | prefill of both models       | vanilla attention                  |
+| `attention_rows`         | matching window              | the matrices of Eq. 1-2            |
+| `column_sums`            | prefill -> scores            | Eq. 1, in blocks                   |
+| `full_attention_step`    | SLM's (or full) decode step  | vanilla attention, the row is kept |
+| `full_attention_block`   | drafts verified, full cache  | the same for several new tokens    |
+| `tiered_attention`       | LLM's decode step            | Eq. 6                              |
+| `tiered_attention_block` | drafts verified, three tiers | Eq. 6 for several new tokens       |
+| `move_rows`              | migration, host -> GPU slots | Algorithm 1, line 9                |
 
 Queries are scaled before the product, not after: unscaled products of fp16 can pass 65,504.
 
@@ -79,14 +81,24 @@ def full_attention_step(query: Tensor, key: Tensor, value: Tensor, positions: Te
     query (B, H, 1, D), key and value (B, G, S, D), positions (B,): the newest token's; later columns are not seen.
     Returns the output (B, H, 1, D) and the attention rows (B, H, S) fp32.
     """
-    B, H, _, D = query.shape
+    out, rows = full_attention_block(query, key, value, positions[:, None])
+    return out, rows[:, :, 0]
+
+
+def full_attention_block(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """T new tokens a sequence on its full cache, each seeing what stands up to its own position.
+
+    query (B, H, T, D), key and value (B, G, S, D), positions (B, T). Returns the output (B, H, T, D) and the attention
+    rows (B, H, T, S) fp32: for the few tokens of a decode or verify step, not for a prefill.
+    """
+    B, H, T, D = query.shape
     G, S = key.shape[1], key.shape[2]
-    grouped = query.view(B, G, H // G, D)
-    logits = (grouped * D**-0.5 @ key.transpose(-1, -2)).float()  # (B, G, H/G, S)
-    unseen = torch.arange(S, device=query.device) > positions[:, None]  # (B, S)
+    grouped = query.reshape(B, G, H // G * T, D)
+    logits = (grouped * D**-0.5 @ key.transpose(-1, -2)).float().view(B, G, -1, T, S)
+    unseen = torch.arange(S, device=query.device) > positions[:, :, None]  # (B, T, S)
     rows = logits.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
-    out = rows.to(value.dtype) @ value  # (B, G, H/G, D)
-    return out.view(B, H, 1, D), rows.view(B, H, S)
+    out = rows.to(value.dtype).view(B, G, -1, S) @ value  # (B, G, H/G * T, D)
+    return out.view(B, H, T, D), rows.view(B, H, T, S)
 
 
 def tiered_attention(
@@ -104,19 +116,32 @@ def tiered_attention(
     The paper leaves the factor (1 - m) open; with it, exact borrowed probabilities give exact attention.
     Returns the output (B, H, 1, D) and the weight of every V slot in it (B, H, N) fp32, which sums to one.
     """
-    B, H, _, D = query.shape
+    out, weight = tiered_attention_block(query, key, value, key_used[:, :, None], value_slot, borrowed[:, :, None])
+    return out, weight[:, :, 0]
+
+
+def tiered_attention_block(
+    query: Tensor, key: Tensor, value: Tensor, key_seen: Tensor, value_slot: Tensor, borrowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """T new tokens a sequence on the tiers (Eq. 6), each with what it sees and a row of its own to borrow.
+
+    As `tiered_attention`, with query (B, H, T, D), key_seen (B, G, T, C) bool: the K slots whose token is not after
+    this one, and borrowed (B, H, T, N). Returns the output (B, H, T, D) and the weights (B, H, T, N) fp32.
+    """
+    B, H, T, D = query.shape
     G, N = key.shape[1], value.shape[2]
-    grouped = query.view(B, G, H // G, D)
-    logits = (grouped * D**-0.5 @ key.transpose(-1, -2)).float()  # (B, G, H/G, C)
-    critical = logits.masked_fill(~key_used[:, :, None], -torch.inf).softmax(-1)
-    weight = borrowed.view(B, G, H // G, N)
-    mass = weight.sum(-1, keepdim=True)  # m, (B, G, H/G, 1)
-    slot = value_slot[:, :, None].expand_as(critical)
+    grouped = query.reshape(B, G, H // G * T, D)
+    logits = (grouped * D**-0.5 @ key.transpose(-1, -2)).float().view(B, G, H // G, T, -1)  # (B, G, H/G, T, C)
+    critical = logits.masked_fill(~key_seen[:, :, None], -torch.inf).softmax(-1)
+    weight = borrowed.view(B, G, H // G, T, N)
+    mass = weight.sum(-1, keepdim=True)  # m, (B, G, H/G, T, 1)
+    slot = value_slot[:, :, None, None].expand_as(critical)
     weight = weight.scatter_add(-1, slot, (1 - mass) * critical)  # empty K slots add their zero to slot 0
+    weight = weight.view(B, G, H // G * T, N)
     # A slot nobody weighs may hold anything, NaN included: 0 * NaN would reach the sum.
     used = (weight != 0).any(2)[..., None]  # (B, G, N, 1)
-    out = weight.to(value.dtype) @ value.where(used, 0)  # (B, G, H/G, D)
-    return out.view(B, H, 1, D), weight.view(B, H, N)
+    out = weight.to(value.dtype) @ value.where(used, 0)  # (B, G, H/G * T, D)
+    return out.view(B, H, T, D), weight.view(B, H, T, N)
 
 
 def move_rows(target: Tensor, target_rows: Tensor, source: Tensor, source_rows: Tensor) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from baselines import H2O
+from cache import ScoredCache
 from decode import FullPolicy, Session
 from evicting import Budget
+from frugal import FrugalCache
 from match import SINKS, WINDOW_MAX, WINDOW_MIN, head_scores, match_heads
-from model import Decoder
+from model import Decoder, Span
 from tasks import Sample, converse
 
 BANDS = (0.05, 0.10, 0.15)  # Fig. 2: the top 5 %, the two marginal bands, the rest
@@ -120,6 +122,43 @@ def saliency_shift(llm: Decoder, slm: Decoder, ids: list[int], budget: float) ->
         **heavy,
         "slm": jaccard(top_mask(borrowed, kept), important),
     }
+
+
+# ---- Table 5: a smaller cache of the SLM -----------------------------------------------------------------------------
+
+
+def kept_scores(slm: Decoder, ids: list[int], share: float) -> Tensor:
+    """Accumulated scores of every SLM head when its cache keeps a share, 0 for what it has dropped: (L' * H', n).
+
+    The first half of the text is a prompt, the second half is fed token by token, as SmallKV does it.
+    """
+    n, half = len(ids), len(ids) // 2
+    shape = slm.config, 1, n, slm.device, slm.dtype, 1.0
+    cache = FrugalCache(*shape, share=share) if share < 1 else ScoredCache(*shape)
+    tokens = torch.tensor([ids], device=slm.device)
+    staged = cache.staging(0, half)
+    slm(tokens[:, :half], Span.block(0, half, slm.device), staged, logits="none")
+    cache.load(0, staged, half)
+    for at in range(half, n):
+        cache.begin(plans=True)
+        slm(tokens[:, at : at + 1], Span.step([at], slm.device), cache, logits="none")
+    heads = torch.arange(slm.config.layers * slm.config.query_heads, device=slm.device)
+    return cache.of_heads(cache.score, heads[None], n)[0]
+
+
+@torch.inference_mode()
+def frugal_view(llm: Decoder, slm: Decoder, ids: list[int], share: float, budget: float) -> dict[str, float]:
+    """What an SLM that keeps a share of its cache still says of the LLM's attention (heads matched by whole rows).
+
+    similarity: mean cosine of matched heads' accumulated scores. jaccard: of the LLM's important tokens, a budget of
+    them for each KV head, with those that the matched heads name; with the whole cache Fig. 1b's `slm`, other matcher.
+    """
+    check_length(ids)
+    scores, chosen = scores_of(llm, ids), match_heads(llm, slm, ids[:WINDOW_MAX], "cosine").index.flatten()
+    matched = kept_scores(slm, ids, share).to(llm.device)[chosen]  # (L * H, n)
+    kept = Budget(budget).kept(len(ids))
+    named, important = (top_mask(kv_head_scores(one, llm), kept) for one in (matched, scores))
+    return {"similarity": cosine(scores, matched).mean().item(), "jaccard": jaccard(named, important)}
 
 
 # ---- Fig. 2: attention by rank ---------------------------------------------------------------------------------------

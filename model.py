@@ -267,9 +267,10 @@ class Span:
         return cls(torch.arange(start, end, device=device)[None], end)
 
     @classmethod
-    def step(cls, positions: list[int], device) -> "Span":
-        """One token for each sequence, as in a decode step."""
-        return cls(torch.tensor(positions, device=device)[:, None], max(positions) + 1)
+    def step(cls, positions: list[int], device, tokens: int = 1) -> "Span":
+        """One token for each sequence, as in a decode step; or some from there on, as when drafts are verified."""
+        first = torch.tensor(positions, device=device)[:, None]
+        return cls(first + torch.arange(tokens, device=device), max(positions) + tokens)
 
 
 class Decoder(nn.Module):

@@ -15,6 +15,7 @@ from cache import FullCache
 from decode import Session, Timing
 from evicting import EvictingCache
 from smallkv import SmallKV
+from speculative import SpeculativeFull, SpeculativeSession
 from text import Text
 
 
@@ -30,9 +31,10 @@ def make_report(session: Session, timing: Timing) -> dict:
     batch, capacity = len(session.prompts), session.capacity
     full = FullCache.predict(llm.config, batch, capacity, llm.device.type, llm.dtype)
     ledgers = {"LLM": cache.ledger()}
+    if isinstance(policy, (SmallKV, SpeculativeFull)):
+        ledgers["SLM"] = policy.slm_cache.ledger()
     tokens, similarity, moved = [], None, None
     if isinstance(policy, SmallKV):
-        ledgers["SLM"] = policy.slm_cache.ledger()
         for b, length in enumerate(session.lengths):
             critical, marginal = cache.tokens(b)
             offloaded = length - critical - marginal
@@ -58,10 +60,18 @@ def make_report(session: Session, timing: Timing) -> dict:
         "full_cache_bytes": sum(entry.size for entry in full),
         "similarity": similarity,
         "moved": moved,
+        "speculation": speculation(session) if isinstance(session, SpeculativeSession) else None,
         "ttft_s": timing.first_token,
         "tpot_ms": timing.per_token * 1e3 if timing.steps else None,
         "decode_steps": timing.steps,
     }
+
+
+def speculation(session: SpeculativeSession) -> dict:
+    """acceptance: share of the drafts that the LLM kept. tokens_per_step: of a sequence in one verify step."""
+    counts = session.counts
+    return {"drafts": session.policy.drafts, "drafted": counts.drafted, "accepted": counts.accepted,
+            "acceptance": counts.acceptance, "tokens_per_step": counts.tokens_per_round}  # fmt: skip
 
 
 def _size(count: int) -> str:
@@ -104,6 +114,12 @@ def print_report(name: str, report: dict, console: Console) -> None:
         )  # fmt: skip
     elif report["moved"]:
         console.print("heads not matched: fewer than 100 tokens, so nothing was evicted either", highlight=False)
+    drafts = report["speculation"]
+    if drafts and drafts["drafted"]:
+        console.print(
+            f"drafts: {drafts['accepted']} of {drafts['drafted']} accepted ({drafts['acceptance']:.0%}), "
+            f"{drafts['tokens_per_step']:.2f} tokens per step and sequence", highlight=False,
+        )  # fmt: skip
     tpot = f", TPOT {report['tpot_ms']:.1f} ms" if report["tpot_ms"] is not None else ""
     console.print(f"TTFT {report['ttft_s']:.2f} s{tpot}", highlight=False)
 
@@ -116,11 +132,11 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
     return None
 
 
-def print_comparison(text: Text, full, smallkv, console: Console) -> None:
-    """The answers of full cache and SmallKV side by side; what comes after the first difference is coloured."""
-    for number, (one, other) in enumerate(zip(full.tokens, smallkv.tokens), 1):
+def print_comparison(text: Text, left, right, console: Console, names=("full cache", "SmallKV")) -> None:
+    """Two methods' answers side by side; what comes after the first difference is coloured."""
+    for number, (one, other) in enumerate(zip(left.tokens, right.tokens), 1):
         parting = first_difference(one, other)
-        table = Table("full cache", "SmallKV", title=f"answer {number}", show_lines=True)
+        table = Table(*names, title=f"answer {number}", show_lines=True)
         # Styled text, not markup: an answer may hold brackets and backslashes of its own.
         cut = len(one) if parting is None else parting
         cells = []

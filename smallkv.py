@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import ScoredCache, TieredCache, TierPlan, column
+from frugal import FrugalCache
 from kernels import column_sums
 from match import MATCHERS, WINDOW_MAX, WINDOW_MIN, HeadMap, match_heads
 from model import Config, Decoder, Span
@@ -52,6 +53,7 @@ class Settings:
     refresh: plan in every refresh-th step, the first included. Between two plans nobody leaves, the newest token comes
         in, and marginal tokens borrow from the newest row as ever; see `planned`.
     max_moves: at most that many tokens a KV head enter the critical set at a plan, see `limit_moves`; None: no limit.
+    slm_budget: share of the SLM's own cache that it keeps, as H2O would; 1 keeps all. See frugal.py.
 
     The defaults are what measured best on wikitext-2 (README, "Results"); `Settings.paper` is the paper's.
     """
@@ -67,6 +69,7 @@ class Settings:
     split: str = "2:1:2"
     gate: float | None = None
     max_moves: int | None = None
+    slm_budget: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
@@ -86,6 +89,8 @@ class Settings:
         if self.max_moves is not None and (self.max_moves < 0 or self.marginal or not self.saliency_shift):
             raise ValueError(f"{self.max_moves} moves: a limit is at least 0, needs saliency shift and goes without a "
                              "marginal tier, which moves tokens of its own")  # fmt: skip
+        if not 0 < self.slm_budget <= 1:
+            raise ValueError(f"SLM budget {self.slm_budget} is outside (0, 1]; 0.4 keeps two fifths of the SLM's cache")
 
     @classmethod
     def paper(cls, **changes) -> "Settings":
@@ -106,8 +111,9 @@ class Settings:
 
     @property
     def static(self) -> bool:
-        """Whether graph.py has a step for it: a gate asks for sizes by head, no saliency shift for the last weights."""
-        return self.saliency_shift and self.gate is None
+        """Whether graph.py has a step for it: a gate asks for sizes by head, no saliency shift for the last weights, a
+        smaller SLM cache for a rule of who leaves it."""
+        return self.saliency_shift and self.gate is None and self.slm_budget == 1
 
     @property
     def bare(self) -> "Settings":
@@ -223,6 +229,7 @@ class SmallKV:
 
     name = "smallkv"
     whole_prompt = False
+    tiers, scored, frugal = TieredCache, ScoredCache, FrugalCache  # of the LLM, of the SLM, of an SLM with a budget
 
     def __init__(
         self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None,
@@ -239,10 +246,7 @@ class SmallKV:
     def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
         """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
         batch, self.lengths = len(lengths), list(lengths)
-        self.slm_cache = ScoredCache(
-            self.slm.config, batch, capacity, self.slm.device, self.slm.dtype, self.settings.score_decay,
-            self.sums, self.keep_row,
-        )  # fmt: skip
+        self.slm_cache = self.make_slm_cache(batch, capacity)
         self.maps: list[HeadMap | None] = [None] * batch
         self.tokens: list[list[int]] = [[] for _ in lengths]
         self.steps, self.kept = 0, {}  # layer -> the masks of the last plan, and who came since
@@ -252,27 +256,38 @@ class SmallKV:
         self.closed = torch.zeros(gates, dtype=torch.bool, device=self.llm.device)  # heads without a marginal tier
         own_decay = self.settings.score_decay if self.own_scores else None
         slots = pool_slots(self.settings, min(lengths), capacity)
-        self.cache = TieredCache(
+        self.cache = self.tiers(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch, own_decay
         )
         return self.cache
+
+    def make_slm_cache(self, batch: int, capacity: int) -> ScoredCache:
+        settings = self.settings
+        shape = (self.slm.config, batch, capacity, self.slm.device, self.slm.dtype)
+        scores = (settings.score_decay, self.sums, self.keep_row)
+        if settings.slm_budget < 1:
+            return self.frugal(*shape, *scores, settings.slm_budget, settings.refresh)
+        return self.scored(*shape, *scores)
 
     def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
         """Ledgers of both caches before anything is allocated."""
         device = self.llm.device.type
         slots = pool_slots(self.settings, min(lengths), capacity)
         llm: Config = self.llm.config
+        shape = (self.slm.config, len(lengths), capacity, device, self.slm.dtype, self.keep_row)
+        share, refresh = self.settings.slm_budget, self.settings.refresh
         return {
             "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, self.own_scores),
-            "SLM": ScoredCache.predict(self.slm.config, len(lengths), capacity, device, self.slm.dtype, self.keep_row),
+            "SLM": FrugalCache.predict(*shape, share, refresh) if share < 1 else ScoredCache.predict(*shape),
         }
 
     def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
         """Run the SLM over the prompt of sequence b, in the given (start, end) chunks, and match the heads."""
-        view = self.slm_cache.sequence(b)
+        staged = self.slm_cache.staging(b, len(tokens))
         for start, end in chunks:
             ids = torch.tensor([tokens[start:end]], device=self.slm.device)
-            self.slm(ids, Span.block(start, end, self.slm.device), view, logits="none")
+            self.slm(ids, Span.block(start, end, self.slm.device), staged, logits="none")
+        self.slm_cache.load(b, staged, len(tokens))
         self.tokens[b] = list(tokens)
         self._match(b)
 
@@ -296,6 +311,8 @@ class SmallKV:
     def observe(self, tokens: list[int], span: Span) -> None:
         """One SLM step on the newest token of each sequence: its attention rows and scores are in the SLM's cache."""
         ids = torch.tensor(tokens, device=self.slm.device)[:, None]  # (B, 1)
+        self.refreshing = self.due()
+        self.slm_cache.begin(self.refreshing)
         self.slm(ids, span, self.slm_cache, logits="none")
         for b, token in enumerate(tokens):
             self.tokens[b].append(token)
@@ -303,8 +320,11 @@ class SmallKV:
             self._match(b)
         self.end = span.end
         self.sizes = [self.settings.planned(length) for length in self.lengths]
-        self.refreshing = self.steps % self.settings.refresh == 0
         self.steps += 1
+
+    def due(self) -> bool:
+        """Whether this step chooses the tiers anew."""
+        return self.steps % self.settings.refresh == 0
 
     def plan(self, layer: int) -> TierPlan:
         """The tiers of one LLM layer, from the newest scores: (B, G, n) masks and the rows to borrow (B, H, n)."""
@@ -353,7 +373,4 @@ class SmallKV:
 
     def _matched(self, table: Tensor, layer: int) -> Tensor:
         """Rows of the SLM heads f(i) of one LLM layer: (L', B, H', S) -> (B, H, n)."""
-        head = self.index[:, layer]  # (B, H)
-        sequence = torch.arange(len(head), device=head.device)[:, None]
-        per_layer = self.slm.config.query_heads
-        return table[head // per_layer, sequence, head % per_layer, : self.end]
+        return self.slm_cache.of_heads(table, self.index[:, layer], self.end)

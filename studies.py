@@ -254,9 +254,9 @@ def table9(args) -> None:
 # ---- quality ---------------------------------------------------------------------------------------------------------
 
 
-def evaluated(args, slm: str, out: Path) -> Run:
-    """evaluate.py with the command's methods and budgets; the run that it wrote."""
-    flags = ["--method", *args.method, "--budget", *map(str, args.budget), *["--markdown"] * args.markdown]
+def evaluated(args, slm: str, out: Path, more: list[str] = ()) -> Run:
+    """evaluate.py with the command's methods and budgets, and more flags of it; the run that it wrote."""
+    flags = ["--method", *args.method, "--budget", *map(str, args.budget), *more, *["--markdown"] * args.markdown]
     run_task(task_arguments(args, slm, out, flags))
     return read_run(out)
 
@@ -355,56 +355,3 @@ def case_page(about: str, prompt: str, asked: list[str], facts: dict, rows: list
         f"{cell('h1', about)}\n<table><tr><th></th>{head}</tr>\n{body}</table>\n"
         f"<h2>What was to be answered</h2><pre>{known}</pre><h2>Prompt</h2>{cell('pre', prompt)}\n</html>\n"
     )
-
-
-# ---- costs -----------------------------------------------------------------------------------------------------------
-
-
-def shapes(args) -> None:
-    names = ("Qwen2-7B", "Qwen2-72B")
-    slm, llm = (overhead.MODELS[name] for name in names)
-    fields = ("layers", "kv_heads", "query_heads", "hidden_size", "head_dim", "intermediate_size", "vocab_size")
-    rows = Rows(args)
-    for name in names:
-        rows.add({"model": name, **{f: getattr(overhead.MODELS[name], f) for f in fields}})
-    table = [["", *names], *([f, str(getattr(slm, f)), str(getattr(llm, f))] for f in fields)]
-    print_rows(table, "table3: the shapes that A.1 and A.2 calculate with", args.markdown)
-    found = overhead.compare(llm, slm, 0.2, [2304])
-    table = [["", "paper", "here"]]
-    table.append(["KV cache, 72B to 7B (Eq. 7)", "5.71", f"{found['cache']:.2f}"])
-    table.append(["SLM's cache, share of what 20 % saves", "21.9%", f"{found['share_of_saving']:.1%}"])
-    table.append(["FLOPs, layers without n^2 and vocabulary", "14.9", f"{found['layer_flops']:.1f}"])
-    table.append(["FLOPs, all of Eq. 8, 2,304 tokens", "-", f"{found['forward_flops'][2304]:.1f}"])
-    print_rows(table, "A.1 and A.2: what is calculated from them", args.markdown)
-
-
-def costs(args) -> None:
-    pairs = [(f"{p.slm} & {p.llm}", overhead.MODELS[p.llm], overhead.MODELS[p.slm], p) for p in overhead.PAPER_PAIRS]
-    for slm in args.slm:
-        name = f"{Path(slm).name} & {Path(args.llm).name}"
-        pairs.append((name, read_config(resolve(args.llm)), read_config(resolve(slm)), None))
-    lengths, budget = args.length, args.budget[0]
-    found = [overhead.compare(llm, slm, budget, lengths) for _, llm, slm, _ in pairs]
-    rows = Rows(args)
-    for (name, _, _, printed), ratios in zip(pairs, found):
-        known = {"paper_latency": printed and printed.latency, "paper_cache": printed and printed.cache}
-        rows.add({"pair": name, **known, **ratios})
-    heading = ["SLM to LLM", "KV cache", "KV cache, paper", f"SLM / saved at {budget:g}", "latency, paper"]
-    heading += ["FLOPs, layers", *(f"FLOPs, {what} {n:,}" for what in ("Eq. 8,", "token on") for n in lengths)]
-    heading += ["matching, Eq. 9 / 8", "break-even tokens", *(f"batch at {n:,}" for n in lengths)]
-
-    def ratio(value: float | None) -> str:
-        return "-" if value is None else f"1/{value:.3g}"
-
-    def whole(value: int | None) -> str:
-        return "never" if value is None else f"{value:,}"
-
-    columns = [heading]
-    for row in rows.rows:
-        line = [row["pair"], ratio(row["cache"]), ratio(row["paper_cache"]), f"{row['share_of_saving']:.1%}"]
-        line += [ratio(row["paper_latency"]), ratio(row["layer_flops"])]
-        line += [ratio(row[kind][n]) for kind in ("forward_flops", "decode_flops") for n in lengths]
-        line += [f"{row['matching_share']:.2%}", whole(row["break_even_tokens"])]
-        columns.append(line + [whole(row["break_even_batch"][n]) for n in lengths])
-    print_rows([list(line) for line in zip(*columns)], "table4: what the SLM adds, from config.json", args.markdown)
-    print("break-even: length x batch from which the LLM's cache saves more than SLM weights and SLM cache take")

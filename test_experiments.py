@@ -325,6 +325,21 @@ def test_the_frontier_names_what_nothing_beats(command, tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"frontier.png", "frontier-quality.png"}
 
 
+def test_table5_and_6_show_what_a_smaller_slm_loses(command, tmp_path):
+    code, out, err = command("table5", *SMALL, "--slm-budget", 1, 0.3, "--markdown")
+    assert code == 0, err
+    rows = rows_of(tmp_path / "out")
+    assert [row["slm_budget"] for row in rows] == [1, 0.3] * 2
+    lines = (tmp_path / "out" / "answers" / "results.jsonl").read_text().splitlines()
+    scores = {row["method"]: [] for row in map(json.loads, lines)}
+    assert list(scores) == ["smallkv:slm_budget=1", "smallkv:slm_budget=0.3"] and "| 30% |" in out
+    code, out, err = command("table6", *SMALL, "--layers", 2, 1, "--markdown", "--out", tmp_path / "stops")
+    assert code == 0, err
+    rows = rows_of(tmp_path / "stops")
+    assert [(row["layers"], list(row["scores"])) for row in rows] == [(2, ["smallkv", "h2o"]), (1, ["smallkv"])]
+    assert rows[0]["slm_share"] == 2 * rows[1]["slm_share"] and "| 1 of 2 |" in out and "| h2o |" in out
+
+
 def test_the_case_study_shows_every_answer(command, tmp_path):
     more = ("--task", "bbh", "--subtask", "navigate", "--limit", 1, "--max-new-tokens", 4, "--budget", 0.5)
     code, out, err = command("fig10", *more, "--method", "full", "h2o", "smallkv")
@@ -368,6 +383,9 @@ MISTAKES = {
     "--sample 9 is none": ("fig10", *SMALL, "--sample", 9),
     "cannot read": ("fig8", *SMALL, "--file", "nothing.txt"),
     "--budget 1.0 is outside": ("table4", "--budget", 1),
+    "SLM budget 2.0 is outside": ("table5", *SMALL, "--slm-budget", 2),
+    "9 layers were asked for": ("table6", *SMALL, "--layers", 9),
+    "table6 needs a method that has an SLM": ("table6", *SMALL, "--method", "h2o"),
     "at least one context": ("table4", "--length", 0),
     "give another --out": ("table3", "--out", "/proc/nothing"),
 }

@@ -221,8 +221,9 @@ def test_mistakes_get_one_line_and_exit_code_2(run, arguments, message):
     assert "Traceback" not in err
 
 
-def test_slm_is_asked_for(run):
-    code, _, err = run("x", slm=None)
+@pytest.mark.parametrize("flags", [(), ("--method", "full", "--speculate", 2)])
+def test_slm_is_asked_for(run, flags):
+    code, _, err = run("x", *flags, slm=None)
     assert code == 2 and "--slm is missing" in err
 
 
@@ -348,6 +349,48 @@ def test_fused_answers_with_both_models(pair, run, tmp_path):
     assert sum(entry["what"] == "scores" for entry in report["ledger"]) == 2
     code, _, err = run(PROMPT, "--method", "fused", "--no-saliency-shift")
     assert (code, err.splitlines()[-1]) == (2, "error: fused scores need the SLM's: saliency shift cannot be off")
+
+
+@pytest.mark.parametrize("method", ["full", "smallkv"])
+def test_drafts_are_shown_beside_the_same_method_without(method, run, tmp_path):
+    options = ("--max-new-tokens", 12, "--method", method, "--budget", 1.0, "--json", tmp_path / "r.json")
+    code, out, err = run(PROMPT, *options)
+    alone = json.loads((tmp_path / "r.json").read_text())[method]["answers"][0]["tokens"]
+    code, out, err = run(PROMPT, *options, "--speculate", 3, "--compare")
+    both = json.loads((tmp_path / "r.json").read_text())
+    assert code == 0 and f"the same {len(alone)} tokens" in out and "drafts: " in err, err
+    assert [result["answers"][0]["tokens"] for result in both.values()] == [alone, alone]
+    plain, drafted = (result["report"] for result in both.values())
+    assert list(both) == [method, f"{method}, 3 drafts"] and plain["speculation"] is None
+    found = drafted["speculation"]
+    assert found["drafts"] == 3 and found["acceptance"] == found["accepted"] / found["drafted"]
+    assert found["tokens_per_step"] == pytest.approx((len(alone) - 1) / drafted["decode_steps"])
+    assert {entry["model"] for entry in drafted["ledger"]} == {"LLM", "SLM"}
+    code, out, err = run(PROMPT, "x", *options, "--speculate", 3, "--temperature", 0.8)
+    assert code == 0 and "--- answer 2" in out and "tokens per step and sequence" in err
+
+
+def test_a_smaller_slm(run, tmp_path):
+    """Fewer layers and a cut cache together, in the ledger: a layer of two, and slots for two fifths of the tokens."""
+    options = ("--slm-layers", 1, "--slm-budget", 0.4, "--max-new-tokens", 8, "--json", tmp_path / "r.json")
+    code, _, err = run(PROMPT, *options)
+    result = json.loads((tmp_path / "r.json").read_text())["smallkv"]
+    (kept,) = [entry["bytes"] for entry in result["report"]["ledger"] if entry["what"] == "kept K, V"]
+    capacity = result["answers"][0]["prompt_tokens"] + 8
+    assert code == 0 and kept == 2 * 1 * 2 * 8 * 4 * int(0.4 * capacity) and "kept K, V" in err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--speculate", -1), "--speculate -1 is negative"),
+    (("--speculate", 2, "--method", "h2o"), "--speculate works with --method full and smallkv, not h2o"),
+    (("--speculate", 2, "--slm-layers", 1), "--speculate needs the SLM's words, and --slm-layers 1 stops before them"),
+    (("--speculate", 2, "--refresh", 2), "a plan every 2 steps: with drafts there is one a round"),
+    (("--speculate", 2, "--no-saliency-shift"), "drafts need saliency shift"),
+    (("--slm-budget", 0), "SLM budget 0.0 is outside (0, 1]"),
+])  # fmt: skip
+def test_what_a_smaller_slm_and_drafts_do_not_go_with(run, arguments, message):
+    code, _, err = run(PROMPT, *arguments)
+    assert code == 2 and err.strip().splitlines()[-1].startswith(f"error: {message}"), err
 
 
 def test_baselines_name_bad_input(run):
