@@ -26,32 +26,18 @@ import time
 import torch
 
 from backend import NAMES, TORCH, Backend, pick_backend
-from bench_clock import Clock, ceilings, profile
+from bench_clock import Clock, ceilings, profile, random_decoder
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
 from cache import FullCache
-from checkpoint import weight_bytes
 from decode import FullPolicy, Session
 from graph import Step
 from match import HeadMap
-from model import Config, Decoder
+from model import Decoder
+from quantize import int4_modules, run_on
 from smallkv import Settings, SmallKV
 
 METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph")
 STEPS = {"eager": 5, "graph": 30}  # timed steps
-
-
-def random_decoder(config: Config, device: torch.device, dtype: torch.dtype) -> Decoder:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            decoder = Decoder(config).requires_grad_(False).eval()
-    finally:
-        torch.set_default_dtype(before)
-    for parameter in decoder.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02)
-    return decoder
 
 
 # ---- Sessions --------------------------------------------------------------------------------------------------------
@@ -91,6 +77,8 @@ class DrivenSmallKV(SmallKV):
 
 def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
     llm, slm = models
+    for model in models:
+        run_on(model, backend)
     prompts = torch.randint(llm.config.vocab_size, (setting.batch, setting.prompt)).tolist()
     if method.startswith("full"):
         return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
@@ -238,7 +226,8 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "tpot_p10_p90": [cuts[0], cuts[-1]],
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
         "turnover": moved[0] * settings.refresh / per_plan if size else None, "pcie_bytes_step": sum(moved) * row_bytes,
-        "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal),
+        "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
+                                 bool(int4_modules(models[0]))),
         "prefill_flops": prefill_flops(llm, slm if size else None, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
@@ -253,7 +242,7 @@ def tiers(session: Session) -> list[dict]:
 
 
 def weights_of(model: Decoder) -> int:
-    return weight_bytes(model.config, model.dtype)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def idle_bytes(method: str, models) -> int:
@@ -319,10 +308,12 @@ def run(args) -> int:
     settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh)
     raws, configs = pair_configs(args.pair)
     torch.manual_seed(0)
-    models = [random_decoder(config, device, dtype) for config in configs]
+    int4 = [args.quantize == "int4", False]  # the LLM alone, as generate.py does
+    models = [random_decoder(config, device, dtype, small) for config, small in zip(configs, int4)]
     models[0].raw = raws[0]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
+              "quantize": args.quantize, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
               "max_moves": args.max_moves, "refresh": args.refresh, "decode_only": args.decode_only,
               "ceilings": ceilings(clock), "rows": []}  # fmt: skip
@@ -357,6 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", type=lambda names: names.split(","), default=["full-graph", "smallkv-graph"],
                         help=f"of {', '.join(METHODS)}, separated by commas")  # fmt: skip
     parser.add_argument("--backend", choices=NAMES, default="auto", help="of the graph methods")
+    parser.add_argument("--quantize", choices=("int4",), help="INT4 weights of the LLM, made in the packed layout")
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--score-decay", type=float, default=0.0)
     parser.add_argument("--marginal", action="store_true")
@@ -376,6 +368,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [method for method in args.methods if method not in METHODS]
     if unknown:
         parser.error(f"unknown method {unknown[0]!r}; supported: {', '.join(METHODS)}")
+    if args.quantize and "transformers" in args.methods:
+        parser.error("--quantize int4 has no Transformers to be set beside; leave transformers out of --methods")
     return run(args)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from model import Config
 from overhead import cache_bytes
+from quantize import int4_bytes
 from shapes import SHAPES
 from smallkv import TierSizes
 
@@ -20,6 +21,8 @@ PAIRS = {
     "qwen2-7b": (SHAPES["Qwen2-7B"], SHAPES["Qwen2-0.5B"]),
     "qwen2.5-14b": (SHAPES["Qwen2.5-14B"], SHAPES["Qwen2.5-0.5B"]),
     "llama3.1-8b": (SHAPES["LLaMA-3.1-8B"], SHAPES["LLaMA-3.2-1B"]),
+    "qwen2-72b": (SHAPES["Qwen2-72B"], SHAPES["Qwen2-7B"]),
+    "qwen2-72b-0.5b": (SHAPES["Qwen2-72B"], SHAPES["Qwen2-0.5B"]),
     "tiny": (TINY, {**TINY, "num_attention_heads": 4, "tie_word_embeddings": True}),
 }
 
@@ -52,22 +55,32 @@ class Setting:
         return settings
 
 
+def layer_products(config: Config) -> list[tuple[int, int]]:
+    """Inputs and outputs of one layer's matrix products, those of the same input as one."""
+    D, hidden, inner = config.head_dim, config.hidden_size, config.intermediate_size
+    qkv, query = (config.query_heads + 2 * config.kv_heads) * D, config.query_heads * D
+    return [(hidden, qkv), (query, hidden), (hidden, 2 * inner), (inner, hidden)]
+
+
 def layer_parameters(config: Config) -> int:
     """Weights of all layers' matrix products; biases and norms are left out, which a table in ms cannot see."""
-    D, hidden = config.head_dim, config.hidden_size
-    attention = hidden * D * (2 * config.query_heads + 2 * config.kv_heads)
-    return config.layers * (attention + 3 * hidden * config.intermediate_size)
+    return config.layers * sum(inputs * outputs for inputs, outputs in layer_products(config))
 
 
 def step_bytes(
-    llm: Config, slm: Config, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool
-) -> dict[str, int]:
+    llm: Config, slm: Config, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool,
+    int4: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache.
 
     The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither. Scores are read
-    once by the plan, and with a marginal tier the rows are those lent.
+    once by the plan, and with a marginal tier the rows are those lent. int4: the LLM's layers are INT4, with their
+    scales and zeros.
     """
-    weights = itemsize * (layer_parameters(llm) + llm.vocab_size * llm.hidden_size)
+    layers = itemsize * layer_parameters(llm)
+    if int4:
+        layers = llm.layers * sum(int4_bytes(*product) for product in layer_products(llm))
+    weights = layers + itemsize * llm.vocab_size * llm.hidden_size
     pair = cache_bytes(llm, 1, batch, itemsize)  # K and V of one token
     if size is None:
         return {"LLM weights": weights, "LLM K, V": pair * length}

@@ -31,6 +31,7 @@ from checkpoint import (
     checkpoint_dtype,
     load_decoder,
     read_config,
+    read_scheme,
     resolve,
     weight_bytes,
 )
@@ -40,6 +41,7 @@ from graph import StaticSession
 from kernels import SCORE_BLOCK
 from match import MATCHERS
 from model import Decoder
+from quantize import int4_modules
 from report import make_report, print_comparison, print_report
 from smallkv import Settings, SmallKV
 from text import Text, check_same_tokenizer
@@ -84,11 +86,12 @@ def pick_device(name: str) -> torch.device:
 
 def load_pair(
     llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
-    slm_revision: str | None = None, slm_layers: int | None = None,
+    slm_revision: str | None = None, slm_layers: int | None = None, quantize: str | None = None,
 ) -> Pair:  # fmt: skip
     """Load both models of a pair, after checking that they belong together and fit. slm None loads the LLM alone.
 
     slm_layers: the SLM stops after so many layers (appendix A.3, Table 6), the others are not loaded.
+    quantize "int4": the LLM's weights are rounded to INT4 (quantize.py; GPTQ and AWQ checkpoints need no word).
     dtype "auto" is the checkpoint's on a GPU, float32 on a CPU, where 16-bit arithmetic is slow.
     """
     where = pick_device(device)
@@ -105,9 +108,10 @@ def load_pair(
         if top >= config.vocab_size:
             size = config.vocab_size
             raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
-    roles = zip(("LLM weights", "SLM weights"), configs)
-    check_fits({role: weight_bytes(config, kind) for role, config in roles}, where)
-    decoders = [load_decoder(folder, where, kind, stop) for folder, stop in zip(folders, stops)]
+    rounded = [quantize, None]  # the SLM's weights are few, and its attention decides what the LLM sees
+    roles = zip(("LLM weights", "SLM weights"), folders, configs, rounded)
+    check_fits({role: weight_bytes(config, kind, read_scheme(folder, q)) for role, folder, config, q in roles}, where)
+    decoders = [load_decoder(folder, where, kind, stop, q) for folder, stop, q in zip(folders, stops, rounded)]
     return Pair(decoders[0], decoders[1] if slm else None, texts[0])
 
 
@@ -189,7 +193,7 @@ def run_demo(args, settings: Settings) -> int:
     if args.method != "smallkv" or args.chat or args.json or args.backend == "triton":
         raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
     torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
-    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers)
+    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers, quantize=args.quantize)
     console = Console(stderr=True)
     line = backend_line(pair, SmallKV(pair.llm, pair.slm, settings), TORCH)  # it takes plain steps everywhere
     console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -243,6 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--slm-revision", help="hub revision of the SLM")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
+    models.add_argument("--quantize", choices=("int4",), help="round the LLM's weights to INT4 while loading")
     models.add_argument("--backend", default="torch", choices=NAMES, help="of the decode steps; auto: triton on CUDA, "
                         "as static steps in a CUDA graph (default: torch)")  # fmt: skip
     method = parser.add_argument_group("method")
@@ -295,7 +300,7 @@ def run(args) -> int:
     console = Console(stderr=True)
     pair = load_pair(
         args.llm, args.slm if smallkv or args.compare else None, args.device, args.dtype, args.revision,
-        args.slm_revision, args.slm_layers,
+        args.slm_revision, args.slm_layers, args.quantize,
     )
     backend = pick_backend(args.backend, pair.llm.device)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
@@ -348,7 +353,7 @@ def backend_line(pair: Pair, policy, backend: Backend) -> str:
     moving = "none (one tier)"
     if isinstance(policy, SmallKV):
         moving = "side stream" if static or (device.type == "cuda" and policy.settings.prefetch) else "in step"
-    dtype = str(pair.llm.dtype).removeprefix("torch.")
+    dtype = str(pair.llm.dtype).removeprefix("torch.") + ", INT4 weights" * bool(int4_modules(pair.llm))
     return f"backend: {steps}, {device} ({name}), {dtype}, tier movement {moving}"
 
 
