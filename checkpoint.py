@@ -212,6 +212,8 @@ def load_decoder(
                 raise CheckpointError(
                     f"{path} is not a readable safetensors file, truncated or corrupt: {error}"
                 ) from None
+        if scheme is None and any(name.endswith(".qweight") for name in found):
+            raise CheckpointError(f"{folder} holds INT4 weights (qweight), but its config.json no quantization_config")
         problems += [f"missing tensor {name}" for name in expected if name not in found and not name.endswith(".g_idx")]
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import generate as command
 import kernels_int4
@@ -25,7 +25,7 @@ from test_graph import generate_static
 from test_kernels import HALF, HERE, cases, close, randn
 
 SHAPE = {
-    "model_type": "qwen2", "vocab_size": 97, "hidden_size": 192, "intermediate_size": 328, "num_hidden_layers": 2,
+    "model_type": "qwen2", "vocab_size": 97, "hidden_size": 192, "intermediate_size": 328, "num_hidden_layers": 1,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
 }  # fmt: skip
 
@@ -51,8 +51,8 @@ def plain(decoder: Decoder) -> Decoder:
     """A decoder of nn.Linear with the weights of an INT4 one."""
     twin = Decoder(decoder.config).requires_grad_(False).eval()
     dense = {f"{name}.weight": module.weight(torch.float32) for name, module in int4_modules(decoder).items()}
-    kept = {name: p for name, p in decoder.named_parameters()}
-    twin.load_state_dict({name: t.cpu().contiguous() for name, t in {**kept, **dense}.items()}, strict=False)
+    for name, parameter in twin.named_parameters():
+        parameter.copy_(dense[name] if name in dense else decoder.get_parameter(name))
     return twin
 
 
@@ -197,23 +197,24 @@ def test_a_published_checkpoint_has_the_logits_of_its_weights(name, tmp_path, de
     """hidden size 192 and inner size 328: with groups of 128 and 256 the last one is short."""
     expected = write_published(tmp_path / "llm", name)
     loaded = load_decoder(tmp_path / "llm", device, torch.float32)
-    assert len(int4_modules(loaded)) == (12 if name == "awq-keeps" else 14)
+    assert len(int4_modules(loaded)) == (6 if name == "awq-keeps" else 7)
     tokens = torch.tensor(random_prompts(80))
     for T in (5, 80):
-        torch.testing.assert_close(loaded(tokens[:, :T].to(device)).cpu(), expected(tokens[:, :T]), atol=1e-4, rtol=1e-3)
+        logits = loaded(tokens[:, :T].to(device)).cpu()
+        torch.testing.assert_close(logits, expected(tokens[:, :T]), atol=1e-4, rtol=1e-3)
     config, scheme = read_config(tmp_path / "llm"), read_scheme(tmp_path / "llm")
     held = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
     assert weight_bytes(config, torch.float32, scheme) == held
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq-act-order", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "gptq-act-order"])
 def test_a_published_checkpoint_decodes_in_the_static_step(name, tmp_path, device):
     write_published(tmp_path / "llm", name)
-    prompts = random_prompts(70, 33)
+    prompts = random_prompts(40, 17)
     eager = load_decoder(tmp_path / "llm", "cpu", torch.float32)
-    expected = generate(eager, FullPolicy(eager), prompts, 4)
+    expected = generate(eager, FullPolicy(eager), prompts, 3)
     llm = load_decoder(tmp_path / "llm", device, torch.float32)
-    assert generate_static(Session(llm, FullPolicy(llm), prompts, 4), 4, TRITON) == expected
+    assert generate_static(Session(llm, FullPolicy(llm), prompts, 3), 3, TRITON) == expected
 
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -229,45 +230,45 @@ DAMAGE = {
     "lm_head True is not supported": {"lm_head": True},
     "version 'gemv' is not supported with awq; supported: gemm": {"quant_method": "awq", "version": "GEMV"},
     "zero_point False is not supported": {"quant_method": "awq", "zero_point": False},
-    r"qweight has shape \(24, 192\), config.json says \(192, 24\)": {"quant_method": "awq"},
-    r"qzeros has shape \(2, 24\), config.json says \(3, 24\)": {"group_size": 64},
+    r"down_proj.qweight has shape \(41, 192\), config.json says \(328, 24\)": {"quant_method": "awq"},
+    r"down_proj.qzeros has shape \(3, 24\), config.json says \(6, 24\)": {"group_size": 64},
 }
 
 
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / "llm"
+    write_published(folder, "gptq")
+    return folder
+
+
 @pytest.mark.parametrize("message", DAMAGE)
-def test_a_wrong_quantization_config_is_named(message, tmp_path):
-    write_published(tmp_path / "llm", "gptq")
+def test_a_wrong_quantization_config_is_named(message, gptq):
     changes = DAMAGE[message]
-    write_config(tmp_path / "llm", quantization_config={"bits": 4, **METHODS["gptq"], **changes}
-                 if isinstance(changes, dict) else changes)  # fmt: skip
+    right = {"bits": 4, **METHODS["gptq"]}
+    write_config(gptq, quantization_config={**right, **changes} if isinstance(changes, dict) else changes)
     with pytest.raises(CheckpointError, match=message):
-        load_decoder(tmp_path / "llm")
-
-
-def shuffled(tensors):
-    tensors[f"{Q0}.g_idx"] = tensors[f"{Q0}.g_idx"].flip(0)
+        load_decoder(gptq)
+    write_config(gptq, quantization_config=right)
 
 
 @pytest.mark.parametrize("damage, message", [
     (lambda t: t.pop(f"{Q0}.scales"), f"missing tensor {Q0}.scales"),
     (lambda t: t.pop(f"{Q0}.qweight"), f"missing tensor {Q0}.qweight"),
-    (lambda t: t.update({f"{Q0}.weight": torch.zeros(192, 192)}), rf"unexpected tensor {Q0}.weight \(192, 192\)"),
+    (lambda t: t.update({f"{Q0}.weight": torch.ones(192, 192)}), rf"unexpected tensor {Q0}.weight \(192, 192\)"),
     (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"][1:]}), rf"{Q0}.qweight has shape \(23, 192\)"),
     (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"].float()}), f"{Q0}: qweight should be int32"),
     (lambda t: t["model.layers.0.mlp.up_proj.bias"].fill_(1), "up_proj.bias is not zero, and config.json says"),
     (lambda t: t[f"{Q0}.g_idx"].fill_(0), f"{Q0}: g_idx does not divide 192 inputs into groups of 128"),
-    (shuffled, f"{Q0}: g_idx does not divide"),
     (lambda t: t.update({f"{Q0}.g_idx": t[f"{Q0}.g_idx"].roll(3)}), f"{Q0}: g_idx is not in order, but desc_act"),
-], ids=range(9))  # fmt: skip
-def test_damaged_int4_checkpoints_are_named(damage, message, tmp_path):
-    from safetensors.torch import load_file
-
-    write_published(tmp_path / "llm", "gptq")
-    tensors = load_file(tmp_path / "llm" / "model.safetensors")
+], ids=range(8))  # fmt: skip
+def test_damaged_int4_checkpoints_are_named(damage, message, gptq, tmp_path):
+    tensors = load_file(gptq / "model.safetensors")
     damage(tensors)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "llm" / "model.safetensors")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((gptq / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=message):
-        load_decoder(tmp_path / "llm")
+        load_decoder(tmp_path)
 
 
 def test_act_order_needs_its_index_and_one_for_products_that_are_joined(tmp_path):
@@ -284,7 +285,7 @@ def test_act_order_needs_its_index_and_one_for_products_that_are_joined(tmp_path
 def test_without_its_config_an_int4_checkpoint_is_strange(tmp_path):
     write_published(tmp_path / "llm", "awq")
     write_config(tmp_path / "llm")
-    with pytest.raises(CheckpointError, match=rf"unexpected tensor {Q0}.qweight"):
+    with pytest.raises(CheckpointError, match="holds INT4 weights.*quantization_config"):
         load_decoder(tmp_path / "llm")
 
 
@@ -321,9 +322,8 @@ def test_product_equals_its_twin(M, K, N, group, device):
 
 
 def test_groups_are_split_where_outputs_are_few():
-    assert [kernels_int4.split_groups(*shape) for shape in ((1, 64), (64, 231), (462, 64), (4000, 8), (3, 1))] == [
-        4, 29, 64, 8, 1,
-    ]  # fmt: skip
+    shapes = ((1, 64), (64, 231), (462, 64), (4000, 8), (3, 1))
+    assert [kernels_int4.split_groups(*shape) for shape in shapes] == [4, 29, 64, 8, 1]
 
 
 def test_product_of_a_part_of_joined_weights(device):
@@ -334,7 +334,7 @@ def test_product_of_a_part_of_joined_weights(device):
         nibbles, scale, zero = round_to_int4(randn(N, 200, seed=seed))
         modules[-1].fill(*(tensor.to(device) for tensor in (nibbles, scale, zero)))
         modules[-1].bias.data = randn(N, seed=seed + 5, device=device)
-    x = randn(3, 200, seed=9, device=device)
+    x = randn(3, 200, seed=9, device=device) / 16
     expected = [module(x) for module in modules]
     whole = join_int4(modules)
     for module in (whole, *modules):
@@ -356,21 +356,20 @@ def test_dequantised_weights_equal_their_twin(K, N, group, device):
 # ---- the steps and the commands --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [TORCH, TRITON], ids=["torch", "triton"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_static_step_with_int4_weights(model_type, backend, device):
+@pytest.mark.parametrize("name, model_type", [("torch", "llama"), ("torch", "qwen2"), ("triton", "qwen2")])
+def test_static_step_with_int4_weights(name, model_type, device):
     """SmallKV in the static step (captured on a GPU) against the eager path, both models INT4."""
-    if device == "cuda" and backend is TORCH:
+    if device == "cuda" and name == "torch":
         pytest.skip("captured steps take the Triton kernels")
-    prompts, new = random_prompts(120, 97), 4
+    prompts, new, backend = (random_prompts(120, 97), 8, TORCH) if name == "torch" else (random_prompts(40), 3, TRITON)
 
     def pair(where):
         llm = tiny_decoder(head_dim=32, model_type=model_type)
         slm = tiny_decoder(heads=4, head_dim=32, seed=1, model_type=model_type)
         for model in (llm, slm):
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):  # tiny_decoder leaves them as they come
-                    parameter.copy_(randn(*parameter.shape, seed=len(name)))
+            for part, parameter in model.named_parameters():
+                if part.endswith("bias"):  # tiny_decoder leaves them as they come
+                    parameter.copy_(randn(*parameter.shape, seed=len(part)))
         return [int4(model).to(where) for model in (llm, slm)]
 
     eager = pair("cpu")
@@ -379,13 +378,12 @@ def test_static_step_with_int4_weights(model_type, backend, device):
     assert generate_static(Session(llm, SmallKV(llm, slm, Settings()), prompts, new), new, backend) == expected
 
 
-def test_layers_run_on_the_backend_they_are_given(device):
-    llm = int4(tiny_decoder()).to(device)
+def test_layers_run_on_the_backend_they_are_given():
+    llm = int4(tiny_decoder())
     for backend in (TORCH, TRITON):
         layers = Layers(llm, 8, backend)
-        products = [layers.qkv[0], layers.both[0], llm.layers[0].self_attn.o_proj]
-        assert all(module.matmul is backend.int4_matmul for module in products)
-        assert all(module.dequantize is backend.dequantize for module in products)
+        for module in (layers.qkv[0], layers.both[0], llm.layers[0].self_attn.o_proj):
+            assert (module.matmul, module.dequantize) == (backend.int4_matmul, backend.dequantize)
 
 
 def test_the_command_rounds_and_says_so(tmp_path, capsys):
@@ -396,10 +394,8 @@ def test_the_command_rounds_and_says_so(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "float32, INT4 weights" in err
     pair = command.load_pair(str(llm), str(slm), "cpu")
-    int4(pair.llm)
-    prompt = pair.text.encode("the quick brown fox " * 20)
-    policy = SmallKV(pair.llm, pair.slm, Settings())
-    (answer,) = generate(pair.llm, policy, [prompt], 8, stop=pair.text.stop)
+    policy = SmallKV(int4(pair.llm), pair.slm, Settings())
+    (answer,) = generate(pair.llm, policy, [pair.text.encode("the quick brown fox " * 20)], 8, stop=pair.text.stop)
     assert out.strip() == pair.text.decode(answer).strip()
 
 
