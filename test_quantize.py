@@ -314,7 +314,7 @@ def int4_case(device, dtype, M, K, N, group):
 ))  # fmt: skip
 def test_product_equals_its_twin(M, K, N, group, device):
     """Rows padded, short last groups, outputs no multiple of a block, groups split among programs."""
-    for dtype in (torch.float32, *HALF[device]):
+    for dtype in HALF[device] + [torch.float32] * (M < 33):  # fp32 takes long to compile
         x, *layout, bias = int4_case(device, dtype, M, K, N, group)
         for added in (None, bias):
             expected = kernels_int4.int4_matmul_torch(x.float(), *layout, None if added is None else added.float())
