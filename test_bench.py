@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench
+import bench_int4
 from bench_count import (
     PAIRS,
     Setting,
@@ -120,3 +121,11 @@ def test_the_table_sets_the_memory_beside_pcie():
     }  # fmt: skip
     cells = table({"rows": [row], "ceilings": {"copy_bytes_s": 1e6, "pcie_bytes_s": 1e5}}).splitlines()[-1].split(" | ")
     assert cells[4:6] == ["3.00", "2.00"] and cells[8] == "5.00"
+
+
+def test_int4_products_are_timed_at_the_shapes_of_a_layer(capsys):
+    assert bench_int4.main(["--pair", "tiny", "--rows", "1,3", "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[:2] for line in lines[2::2]] == [
+        [f"| {inputs} x {outputs}", "1"] for inputs, outputs in ((32, 160), (96, 32), (32, 96), (48, 32))
+    ]
