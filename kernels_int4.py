@@ -38,10 +38,11 @@ MERGE_BLOCK = 1024
 def dequantize_torch(packed: Tensor, scale: Tensor, zero: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
     """The weights (inputs, N), rounded once to dtype. inputs: without the padding of a short last group."""
     groups, N = scale.shape
-    words = packed.unflatten(0, (groups, -1))[:, None]  # (groups, 1, GROUP / 4, N)
-    shift = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int16).view(4, 1, 1)
-    nibble = ((words >> shift) & 15).flatten(1, 2)  # (groups, GROUP, N)
-    weight = (nibble.float() - zero[:, None].float()) * scale[:, None].float()
+    words = packed.unflatten(0, (groups, -1))  # (groups, GROUP / 4, N)
+    weight = torch.empty(groups, 4, *words.shape[1:], device=packed.device)
+    for nibble in range(4):
+        weight[:, nibble] = (words >> 4 * nibble) & 15
+    weight = weight.flatten(1, 2).sub_(zero[:, None]).mul_(scale[:, None])  # (groups, GROUP, N)
     return weight.flatten(0, 1)[:inputs].to(dtype)
 
 

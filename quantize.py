@@ -45,7 +45,7 @@ class Int4Linear(nn.Module):
         self.matmul, self.dequantize = int4_matmul_torch, dequantize_torch  # see `run_on`
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()  # (M, K)
         if self.order is not None:
             rows = rows.index_select(1, self.order)
         layout = self.packed, self.scale, self.zero
