@@ -227,7 +227,7 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
         "turnover": moved[0] * settings.refresh / per_plan if size else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
-                                 bool(int4_modules(models[0]))),
+                                 tuple(bool(int4_modules(model)) for model in models)),
         "prefill_flops": prefill_flops(llm, slm if size else None, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
@@ -308,12 +308,12 @@ def run(args) -> int:
     settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh)
     raws, configs = pair_configs(args.pair)
     torch.manual_seed(0)
-    int4 = [args.quantize == "int4", False]  # the LLM alone, as generate.py does
-    models = [random_decoder(config, device, dtype, small) for config, small in zip(configs, int4)]
+    rounded = args.quantize, args.slm_quantize
+    models = [random_decoder(config, device, dtype, kind == "int4") for config, kind in zip(configs, rounded)]
     models[0].raw = raws[0]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
-              "quantize": args.quantize, "weights": [weights_of(model) for model in models],
+              "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
               "max_moves": args.max_moves, "refresh": args.refresh, "decode_only": args.decode_only,
               "ceilings": ceilings(clock), "rows": []}  # fmt: skip
@@ -349,6 +349,7 @@ def main(argv: list[str] | None = None) -> int:
                         help=f"of {', '.join(METHODS)}, separated by commas")  # fmt: skip
     parser.add_argument("--backend", choices=NAMES, default="auto", help="of the graph methods")
     parser.add_argument("--quantize", choices=("int4",), help="INT4 weights of the LLM, made in the packed layout")
+    parser.add_argument("--slm-quantize", choices=("int4",), help="the same of the SLM")
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--score-decay", type=float, default=0.0)
     parser.add_argument("--marginal", action="store_true")

@@ -67,27 +67,32 @@ def layer_parameters(config: Config) -> int:
     return config.layers * sum(inputs * outputs for inputs, outputs in layer_products(config))
 
 
+def layer_bytes(config: Config, itemsize: int, int4: bool) -> int:
+    """Bytes of the same."""
+    if int4:
+        return config.layers * sum(int4_bytes(*product) for product in layer_products(config))
+    return itemsize * layer_parameters(config)
+
+
 def step_bytes(
     llm: Config, slm: Config, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool,
-    int4: bool = False,
+    int4: tuple[bool, bool] = (False, False),
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache.
 
     The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither. Scores are read
-    once by the plan, and with a marginal tier the rows are those lent. int4: the LLM's layers are INT4, with their
-    scales and zeros.
+    once by the plan, and with a marginal tier the rows are those lent. int4: whether the layers of LLM and SLM are
+    INT4, with their scales and zeros.
     """
-    layers = itemsize * layer_parameters(llm)
-    if int4:
-        layers = llm.layers * sum(int4_bytes(*product) for product in layer_products(llm))
-    weights = layers + itemsize * llm.vocab_size * llm.hidden_size
+    layers = [layer_bytes(config, itemsize, small) for config, small in zip((llm, slm), int4)]
+    weights = layers[0] + itemsize * llm.vocab_size * llm.hidden_size
     pair = cache_bytes(llm, 1, batch, itemsize)  # K and V of one token
     if size is None:
         return {"LLM weights": weights, "LLM K, V": pair * length}
     return {
         "LLM weights": weights,
         "LLM K, V": pair * size.critical + pair // 2 * (size.marginal if marginal else 0),
-        "SLM weights": itemsize * layer_parameters(slm),
+        "SLM weights": layers[1],
         "SLM K, V": cache_bytes(slm, length, batch, itemsize),
         "scores": 4 * slm.layers * slm.query_heads * length * batch,
     }

@@ -87,11 +87,12 @@ def pick_device(name: str) -> torch.device:
 def load_pair(
     llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
     slm_revision: str | None = None, slm_layers: int | None = None, quantize: str | None = None,
+    slm_quantize: str | None = None,
 ) -> Pair:  # fmt: skip
     """Load both models of a pair, after checking that they belong together and fit. slm None loads the LLM alone.
 
     slm_layers: the SLM stops after so many layers (appendix A.3, Table 6), the others are not loaded.
-    quantize "int4": the LLM's weights are rounded to INT4 (quantize.py; GPTQ and AWQ checkpoints need no word).
+    quantize, slm_quantize "int4": the weights are rounded to INT4 (quantize.py; GPTQ and AWQ checkpoints need no word).
     dtype "auto" is the checkpoint's on a GPU, float32 on a CPU, where 16-bit arithmetic is slow.
     """
     where = pick_device(device)
@@ -108,7 +109,7 @@ def load_pair(
         if top >= config.vocab_size:
             size = config.vocab_size
             raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
-    rounded = [quantize, None]  # the SLM's weights are few, and its attention decides what the LLM sees
+    rounded = [quantize, slm_quantize]
     roles = zip(("LLM weights", "SLM weights"), folders, configs, rounded)
     check_fits({role: weight_bytes(config, kind, read_scheme(folder, q)) for role, folder, config, q in roles}, where)
     decoders = [load_decoder(folder, where, kind, stop, q) for folder, stop, q in zip(folders, stops, rounded)]
@@ -193,7 +194,8 @@ def run_demo(args, settings: Settings) -> int:
     if args.method != "smallkv" or args.chat or args.json or args.backend == "triton":
         raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
     torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
-    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers, quantize=args.quantize)
+    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers, quantize=args.quantize,
+                     slm_quantize=args.slm_quantize)  # fmt: skip
     console = Console(stderr=True)
     line = backend_line(pair, SmallKV(pair.llm, pair.slm, settings), TORCH)  # it takes plain steps everywhere
     console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -248,6 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
     models.add_argument("--quantize", choices=("int4",), help="round the LLM's weights to INT4 while loading")
+    models.add_argument("--slm-quantize", choices=("int4",), help="the SLM's too")
     models.add_argument("--backend", default="torch", choices=NAMES, help="of the decode steps; auto: triton on CUDA, "
                         "as static steps in a CUDA graph (default: torch)")  # fmt: skip
     method = parser.add_argument_group("method")
@@ -300,7 +303,7 @@ def run(args) -> int:
     console = Console(stderr=True)
     pair = load_pair(
         args.llm, args.slm if smallkv or args.compare else None, args.device, args.dtype, args.revision,
-        args.slm_revision, args.slm_layers, args.quantize,
+        args.slm_revision, args.slm_layers, args.quantize, args.slm_quantize,
     )
     backend = pick_backend(args.backend, pair.llm.device)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]

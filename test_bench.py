@@ -54,7 +54,7 @@ def test_bytes_of_a_step_are_those_of_the_caches():
     packed = [module for module in bench.random_decoder(llm, torch.device("cpu"), torch.float32, True).layers.modules()]
     held = sum(module.packed.nbytes + module.scale.nbytes + module.zero.nbytes for module in packed
                if isinstance(module, Int4Linear))  # fmt: skip
-    int4 = step_bytes(llm, slm, 3, 100, 4, None, False, int4=True)
+    int4 = step_bytes(llm, slm, 3, 100, 4, None, False, int4=(True, False))
     assert int4 == {**full, "LLM weights": held + 4 * 97 * 32}
     assert "SLM K, V" not in full
 
@@ -93,7 +93,7 @@ def test_the_ring_moves_what_it_is_asked_to():
 
 
 @pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--marginal", "--score-decay", "0.5"], ["--refresh", "3"],
-                                   ["--quantize", "int4"]])  # fmt: skip
+                                   ["--quantize", "int4", "--slm-quantize", "int4"]])  # fmt: skip
 def test_the_command_measures_every_method(extra, capsys):
     """Rows, table and the last line; the turnover that is counted is the one asked for."""
     command = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.02,0.2", "--steps", "4", "--table",

@@ -387,14 +387,14 @@ def test_layers_run_on_the_backend_they_are_given():
 
 
 def test_the_command_rounds_and_says_so(tmp_path, capsys):
-    """The answer is that of the LLM rounded by hand; the SLM stays as it is."""
+    """The answer is that of models rounded by hand."""
     llm, slm = write_checkpoint(tmp_path / "llm"), write_checkpoint(tmp_path / "slm", heads=4, head_dim=8, seed=1)
     arguments = ["--llm", str(llm), "--slm", str(slm), "--device", "cpu", "--max-new-tokens", "8"]
-    assert command.main([*arguments, "--quantize", "int4", "the quick brown fox " * 20]) == 0
+    assert command.main([*arguments, "--quantize", "int4", "--slm-quantize", "int4", "the quick brown fox " * 20]) == 0
     out, err = capsys.readouterr()
     assert "float32, INT4 weights" in err
     pair = command.load_pair(str(llm), str(slm), "cpu")
-    policy = SmallKV(int4(pair.llm), pair.slm, Settings())
+    policy = SmallKV(int4(pair.llm), int4(pair.slm), Settings())
     (answer,) = generate(pair.llm, policy, [pair.text.encode("the quick brown fox " * 20)], 8, stop=pair.text.stop)
     assert out.strip() == pair.text.decode(answer).strip()
 
