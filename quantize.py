@@ -6,7 +6,7 @@ Embedding, output projection, norms and biases stay as they are.
 
 On the fly it is round-to-nearest, 128 inputs a group, asymmetric: each group's own smallest and largest weight (and 0)
 span the 16 levels. Symmetric levels would save the zeros, a byte in 67, and cost a wider step in every group that is
-lopsided (the README has both perplexities). GPTQ and AWQ choose their levels by data and are better; they need it.
+lopsided: an error larger by an eighth on SmolLM2 (README). GPTQ and AWQ choose their levels by data and are better.
 
     source   4-bit numbers                                 zero
     gptq     qweight (K / 8, N): 8 inputs a word           qzeros (groups, N / 8), one less than it is
