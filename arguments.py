@@ -78,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--slm-revision", help="hub revision of the SLM")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
+    models.add_argument("--quantize", choices=("int4",), help="round the LLM's weights to INT4 while loading")
+    models.add_argument("--slm-quantize", choices=("int4",), help="the SLM's too")
     models.add_argument("--backend", default="torch", choices=NAMES, help="of the decode steps; auto: triton on CUDA, "
                         "as static steps in a CUDA graph (default: torch)")  # fmt: skip
     method = parser.add_argument_group("method")

@@ -13,6 +13,7 @@ import torch
 
 import kernels
 import kernels_decode
+import kernels_int4
 import kernels_layer
 import kernels_move
 import kernels_prefill
@@ -37,6 +38,8 @@ class Backend:
     add_norm: Callable
     rope_append: Callable
     gate: Callable
+    int4_matmul: Callable
+    dequantize: Callable
     column_sums: Callable
 
 
@@ -53,6 +56,8 @@ TORCH = Backend(
     add_norm=kernels_layer.add_norm_torch,
     rope_append=kernels_layer.rope_append_torch,
     gate=kernels_layer.gate_torch,
+    int4_matmul=kernels_int4.int4_matmul_torch,
+    dequantize=kernels_int4.dequantize_torch,
     column_sums=kernels.column_sums,
 )
 
@@ -69,6 +74,8 @@ TRITON = Backend(
     add_norm=kernels_layer.add_norm_triton,
     rope_append=kernels_layer.rope_append_triton,
     gate=kernels_layer.gate_triton,
+    int4_matmul=kernels_int4.int4_matmul_triton,
+    dequantize=kernels_int4.dequantize_triton,
     column_sums=kernels_prefill.column_sums_triton,
 )
 

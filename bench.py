@@ -33,36 +33,21 @@ import bench_overhead
 import parallel
 from backend import NAMES, TORCH, Backend, pick_backend
 from baselines import BASELINES
-from bench_clock import Clock, ceilings, profile
+from bench_clock import Clock, ceilings, profile, random_decoder
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
 from cache import FullCache
 from decode import FullPolicy, Session
 from evicting import Budget
 from graph import Step
 from match import HeadMap
-from model import Config, Decoder
+from model import Decoder
+from quantize import int4_modules, run_on
 from smallkv import Settings, SmallKV, TierSizes
 
 RIVALS = ("h2o", "pyramidinfer", "streaming", "snapkv")  # h2o-published: with the n x n matrix of its prefill
 METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph",
            *(f"{name}-eager" for name in RIVALS), "h2o-published")  # fmt: skip
 STEPS = {"eager": 5, "graph": 30}  # timed steps
-
-
-def random_decoder(config: Config, device: torch.device, dtype: torch.dtype, make=Decoder) -> Decoder:
-    """make: `Team.split` for this rank's part of an LLM. The ranks' parts are the same numbers: that costs no time."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            decoder = make(config).requires_grad_(False).eval()
-    finally:
-        torch.set_default_dtype(before)
-    for parameter in decoder.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02)
-    return decoder
 
 
 # ---- Sessions --------------------------------------------------------------------------------------------------------
@@ -109,6 +94,8 @@ def rival(method: str, llm: Decoder, settings: Settings):
 
 def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
     llm, slm = models
+    for model in models:
+        run_on(model, backend)
     known = min(llm.config.vocab_size, slm.config.vocab_size)  # those of one series are padded differently
     prompts = torch.randint(known, (setting.batch, setting.prompt)).tolist()
     if method.startswith("full"):
@@ -264,7 +251,8 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "tpot_p10_p90": [cuts[0], cuts[-1]],
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
         "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
-        "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal),
+        "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
+                                 tuple(bool(int4_modules(model)) for model in models)),
         "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
@@ -279,7 +267,7 @@ def tiers(session: Session) -> list[dict]:
 
 
 def weights_of(model: Decoder) -> int:
-    storages = [parameter.untyped_storage() for parameter in model.parameters()]
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     return sum({held.data_ptr(): held.nbytes() for held in storages}.values())  # views of one tensor count once
 
 
@@ -341,6 +329,8 @@ def transformers_row(models: list[Decoder], setting: Setting, clock: Clock) -> d
 
 def run(args) -> int:
     team = parallel.start(args.device)
+    if team.size > 1 and (args.quantize or args.slm_quantize):
+        raise ValueError("--quantize int4 is for one process; leave it out under torchrun")
     if team.size > 1 and (args.largest or "transformers" in args.methods):
         raise ValueError("--largest and the method transformers are for one process; leave them out under torchrun")
     device = team.device or torch.device(args.device)
@@ -349,10 +339,13 @@ def run(args) -> int:
     settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh,
                         max_moves=args.max_moves)  # fmt: skip
     raws, configs = pair_configs(args.pair)
-    models = [random_decoder(config, device, dtype, make) for config, make in zip(configs, (team.split, Decoder))]
+    rounded = args.quantize, args.slm_quantize
+    models = [random_decoder(config, device, dtype, kind == "int4", each)
+              for config, kind, each in zip(configs, rounded, (team, parallel.Team()))]  # fmt: skip
     models[0].raw = raws[0]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
+              "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
               "max_moves": args.max_moves, "refresh": args.refresh, "decode_only": args.decode_only, "ranks": team.size,
               "ceilings": ceilings(clock), "rows": []}  # fmt: skip
@@ -390,6 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", type=lambda names: names.split(","), default=["full-graph", "smallkv-graph"],
                         help=f"of {', '.join(METHODS)}, separated by commas")  # fmt: skip
     parser.add_argument("--backend", choices=NAMES, default="auto", help="of the graph methods")
+    parser.add_argument("--quantize", choices=("int4",), help="INT4 weights of the LLM, made in the packed layout")
+    parser.add_argument("--slm-quantize", choices=("int4",), help="the same of the SLM")
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--score-decay", type=float, default=0.0)
     parser.add_argument("--marginal", action="store_true")
@@ -409,6 +404,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [method for method in args.methods if method not in METHODS]
     if unknown:
         parser.error(f"unknown method {unknown[0]!r}; supported: {', '.join(METHODS)}")
+    if args.quantize and "transformers" in args.methods:
+        parser.error("--quantize int4 has no Transformers to be set beside; leave transformers out of --methods")
     try:
         return run(args)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Time, the machine's ceilings and a profile: what bench.py measures with.
+"""Time, the machine's ceilings, a profile and random weights: what bench.py measures with.
 
 Where it sits: under bench.py. A time without its ceiling says little: bandwidth, PCIe and the matrix rate are measured
 on the machine at hand, in the same run.
@@ -10,6 +10,10 @@ import time
 import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
+
+from model import Config, Decoder
+from parallel import Team
+from quantize import Scheme, int4_modules, put_int4
 
 GIB = 1 << 30
 
@@ -79,3 +83,32 @@ def profile(work, path: str) -> None:
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     with open(path, "w", encoding="utf-8") as file:
         file.write(found.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60))
+
+
+def random_decoder(
+    config: Config, device: torch.device, dtype: torch.dtype, int4: bool = False, team: Team = Team()
+) -> Decoder:
+    """int4: the layers' products are made as INT4, so that a model fits whose 16-bit weights do not. team: this rank's
+    part of an LLM; the ranks' parts are the same numbers, which costs no time."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            decoder = team.split(config).requires_grad_(False).eval()
+        if int4:
+            put_int4(decoder, Scheme())
+        decoder.requires_grad_(False).to_empty(device=device)
+    finally:
+        torch.set_default_dtype(before)
+    team.tie(decoder)  # moving has parted them
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.02)
+        else:
+            parameter.fill_("norm" in name)  # biases are 0
+    for module in int4_modules(decoder).values():
+        module.packed.random_(-(2**15), 2**15)
+        module.scale.fill_(0.02 / 4.6)  # the spread of 16 levels in a row is 4.6
+        module.zero.fill_(8)
+    return decoder

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from model import Config
 from overhead import cache_bytes
+from quantize import int4_bytes
 from shapes import SHAPES
 from smallkv import TierSizes
 
@@ -20,6 +21,8 @@ PAIRS = {
     "qwen2-7b": (SHAPES["Qwen2-7B"], SHAPES["Qwen2-0.5B"]),
     "qwen2.5-14b": (SHAPES["Qwen2.5-14B"], SHAPES["Qwen2.5-0.5B"]),
     "llama3.1-8b": (SHAPES["LLaMA-3.1-8B"], SHAPES["LLaMA-3.2-1B"]),
+    "qwen2-72b": (SHAPES["Qwen2-72B"], SHAPES["Qwen2-7B"]),
+    "qwen2-72b-0.5b": (SHAPES["Qwen2-72B"], SHAPES["Qwen2-0.5B"]),
     "tiny": (TINY, {**TINY, "num_attention_heads": 4, "tie_word_embeddings": True}),
 }
 
@@ -52,22 +55,37 @@ class Setting:
         return settings
 
 
+def layer_products(config: Config) -> list[tuple[int, int]]:
+    """Inputs and outputs of one layer's matrix products, those of the same input as one."""
+    D, hidden, inner = config.head_dim, config.hidden_size, config.intermediate_size
+    qkv, query = (config.query_heads + 2 * config.kv_heads) * D, config.query_heads * D
+    return [(hidden, qkv), (query, hidden), (hidden, 2 * inner), (inner, hidden)]
+
+
 def layer_parameters(config: Config) -> int:
     """Weights of all layers' matrix products; biases and norms are left out, which a table in ms cannot see."""
-    D, hidden = config.head_dim, config.hidden_size
-    attention = hidden * D * (2 * config.query_heads + 2 * config.kv_heads)
-    return config.layers * (attention + 3 * hidden * config.intermediate_size)
+    return config.layers * sum(inputs * outputs for inputs, outputs in layer_products(config))
+
+
+def layer_bytes(config: Config, itemsize: int, int4: bool) -> int:
+    """Bytes of the same."""
+    if int4:
+        return config.layers * sum(int4_bytes(*product) for product in layer_products(config))
+    return itemsize * layer_parameters(config)
 
 
 def step_bytes(
-    llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool
-) -> dict[str, int]:
+    llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool,
+    int4: tuple[bool, bool] = (False, False),
+) -> dict[str, int]:  # fmt: skip
     """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache, slm None a method without.
 
     The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither. Scores are read
-    once by the plan, and with a marginal tier the rows are those lent.
+    once by the plan, and with a marginal tier the rows are those lent. int4: whether the layers of LLM and SLM are
+    INT4, with their scales and zeros.
     """
-    weights = itemsize * (layer_parameters(llm) + llm.vocab_size * llm.hidden_size)
+    layers = [layer_bytes(config, itemsize, small) if config else 0 for config, small in zip((llm, slm), int4)]
+    weights = layers[0] + itemsize * llm.vocab_size * llm.hidden_size
     pair = cache_bytes(llm, 1, batch, itemsize)  # K and V of one token
     if size is None:
         return {"LLM weights": weights, "LLM K, V": pair * length}
@@ -77,7 +95,7 @@ def step_bytes(
     return {
         "LLM weights": weights,
         "LLM K, V": held,
-        "SLM weights": itemsize * layer_parameters(slm),
+        "SLM weights": layers[1],
         "SLM K, V": cache_bytes(slm, length, batch, itemsize),
         "scores": 4 * slm.layers * slm.query_heads * length * batch,
     }

@@ -7,6 +7,7 @@ and what to do.
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import Config, Decoder
 from parallel import Team
+from quantize import Scheme, int4_modules, put_int4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -84,10 +86,30 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
     return DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch."), torch.float32)
 
 
-def weight_bytes(config: Config, dtype: torch.dtype) -> int:
-    """Bytes of all parameters in this dtype, from the shapes alone."""
+def read_scheme(folder: Path, quantize: str | None = None) -> Scheme | None:
+    """How the checkpoint's INT4 weights are stored, or (quantize "int4") are to be made; None: it has and gets none."""
+    try:
+        scheme = Scheme.from_config(read_json(folder, "config.json").get("quantization_config"))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    if quantize and scheme:
+        raise CheckpointError(f"{folder} is quantised already ({scheme.method}); leave --quantize {quantize} out")
+    return Scheme() if quantize else scheme
+
+
+def weight_bytes(config: Config, dtype: torch.dtype, scheme: Scheme | None = None) -> int:
+    """Bytes of all weights, from the shapes alone; what is not INT4 is in this dtype."""
+    decoder = _empty_decoder(config, scheme)
+    packed = sum(buffer.nbytes for buffer in decoder.buffers())
+    return packed + sum(parameter.numel() for parameter in decoder.parameters()) * dtype.itemsize
+
+
+def _empty_decoder(config: Config, scheme: Scheme | None) -> Decoder:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Decoder(config).parameters()) * dtype.itemsize
+        decoder = Decoder(config)
+    if scheme is not None:
+        put_int4(decoder, scheme)
+    return decoder
 
 
 def available_bytes(device: torch.device) -> int:
@@ -145,47 +167,78 @@ def _skipped(name: str, config: Config, stopped: bool) -> bool:
     return stopped and part[1:2] == ["layers"] and part[2].isdecimal() and int(part[2]) >= config.layers
 
 
+def _expected(decoder: Decoder, scheme: Scheme | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the checkpoint's tensors; of INT4 products as they are stored."""
+    shapes = {_checkpoint_name(name): tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    for name, module in int4_modules(decoder).items():
+        stored = scheme.tensors(module.in_features, module.out_features)
+        shapes |= {f"{_checkpoint_name(name)}.{leaf}": shape for leaf, shape in stored.items()}
+    return shapes
+
+
 def load_decoder(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, layers: int | None = None,
-    team: Team = Team(),
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    layers: int | None = None, quantize: str | None = None, team: Team = Team(),
 ) -> Decoder:  # fmt: skip
     """Load a checkpoint folder, strictly: every tensor named, none left over, every shape right.
 
     layers: only the first so many are read and run (appendix A.3: the SLM's attention is all that SmallKV needs of it).
-    dtype None keeps the checkpoint's. The parameters are made on the meta device and replaced tensor by tensor, so the
-    weights are held once, plus one tensor. team: of its ranks each reads its own part. Raises CheckpointError naming
-    file or tensors.
+    dtype None keeps the checkpoint's. quantize "int4" rounds the layers' products to INT4 on the way; GPTQ and AWQ
+    checkpoints are told by their config.json. The parameters are made on the meta device and replaced tensor by tensor,
+    so the weights are held once, plus one tensor. team: of its ranks each reads its own part. Raises CheckpointError
+    naming file or tensors.
     """
     folder = Path(folder)
-    config = read_config(folder, layers)
+    config, scheme = read_config(folder, layers), read_scheme(folder, quantize)
     dtype = dtype or checkpoint_dtype(folder)
+    if scheme is not None and team.size > 1:
+        raise CheckpointError(f"{folder}: INT4 weights are not split over {team.size} processes; use one")
+    whole = _empty_decoder(config, scheme)
     with torch.device("meta"):
-        whole, decoder = Decoder(config), team.split(config)
-    own_name = {_checkpoint_name(name): name for name, _ in whole.named_parameters()}
-    expected = {_checkpoint_name(name): tuple(parameter.shape) for name, parameter in whole.named_parameters()}
-    seen: set[str] = set()
-    problems: list[str] = []
-    for path in _shards(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
+        decoder = whole if scheme is not None else team.split(config)
+    modules = int4_modules(decoder)
+    try:
+        expected = _expected(whole, scheme)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    spare = {f"{_checkpoint_name(name)}.bias" for name in modules} - set(expected)
+    with ExitStack() as stack:
+        found, problems = {}, []
+        for path in _shards(folder):
+            try:
+                shard = stack.enter_context(safe_open(path, framework="pt"))
                 for name in shard.keys():
                     if _skipped(name, config, layers is not None):
                         continue
-                    shape = tuple(shard.get_slice(name).get_shape())
-                    if name not in expected:
+                    found[name], shape = shard, tuple(shard.get_slice(name).get_shape())
+                    if name in spare:  # GPTQ tools store a bias of zeros where the model has none
+                        if shard.get_tensor(name).any():
+                            problems.append(f"{name} is not zero, and config.json says that there is none")
+                    elif name not in expected:
                         problems.append(f"unexpected tensor {name} {shape}")
                     elif shape != expected[name]:
                         problems.append(f"tensor {name} has shape {shape}, config.json says {expected[name]}")
-                    else:
-                        part = team.part(own_name[name], shard.get_slice(name), config)
-                        _assign(decoder, own_name[name], part.to(device=device, dtype=dtype))
-                    seen.add(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file, truncated or corrupt: {error}") from None
-    problems += [f"missing tensor {name}" for name in expected if name not in seen]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{folder}: " + "; ".join(problems[:8]) + more)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is not a readable safetensors file, truncated or corrupt: {error}"
+                ) from None
+        if scheme is None and any(name.endswith(".qweight") for name in found):
+            raise CheckpointError(f"{folder} holds INT4 weights (qweight), but its config.json no quantization_config")
+        problems += [f"missing tensor {name}" for name in expected if name not in found and not name.endswith(".g_idx")]
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise CheckpointError(f"{folder}: " + "; ".join(problems[:8]) + more)
+        for name, _ in list(whole.named_parameters()):
+            stored = found[_checkpoint_name(name)].get_slice(_checkpoint_name(name))
+            _assign(decoder, name, team.part(name, stored, config).to(device=device, dtype=dtype))
+        for name, module in modules.items():
+            stored = scheme.tensors(module.in_features, module.out_features)
+            names = {leaf: f"{_checkpoint_name(name)}.{leaf}" for leaf in stored}
+            tensors = {leaf: found[n].get_tensor(n).to(device) for leaf, n in names.items() if n in found}
+            try:
+                scheme.read(module, tensors)
+            except ValueError as error:
+                raise CheckpointError(f"{folder}: {_checkpoint_name(name)}: {error}") from None
     team.tie(decoder)  # assigning has parted them
     return decoder.eval().requires_grad_(False)
 

@@ -300,7 +300,9 @@ def run_task(args) -> None:
     before = read_about(out) if (out / "run.json").is_file() else None
     if before is None and (out / "results.jsonl").is_file():
         raise ValueError(f"{out} has results but no run.json; give another --out")
-    pair = load_pair(args.llm, args.slm if needs_slm else None, args.device, args.dtype, slm_layers=args.slm_layers)
+    slm = args.slm if needs_slm else None
+    pair = load_pair(args.llm, slm, args.device, args.dtype, slm_layers=args.slm_layers, quantize=args.quantize,
+                     slm_quantize=args.slm_quantize)  # fmt: skip
     about = describe(args, pair)
     if before:
         check_same(out, task, before, about)
@@ -332,6 +334,8 @@ def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
+    models.add_argument("--quantize", choices=("int4",), help="round the LLM's weights to INT4 while loading")
+    models.add_argument("--slm-quantize", choices=("int4",), help="the SLM's too")
     what = parser.add_argument_group("methods")
     names = ", ".join(METHODS)
     what.add_argument("--method", nargs="+", default=["full", "smallkv"], help=f"of {names}; with options after a "

@@ -32,13 +32,16 @@ from checkpoint import (
     checkpoint_dtype,
     load_decoder,
     read_config,
+    read_scheme,
     resolve,
+    weight_bytes,
 )
 from decode import FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
 from evicting import Budget
 from graph import StaticSession
 from kernels import SCORE_BLOCK
 from model import Decoder
+from quantize import int4_modules
 from report import make_report, print_comparison, print_report
 from smallkv import Settings, SmallKV
 from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV, speculate_ids
@@ -85,10 +88,12 @@ def pick_device(name: str) -> torch.device:
 def load_pair(
     llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
     slm_revision: str | None = None, slm_layers: int | None = None, team: parallel.Team = parallel.Team(),
+    quantize: str | None = None, slm_quantize: str | None = None,
 ) -> Pair:  # fmt: skip
     """Load both models of a pair, after checking that they belong together and fit. slm None loads the LLM alone.
 
     slm_layers: the SLM stops after so many layers (appendix A.3, Table 6), the others are not loaded.
+    quantize, slm_quantize "int4": the weights are rounded to INT4 (quantize.py; GPTQ and AWQ checkpoints need no word).
     dtype "auto" is the checkpoint's on a GPU, float32 on a CPU, where 16-bit arithmetic is slow.
     """
     where = team.device or pick_device(device)
@@ -105,10 +110,13 @@ def load_pair(
         if top >= config.vocab_size:
             size = config.vocab_size
             raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
-    teams = [team, parallel.Team()]  # the LLM is split, the SLM copied
-    sizes = [each.weight_bytes(config, kind) for each, config in zip(teams, configs)]
+    teams, rounded = [team, parallel.Team()], [quantize, slm_quantize]  # the LLM is split, the SLM copied
+    parts = zip(teams, folders, configs, rounded)
+    sizes = [each.weight_bytes(config, kind) if each.size > 1 else weight_bytes(config, kind, read_scheme(folder, q))
+             for each, folder, config, q in parts]  # fmt: skip
     check_fits(dict(zip(("LLM weights", "SLM weights"), sizes)), where)
-    decoders = [load_decoder(folder, where, kind, stop, each) for folder, stop, each in zip(folders, stops, teams)]
+    decoders = [load_decoder(folder, where, kind, stop, q, each)
+                for folder, stop, q, each in zip(folders, stops, rounded, teams)]  # fmt: skip
     return Pair(decoders[0], decoders[1] if slm else None, texts[0], team)
 
 
@@ -195,7 +203,8 @@ def run_demo(args, settings: Settings) -> int:
     if args.method != "smallkv" or args.chat or args.json or args.backend == "triton" or args.speculate:
         raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
     torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
-    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers)
+    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers, quantize=args.quantize,
+                     slm_quantize=args.slm_quantize)  # fmt: skip
     console = Console(stderr=True)
     line = backend_line(pair, SmallKV(pair.llm, pair.slm, settings), TORCH)  # it takes plain steps everywhere
     console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -224,11 +233,11 @@ def run(args) -> int:
     if two and not args.slm:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
     check_speculation(args)
-    team.check_method(args.method, speculate=args.speculate)
+    team.check_method(args.method, speculate=args.speculate, quantize=args.quantize)
     console = Console(stderr=True)
     pair = load_pair(
         args.llm, args.slm if two else None, args.device, args.dtype, args.revision, args.slm_revision,
-        args.slm_layers, team,
+        args.slm_layers, team, args.quantize, args.slm_quantize,
     )
     backend = pick_backend(args.backend, pair.llm.device)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
@@ -291,7 +300,7 @@ def backend_line(pair: Pair, policy, backend: Backend) -> str:
     moving = "none (one tier)"
     if isinstance(policy, SmallKV):
         moving = "side stream" if static or (device.type == "cuda" and policy.settings.prefetch) else "in step"
-    dtype = str(pair.llm.dtype).removeprefix("torch.")
+    dtype = str(pair.llm.dtype).removeprefix("torch.") + ", INT4 weights" * bool(int4_modules(pair.llm))
     return f"backend: {steps}, {device} ({name}), {dtype}, tier movement {moving}"
 
 

@@ -34,6 +34,7 @@ from decode import Session
 from kernels_move import Moves
 from kernels_tiers import CRITICAL, MARGINAL, admit_newest
 from model import Decoder
+from quantize import Int4Linear, join_int4, run_on
 
 PROGRAMS = 132  # of a plan in one launch, each a KV head of a sequence and layer: one for each of an H100's
 # multiprocessors. Three for each would fill it better, but the LLM waits for the first launch
@@ -51,6 +52,7 @@ class Layers:
         half = self.config.head_dim // 2
         self.cos, self.sin = cos[0, 0, :, :half].contiguous(), sin[0, 0, :, :half].contiguous()  # (S, D/2)
         self.qkv, self.both, self.norms = [], [], []
+        run_on(decoder, backend)
         for layer in decoder.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.qkv.append(join([attention.q_proj, attention.k_proj, attention.v_proj]))
@@ -67,15 +69,21 @@ class Layers:
         x, update = F.embedding(tokens, self.decoder.embed_tokens.weight), None  # (B, hidden)
         for number, layer in enumerate(self.decoder.layers):
             hidden = backend.add_norm(x, update, layer.input_layernorm.weight, eps)
-            out = attend(number, F.linear(hidden, *self.qkv[number]), (self.cos, self.sin), self.norms[number])
+            out = attend(number, multiply(hidden, self.qkv[number]), (self.cos, self.sin), self.norms[number])
             update = layer.self_attn.o_proj(out.flatten(1))  # (B, hidden)
             hidden = backend.add_norm(x, update, layer.post_attention_layernorm.weight, eps)
-            update = layer.mlp.down_proj(backend.gate(F.linear(hidden, *self.both[number])))
+            update = layer.mlp.down_proj(backend.gate(multiply(hidden, self.both[number])))
         return backend.add_norm(x, update, self.decoder.norm.weight, eps)
 
 
-def join(linears: list[torch.nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def multiply(x: Tensor, joined: tuple[Tensor, Tensor | None] | Int4Linear) -> Tensor:
+    return joined(x) if isinstance(joined, Int4Linear) else F.linear(x, *joined)
+
+
+def join(linears: list[torch.nn.Module]) -> tuple[Tensor, Tensor | None] | Int4Linear:
     """One weight and bias for several products of the same input; the modules' own become views of them."""
+    if all(isinstance(linear, Int4Linear) for linear in linears):
+        return join_int4(linears)
     weight = torch.cat([linear.weight.data for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias.data for linear in linears])
     start = 0
@@ -357,6 +365,8 @@ class StaticSession(Session):
     def __init__(self, backend: Backend, *args, **options):
         super().__init__(*args, **options)
         self.backend = backend
+        for model in self.policy.models:
+            run_on(model, backend)
 
     def prefill(self) -> Tensor:
         logits = super().prefill()

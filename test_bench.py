@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench
+import bench_int4
 from bench_count import (
     PAIRS,
     Setting,
@@ -18,6 +19,7 @@ from bench_count import (
 )
 from cache import FullCache
 from model import Decoder
+from quantize import Int4Linear
 from smallkv import Settings, TierSizes
 
 
@@ -32,7 +34,8 @@ def test_parameters_are_those_of_the_decoder(name):
 
 def test_shapes_are_those_of_the_checkpoints():
     """Parameters as published: 7.62 and 0.49 (Qwen2), 14.8 (Qwen2.5), 8.03 and 1.24 (LLaMA) billion."""
-    published = {"qwen2-7b": (7.62, 0.49), "qwen2.5-14b": (14.77, 0.49), "llama3.1-8b": (8.03, 1.24)}
+    published = {"qwen2-7b": (7.62, 0.49), "qwen2-72b": (72.71, 7.62), "qwen2.5-14b": (14.77, 0.49),
+                 "llama3.1-8b": (8.03, 1.24)}  # fmt: skip
     for name, sizes in published.items():
         for config, size in zip(pair_configs(name)[1], sizes):
             with torch.device("meta"):
@@ -48,6 +51,11 @@ def test_bytes_of_a_step_are_those_of_the_caches():
     tiered = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True)
     assert tiered["LLM K, V"] == full["LLM K, V"] * 20 // 100  # 15 whole tokens and 10 halves
     assert tiered["scores"] == 3 * 2 * 4 * 100 * 4
+    packed = [module for module in bench.random_decoder(llm, torch.device("cpu"), torch.float32, True).layers.modules()]
+    held = sum(module.packed.nbytes + module.scale.nbytes + module.zero.nbytes for module in packed
+               if isinstance(module, Int4Linear))  # fmt: skip
+    int4 = step_bytes(llm, slm, 3, 100, 4, None, False, int4=(True, False))
+    assert int4 == {**full, "LLM weights": held + 4 * 97 * 32}
     assert "SLM K, V" not in full
 
 
@@ -84,7 +92,8 @@ def test_the_ring_moves_what_it_is_asked_to():
         assert len(top[-1] - top[-2]) == 7
 
 
-@pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--marginal", "--score-decay", "0.5"], ["--refresh", "3"]])
+@pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--marginal", "--score-decay", "0.5"], ["--refresh", "3"],
+                                   ["--quantize", "int4", "--slm-quantize", "int4"]])  # fmt: skip
 def test_the_command_measures_every_method(extra, capsys):
     """Rows, table and the last line; the turnover that is counted is the one asked for."""
     command = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.02,0.2", "--steps", "4", "--table",
@@ -131,3 +140,11 @@ def test_the_table_sets_the_memory_beside_pcie():
     }  # fmt: skip
     cells = table({"rows": [row], "ceilings": {"copy_bytes_s": 1e6, "pcie_bytes_s": 1e5}}).splitlines()[-1].split(" | ")
     assert cells[4:6] == ["3.00", "2.00"] and cells[8] == "5.00"
+
+
+def test_int4_products_are_timed_at_the_shapes_of_a_layer(capsys):
+    assert bench_int4.main(["--pair", "tiny", "--rows", "1,3", "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[:2] for line in lines[2::2]] == [
+        [f"| {inputs} x {outputs}", "1"] for inputs, outputs in ((32, 160), (96, 32), (32, 96), (48, 32))
+    ]
