@@ -22,7 +22,6 @@ Shapes follow the legend in model.py.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 SCORE_BLOCK = 256  # query rows whose attention is held at once when scores are summed
 
@@ -37,6 +36,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # (B, H, S, D)
     if query.shape[2] == key.shape[2]:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    # Imported here: it brings torch._dynamo along, seconds that only a prompt of several chunks should wait for.
+    from torch.nn.attention.bias import causal_lower_right
+
     return F.scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(query.shape[2], key.shape[2]))
 
 

@@ -313,7 +313,7 @@ def test_no_tensor_as_large_as_the_prompt_squared(monkeypatch):
     def mask(queries, keys):  # what the bias object turns into on a CPU; the mode below cannot see the object itself
         return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
-    monkeypatch.setattr(kernels, "causal_lower_right", mask)
+    monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", mask)
     llm, slm = tiny_decoder(kv_heads=6), tiny_decoder(heads=4, head_dim=8, seed=1)
     n = 3000
     for settings in (Settings(score_decay=1.0), Settings(saliency_shift=False, score_decay=1.0)):
