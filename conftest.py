@@ -58,3 +58,25 @@ def tiny_decoder(layers=2, heads=6, kv_heads=2, head_dim=16, seed=0, device="cpu
 def random_prompts(*lengths: int, seed: int = 0, vocab: int = 97) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+def played(session, prompts, steps):
+    """Feed fixed tokens to a prefilled session of two prompts; after each step yield (step, b, all tokens of b)."""
+    fed = [list(prompt) for prompt in prompts]
+    for step in range(steps):
+        tokens = [(11 * step + 3) % 97, (7 * step + 5) % 97]
+        session.step(tokens)
+        for b, token in enumerate(tokens):
+            fed[b].append(token)
+            yield step, b, fed[b]
+
+
+def check_ledgers(policy, lengths, capacity):
+    """Predicted from shapes = measured on the tensors, line by line; and no cache tensor is missing from it."""
+    cache = policy.make_cache(lengths, capacity)
+    predicted = policy.predict(lengths, capacity)
+    assert predicted["LLM"] == cache.ledger()
+    assert predicted["SLM"] == policy.slm_cache.ledger()
+    for owner in (cache, policy.slm_cache):
+        held = sum(value.nbytes for value in vars(owner).values() if torch.is_tensor(value))
+        assert held == sum(entry.size for entry in owner.ledger())

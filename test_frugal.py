@@ -10,7 +10,7 @@ import overhead
 from baselines import H2O
 from cache import FullCache, ScoredCache
 from checkpoint import weight_bytes
-from conftest import random_prompts, tiny_decoder
+from conftest import check_ledgers, random_prompts, tiny_decoder
 from decode import FullPolicy, Session, generate
 from evicting import Budget
 from frugal import FrugalCache, kept_tokens
@@ -147,13 +147,7 @@ def test_ledger_is_what_is_allocated(make, settings, dtype, device):
     """Predicted from shapes = measured on the tensors; and no tensor of a cache is missing from it."""
     pair = tiny_decoder().to(device, dtype), tiny_decoder(heads=4, head_dim=8, seed=1).to(device, dtype)
     policy = make(pair, settings)
-    cache = policy.make_cache([150, 120], 300)
-    predicted = policy.predict([150, 120], 300)
-    assert predicted["LLM"] == cache.ledger()
-    assert predicted["SLM"] == policy.slm_cache.ledger()
-    for owner in (cache, policy.slm_cache):
-        held = sum(value.nbytes for value in vars(owner).values() if torch.is_tensor(value))
-        assert held == sum(entry.size for entry in owner.ledger())
+    check_ledgers(policy, [150, 120], 300)
 
 
 def test_the_paper_s_best_combination_takes_7_percent():

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from conftest import random_prompts, tiny_decoder
+from conftest import played, random_prompts, tiny_decoder
 from decode import Session, generate
 from match import match_heads, window_rows
 from smallkv import Settings, SmallKV, TierSizes
@@ -58,32 +58,28 @@ def test_a_gate_closes_the_heads_below_it(pair):
     settings = Settings(budget=0.3, marginal=True, score_decay=0.5, gate=gate, split="1:1:2")
     session = Session(llm, SmallKV(llm, slm, settings), prompts, 10)
     session.prefill()
-    fed, kinds = [list(prompt) for prompt in prompts], set()
-    for step in range(8):
-        tokens = [(11 * step + 3) % 97, (7 * step + 5) % 97]
-        session.step(tokens)
-        for b, token in enumerate(tokens):
-            fed[b].append(token)
-            n = len(fed[b])
-            if n < 100:
-                continue
-            heads = match_heads(llm, slm, fed[b][: max(100, len(prompts[b]))][:200], "cosine")
-            rows = window_rows(slm, torch.tensor([fed[b]]))  # (8, n, n)
-            weight = torch.tensor([0.5 ** (n - 1 - q) for q in range(n)])
-            scores = (weight[:, None] * rows).sum(1)[heads.index].view(2, 2, 3, n).sum(2)  # (L, G, n)
-            for layer, g in itertools.product(range(2), range(2)):
-                closed = heads.similarity[layer].view(2, 3)[g].mean() < gate
-                kinds.add(bool(closed))
-                size = Settings(budget=0.3, split="1:1:2", marginal=not closed).sizes(n)
-                recent = list(range(n - 1, n - 1 - size.recent, -1))
-                rest = sorted(set(range(n)) - set(recent), key=lambda j: -scores[layer, g, j].item())
-                ranked = recent + rest
-                keys, values = (
-                    {j for j in table[layer, b, g].tolist() if j >= 0}
-                    for table in (session.cache.key_position, session.cache.value_position)
-                )
-                assert keys == set(ranked[: size.critical]), (step, b, layer, g)
-                assert values == set(ranked[: size.critical + size.marginal]), (step, b, layer, g)
+    kinds = set()
+    for step, b, fed in played(session, prompts, 8):
+        n = len(fed)
+        if n < 100:
+            continue
+        heads = match_heads(llm, slm, fed[: max(100, len(prompts[b]))][:200], "cosine")
+        rows = window_rows(slm, torch.tensor([fed]))  # (8, n, n)
+        weight = torch.tensor([0.5 ** (n - 1 - q) for q in range(n)])
+        scores = (weight[:, None] * rows).sum(1)[heads.index].view(2, 2, 3, n).sum(2)  # (L, G, n)
+        for layer, g in itertools.product(range(2), range(2)):
+            closed = heads.similarity[layer].view(2, 3)[g].mean() < gate
+            kinds.add(bool(closed))
+            size = Settings(budget=0.3, split="1:1:2", marginal=not closed).sizes(n)
+            recent = list(range(n - 1, n - 1 - size.recent, -1))
+            rest = sorted(set(range(n)) - set(recent), key=lambda j: -scores[layer, g, j].item())
+            ranked = recent + rest
+            keys, values = (
+                {j for j in table[layer, b, g].tolist() if j >= 0}
+                for table in (session.cache.key_position, session.cache.value_position)
+            )
+            assert keys == set(ranked[: size.critical]), (step, b, layer, g)
+            assert values == set(ranked[: size.critical + size.marginal]), (step, b, layer, g)
     assert kinds == {True, False}
 
 
@@ -114,30 +110,26 @@ def test_moves_are_limited_as_in_a_loop_over_sets(pair, moves, refresh):
     prompts = random_prompts(140, 113)
     session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), prompts, 12)
     session.prefill()
-    fed, held, limited = [list(prompt) for prompt in prompts], {}, 0
-    for step in range(10):
-        tokens = [(11 * step + 3) % 97, (7 * step + 5) % 97]
-        session.step(tokens)
-        for b, token in enumerate(tokens):
-            fed[b].append(token)
-            n = len(fed[b])
-            scores = window_rows(slm, torch.tensor([fed[b]]))[:, -1][head_map].view(2, 2, 3, n).sum(2)  # (L, G, n)
-            size = settings.planned(n)
-            for place in itertools.product(range(2), range(2)):
-                if step % refresh:
-                    held[b, place] |= {n - 1}
-                else:
-                    order = [n - 1, *range(n - size.recent, n - 1)]
-                    order += sorted(set(range(n)) - set(order), key=lambda j: (-scores[place][j].item(), j))
-                    wanted = order[: size.critical]
-                    if step:
-                        enter = [j for j in wanted if j not in held[b, place]][: moves + 1]
-                        stay = [j for j in order if j in held[b, place]][: size.critical - len(enter)]
-                        limited += set(wanted) != {*enter, *stay}
-                        wanted = enter + stay
-                    held[b, place] = set(wanted)
-                found = {j for j in session.cache.key_position[place[0], b, place[1]].tolist() if j >= 0}
-                assert found == held[b, place], (step, b, place)
+    held, limited = {}, 0
+    for step, b, fed in played(session, prompts, 10):
+        n = len(fed)
+        scores = window_rows(slm, torch.tensor([fed]))[:, -1][head_map].view(2, 2, 3, n).sum(2)  # (L, G, n)
+        size = settings.planned(n)
+        for place in itertools.product(range(2), range(2)):
+            if step % refresh:
+                held[b, place] |= {n - 1}
+            else:
+                order = [n - 1, *range(n - size.recent, n - 1)]
+                order += sorted(set(range(n)) - set(order), key=lambda j: (-scores[place][j].item(), j))
+                wanted = order[: size.critical]
+                if step:
+                    enter = [j for j in wanted if j not in held[b, place]][: moves + 1]
+                    stay = [j for j in order if j in held[b, place]][: size.critical - len(enter)]
+                    limited += set(wanted) != {*enter, *stay}
+                    wanted = enter + stay
+                held[b, place] = set(wanted)
+            found = {j for j in session.cache.key_position[place[0], b, place[1]].tolist() if j >= 0}
+            assert found == held[b, place], (step, b, place)
     assert limited  # or nothing was tested
 
 

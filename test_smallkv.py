@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from cache import FullCache, ScoredCache, TieredCache
-from conftest import random_prompts, tiny_decoder
+from conftest import check_ledgers, played, random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, strip_pads
 from match import accumulated_scores, window_rows
 from model import Span
@@ -217,22 +217,17 @@ def test_plan_ranks_by_the_matched_heads_and_sums_a_group(pair, decay):
     prompts = random_prompts(140, 113)
     session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), prompts, 10)
     session.prefill()
-    fed = [list(prompt) for prompt in prompts]
-    for step in range(5):
-        tokens = [(11 * step + 3) % 97, (7 * step + 5) % 97]
-        session.step(tokens)
-        for b, token in enumerate(tokens):
-            fed[b].append(token)
-            n = len(fed[b])
-            rows = window_rows(slm, torch.tensor([fed[b]]))  # (8, n, n)
-            weight = torch.tensor([decay ** (n - 1 - q) for q in range(n)])
-            scores = (weight[:, None] * rows).sum(1)[head_map].view(2, 2, 3, n).sum(2)  # (L, G, n)
-            size = settings.sizes(n)
-            scores[..., n - size.recent :] = torch.inf
-            for layer, g in itertools.product(range(2), range(2)):
-                expected = set(scores[layer, g].topk(size.critical).indices.tolist())
-                kept = {j for j in session.cache.key_position[layer, b, g].tolist() if j >= 0}
-                assert kept == expected, (step, b, layer, g)
+    for step, b, fed in played(session, prompts, 5):
+        n = len(fed)
+        rows = window_rows(slm, torch.tensor([fed]))  # (8, n, n)
+        weight = torch.tensor([decay ** (n - 1 - q) for q in range(n)])
+        scores = (weight[:, None] * rows).sum(1)[head_map].view(2, 2, 3, n).sum(2)  # (L, G, n)
+        size = settings.sizes(n)
+        scores[..., n - size.recent :] = torch.inf
+        for layer, g in itertools.product(range(2), range(2)):
+            expected = set(scores[layer, g].topk(size.critical).indices.tolist())
+            kept = {j for j in session.cache.key_position[layer, b, g].tolist() if j >= 0}
+            assert kept == expected, (step, b, layer, g)
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.6, 0.7])
@@ -275,13 +270,7 @@ def test_ledger_is_what_is_allocated(pair, name, dtype, device):
     """Predicted from shapes = measured on the tensors, line by line; and no cache tensor is missing from it."""
     llm, slm = tiny_decoder().to(device, dtype), tiny_decoder(heads=4, head_dim=8, seed=1).to(device, dtype)
     policy = SmallKV(llm, slm, VARIANTS[name])
-    cache = policy.make_cache([150, 120], 300)
-    predicted = policy.predict([150, 120], 300)
-    assert predicted["LLM"] == cache.ledger()
-    assert predicted["SLM"] == policy.slm_cache.ledger()
-    for owner in (cache, policy.slm_cache):
-        held = sum(value.nbytes for value in vars(owner).values() if torch.is_tensor(value))
-        assert held == sum(entry.size for entry in owner.ledger())
+    check_ledgers(policy, [150, 120], 300)
     full = FullPolicy(llm)
     assert full.make_cache([150, 120], 300).ledger() == full.predict([150, 120], 300)["LLM"]
 
