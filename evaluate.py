@@ -27,13 +27,14 @@ import torch
 from tqdm import tqdm
 
 from arguments import DTYPE_CHOICES
+from backend import NAMES, Backend, pick_backend
 from baselines import BASELINES, Fused
 from benchmarks import TASKS
 from checkpoint import CheckpointError
 from decode import FullPolicy
 from demo import PAIR
 from evicting import Budget
-from generate import Pair, load_pair
+from generate import Pair, backend_line, load_pair
 from hub import fetch
 from model import Config
 from overhead import cache_bytes
@@ -194,7 +195,9 @@ class Results:
         self.done.add((cell.method, cell.budget, sample.id))
 
 
-def evaluate(pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], batch: int, results: Results) -> dict:
+def evaluate(
+    pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], batch: int, results: Results, backend: Backend
+) -> dict:  # fmt: skip
     """Run what is missing, batch by batch with all cells; returns the seconds of every cell."""
     window = positions(pair)
     unfit = [sample for sample in samples if too_long(sample, window)]
@@ -216,7 +219,7 @@ def evaluate(pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], b
                     continue
                 begin = time.perf_counter()
                 # The whole batch once more, where a killed run wrote a part: the same batch gives the same numbers.
-                for sample, figures in zip(group, task.run(pair, cell.policy(pair), group), strict=True):
+                for sample, figures in zip(group, task.run(pair, cell.policy(pair), group, backend), strict=True):
                     if sample.id in missing:
                         results.add(cell, sample, figures)
                 seconds[f"{cell.method} {cell.budget:g}"] += time.perf_counter() - begin
@@ -303,6 +306,7 @@ def run_task(args) -> None:
     slm = args.slm if needs_slm else None
     pair = load_pair(args.llm, slm, args.device, args.dtype, slm_layers=args.slm_layers, quantize=args.quantize,
                      slm_quantize=args.slm_quantize)  # fmt: skip
+    backend = pick_backend(args.backend, pair.llm.device)
     about = describe(args, pair)
     if before:
         check_same(out, task, before, about)
@@ -319,7 +323,9 @@ def run_task(args) -> None:
         this = {"command": sys.argv, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": None}
         about["invocations"].append(this)
         write_about(out, about)
-        this["seconds"] = evaluate(pair, task, samples, cells, args.batch, results)
+        for line in dict.fromkeys(backend_line(pair, cell.policy(pair), backend) for cell in cells):
+            print(line, file=sys.stderr)
+        this["seconds"] = evaluate(pair, task, samples, cells, args.batch, results, backend)
         task.finish(args, samples, out)
         write_about(out, about)
     except OSError as error:
@@ -334,6 +340,8 @@ def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
+    models.add_argument("--backend", choices=NAMES, default="torch", help="of decode steps: plain PyTorch (default) or "
+                        "Triton in a CUDA graph, for full and smallkv; auto takes that on a GPU")  # fmt: skip
     models.add_argument("--quantize", choices=("int4",), help="round the LLM's weights to INT4 while loading")
     models.add_argument("--slm-quantize", choices=("int4",), help="the SLM's too")
     what = parser.add_argument_group("methods")

@@ -138,7 +138,9 @@ def check_caches_fit(policy, lengths: list[int], capacity: int) -> None:
         check_fits(on_host, torch.device("cpu"))
 
 
-def make_session(pair: Pair, policy, prompts: list[list[int]], new: int, backend: Backend, progress) -> Session:
+def make_session(
+    pair: Pair, policy, prompts: list[list[int]], new: int, backend: Backend, progress=None
+) -> Session:  # fmt: skip
     """With static steps, one CUDA graph each, where the backend is Triton and the policy has them; else the plain."""
     if drafts_of(policy):
         return SpeculativeSession(pair.llm, policy, prompts, new, progress=progress)

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from backend import TORCH, Backend
 from cache import TieredCache
 from corpus import Recall, read_text
-from decode import Session
 from demo import PAIR
-from generate import Pair, check_caches_fit
+from generate import Pair, check_caches_fit, make_session
 from match import WINDOW_MIN
 from recall import exact
 from text import Text
@@ -76,9 +76,9 @@ class Task:
         """Figures of one sample as JSON types; `score` is the one that tables show."""
         raise NotImplementedError
 
-    def run(self, pair: Pair, policy, samples: list[Sample]) -> list[dict]:
+    def run(self, pair: Pair, policy, samples: list[Sample], backend: Backend = TORCH) -> list[dict]:
         """Figures of a batch under one policy."""
-        answers = converse(pair, policy, samples, self.stops)
+        answers = converse(pair, policy, samples, self.stops, backend)
         known = [{**_movement(policy), **_similarity(policy, b)} for b in range(len(samples))]
         return [{**self.score(s, a), **more} for s, a, more in zip(samples, answers, known)]
 
@@ -163,12 +163,14 @@ class _Voice:
 
 
 @torch.inference_mode()
-def converse(pair: Pair, policy, samples: list[Sample], stops: tuple[str, ...] = ()) -> list[list[str]]:
+def converse(
+    pair: Pair, policy, samples: list[Sample], stops: tuple[str, ...] = (), backend: Backend = TORCH
+) -> list[list[str]]:  # fmt: skip
     """The answers of each sample, one a turn, without what ended them. Greedy: the paper's setting."""
     prompts = [sample.prompt for sample in samples]
     room = max(sample.new_tokens for sample in samples)
     check_caches_fit(policy, [len(prompt) for prompt in prompts], max(map(len, prompts)) + room)
-    session = Session(pair.llm, policy, prompts, room)
+    session = make_session(pair, policy, prompts, room, backend)
     voices = [_Voice(sample, pair.text, stops) for sample in samples]
     logits = session.prefill()
     while True:
@@ -257,12 +259,12 @@ class Wikitext(Task):
         ]  # fmt: skip
 
     @torch.inference_mode()
-    def run(self, pair: Pair, policy, samples: list[Sample]) -> list[dict]:
+    def run(self, pair: Pair, policy, samples: list[Sample], backend: Backend = TORCH) -> list[dict]:
         llm, steps = pair.llm, len(samples[0].turns[0])
         given = [sample.turns[0] for sample in samples]
         prompts = [sample.prompt for sample in samples]
         check_caches_fit(policy, [len(prompt) for prompt in prompts], len(prompts[0]) + steps)
-        session = Session(llm, policy, prompts, steps)
+        session = make_session(pair, policy, prompts, steps, backend)
         session.prefill()
         full = self.full_logits(pair, samples)  # (B, steps, V)
         sums = torch.zeros(3, len(samples), dtype=torch.float64)  # loss, KL, agreement of each sample

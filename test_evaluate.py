@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluate
+from backend import TORCH, TRITON
 from benchmarks import TASKS
 from conftest import tiny_decoder
 from decode import FullPolicy
-from evaluate import main, make_batches, make_cells, parse_method
+from evaluate import main, make_batches, make_cells, make_parser, parse_method
 from generate import Pair
 from tables import by_budget, by_group, read_run, show
 from tasks import Sample, Wikitext, read_results
@@ -47,6 +50,23 @@ def test_equal_bytes_leave_the_llm_what_the_slm_does_not_take():
     with pytest.raises(ValueError, match=r"SLM's own cache is 10.0% .* leaves smallkv nothing"):
         make_cells(["smallkv"], [0.1], "bytes", pair)
     assert make_cells(["window"], [0.1], "bytes", pair)[0].own == 0.1
+
+
+@pytest.mark.parametrize("method", ["full", "smallkv:refresh=2", "smallkv-paper", "streaming"])
+def test_static_steps_give_the_figures_of_the_plain_ones(method, data, device):
+    """On a GPU captured; policies without a static step take the plain one."""
+    args = make_parser().parse_args(["wikitext", "--prompt", "100", "--steps", "6", "--data", str(data)])
+    text = SimpleNamespace(encode=lambda text: [7 * ord(letter) % 97 for letter in text])
+    samples = Wikitext().samples(args, text, 4096)[:3]
+    found = []
+    for backend in (TORCH, replace(TORCH, name="triton") if device == "cpu" else TRITON):
+        llm, slm = (tiny_decoder(heads=heads, head_dim=32, device=device) for heads in (6, 4))
+        pair = Pair(llm, slm, text)
+        policy = make_cells([method], [0.3], "budget", pair)[0].policy(pair)
+        found.append(Wikitext().run(pair, policy, samples, backend))
+    plain, static = found
+    for a, b in zip(plain, static, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -190,6 +210,7 @@ def test_method_options():
         (["--data", "/nowhere"], "cannot read /nowhere/wikitext-2/test.txt: No such file"),
         (["--steps", "9999"], "too few for 5 samples"),
         (["--slm", ""], "--slm is missing"),
+        (["--backend", "triton"], "backend triton needs a CUDA device"),
         (["--equal", "bytes", "--budget", "0.3"], "leaves smallkv nothing"),
     ],
 )
