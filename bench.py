@@ -35,6 +35,7 @@ from backend import NAMES, TORCH, Backend, pick_backend
 from baselines import BASELINES
 from bench_clock import Clock, ceilings, profile, random_decoder
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
+from bench_transformers import time_transformers
 from cache import FullCache
 from decode import FullPolicy, Session
 from evicting import Budget
@@ -175,10 +176,16 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     if method == "transformers":
         return [transformers_row(models, setting, clock)]
     backend = pick_backend(args.backend, clock.device)
-    session = make_session(
-        method, models, setting, settings, args.chunk, backend if method.endswith("graph") else TORCH
-    )
+    path = backend if method.endswith("graph") else TORCH
     prefilled = not args.decode_only or setting.name in args.prefill or method.partition("-")[0] in RIVALS
+    if prefilled:  # kernels are compiled and chosen at their first call
+        one = Setting(1, setting.prompt, 2)
+        clock.once(make_session(method, models, one, settings, args.chunk, path).prefill)
+        if args.profile:
+            again = make_session(method, models, one, settings, args.chunk, path)
+            profile(again.prefill, f"{args.profile}.{method}.{setting.name}.prefill.txt", 1)
+            del again
+    session = make_session(method, models, setting, settings, args.chunk, path)
     logits: list[torch.Tensor] = []
     ttft = clock.once(lambda: logits.append(session.prefill())) if prefilled else None
     tokens = logits[0].argmax(-1) if prefilled else fill(session)
@@ -288,43 +295,12 @@ def session_bytes(session: Session, step: Step | None, models) -> int:
     return total
 
 
-@torch.inference_mode()
-def transformers_row(models: list[Decoder], setting: Setting, clock: Clock) -> dict:
-    """The same weights in Transformers with SDPA, a DynamicCache of random K and V, one token at a time."""
-    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-
-    llm = models[0]
-    raw = dict(llm.raw)
-    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=llm.dtype)
-    rotary = type(model.model.rotary_emb)(config).to(clock.device)
-    names = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in llm.state_dict().items()}
-    model.load_state_dict(names, strict=False, assign=True)
-    model.model.rotary_emb = rotary
-    model.eval()
-    cache, c = DynamicCache(config=config), llm.config
-    for layer in range(c.layers):
-        shape = (setting.batch, c.kv_heads, setting.prompt, c.head_dim)
-        cache.update(*(torch.randn(shape, device=clock.device, dtype=llm.dtype) for _ in range(2)), layer)
-    state = {"tokens": torch.zeros(setting.batch, 1, dtype=torch.long, device=clock.device)}
-
-    def work():
-        logits = model(input_ids=state["tokens"], past_key_values=cache, use_cache=True).logits
-        state["tokens"] = logits[:, -1:].argmax(-1)
-
-    clock.laps(work, 2)
-    count = STEPS["eager"]
-    laps = clock.laps(work, count)
-    out = row("transformers", (llm, llm), setting, Settings(), setting.prompt + count // 2, laps, None, None, [0, 0])
+def transformers_row(models: list[Decoder], setting: Setting, clock: Clock, prefilled: bool) -> dict:
+    ttft, laps, length = time_transformers(models[0], setting, clock, prefilled)
+    out = row("transformers", (models[0],) * 2, setting, Settings(), length, laps, ttft, None, [0, 0])
     peak = torch.cuda.max_memory_allocated() - weights_of(models[1]) if clock.device.type == "cuda" else None
-    return out | {
-        "peak_bytes": peak,
-        "predicted_bytes": None,
-        "first_step_s": None,
-        "tiers": [],
-        "peak_prefill_bytes": None,
-    }
+    nothing = dict.fromkeys(("predicted_bytes", "first_step_s", "peak_prefill_bytes"))
+    return out | {"peak_bytes": peak, "tiers": [], **nothing}
 
 
 def run(args) -> int:

@@ -72,11 +72,11 @@ def ceilings(clock: Clock) -> dict[str, float]:
     }
 
 
-def profile(work, path: str) -> None:
-    """Three calls of `work` under the torch profiler; the 40 costliest kernels go to the file."""
+def profile(work, path: str, calls: int = 3) -> None:
+    """`calls` of `work` under the torch profiler; the 40 costliest kernels go to the file."""
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with record(activities=kinds) as found:
-        for _ in range(3):
+        for _ in range(calls):
             work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -105,9 +105,10 @@ class Session:
             chunks = [(start, min(start + chunk, len(prompt))) for start in range(0, len(prompt), chunk)]
             self.policy.prefill(b, prompt, chunks)
             staged = self.cache.staging(b, len(prompt))
+            ids = torch.tensor([prompt], device=self.llm.device)  # (1, n), once: each copy waits for the device
             for start, end in chunks:
-                ids = torch.tensor([prompt[start:end]], device=self.llm.device)  # (1, T)
-                last = self.llm(ids, Span.block(start, end, ids.device), staged, logits="last")  # (1, 1, V)
+                span = Span.block(start, end, ids.device)
+                last = self.llm(ids[:, start:end], span, staged, logits="last")  # (1, 1, V)
                 if self.progress:
                     self.progress(end - start)
             self.cache.load(b, staged, len(prompt))

@@ -284,9 +284,9 @@ class SmallKV:
     def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
         """Run the SLM over the prompt of sequence b, in the given (start, end) chunks, and match the heads."""
         staged = self.slm_cache.staging(b, len(tokens))
+        ids = torch.tensor([tokens], device=self.slm.device)  # (1, n)
         for start, end in chunks:
-            ids = torch.tensor([tokens[start:end]], device=self.slm.device)
-            self.slm(ids, Span.block(start, end, self.slm.device), staged, logits="none")
+            self.slm(ids[:, start:end], Span.block(start, end, self.slm.device), staged, logits="none")
         self.slm_cache.load(b, staged, len(tokens))
         self.tokens[b] = list(tokens)
         self._match(b)

@@ -17,6 +17,7 @@ from bench_count import (
     step_bytes,
     table,
 )
+from bench_transformers import make_transformers
 from cache import FullCache
 from model import Decoder
 from quantize import Int4Linear
@@ -41,6 +42,14 @@ def test_shapes_are_those_of_the_checkpoints():
             with torch.device("meta"):
                 total = sum(parameter.numel() for parameter in Decoder(config).parameters())
             assert total / 1e9 == pytest.approx(size, abs=0.006)
+
+
+def test_the_transformers_rival_has_the_same_weights():
+    raws, configs = pair_configs("tiny")
+    llm = bench.random_decoder(configs[0], torch.device("cpu"), torch.float32)
+    llm.raw = raws[0]
+    tokens = torch.randint(97, (2, 40))
+    torch.testing.assert_close(make_transformers(llm, llm.device)(input_ids=tokens).logits, llm(tokens))
 
 
 def test_bytes_of_a_step_are_those_of_the_caches():
