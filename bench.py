@@ -173,11 +173,11 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    prefilled = not args.decode_only or setting.name in args.prefill or method.partition("-")[0] in RIVALS
     if method == "transformers":
-        return [transformers_row(models, setting, clock)]
+        return [transformers_row(models, setting, clock, prefilled)]
     backend = pick_backend(args.backend, clock.device)
     path = backend if method.endswith("graph") else TORCH
-    prefilled = not args.decode_only or setting.name in args.prefill or method.partition("-")[0] in RIVALS
     if prefilled:  # kernels are compiled and chosen at their first call
         one = Setting(1, setting.prompt, 2)
         clock.once(make_session(method, models, one, settings, args.chunk, path).prefill)
