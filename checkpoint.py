@@ -97,16 +97,18 @@ def read_scheme(folder: Path, quantize: str | None = None) -> Scheme | None:
     return Scheme() if quantize else scheme
 
 
-def weight_bytes(config: Config, dtype: torch.dtype, scheme: Scheme | None = None) -> int:
-    """Bytes of all weights, from the shapes alone; what is not INT4 is in this dtype."""
-    decoder = _empty_decoder(config, scheme)
+def weight_bytes(config: Config, dtype: torch.dtype, scheme: Scheme | None = None, team: Team = Team()) -> int:
+    """Bytes of all weights of this rank's part, from the shapes alone; what is not INT4 is in this dtype."""
+    decoder = _empty_decoder(config, scheme, team)
     packed = sum(buffer.nbytes for buffer in decoder.buffers())
-    return packed + sum(parameter.numel() for parameter in decoder.parameters()) * dtype.itemsize
+    # A tied output projection is the embedding, or a part of it: a view
+    counted = [p.numel() for name, p in decoder.named_parameters() if not (config.tied and name == "lm_head.weight")]
+    return packed + sum(counted) * dtype.itemsize
 
 
-def _empty_decoder(config: Config, scheme: Scheme | None) -> Decoder:
+def _empty_decoder(config: Config, scheme: Scheme | None, team: Team = Team()) -> Decoder:
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = team.split(config)
     if scheme is not None:
         put_int4(decoder, scheme)
     return decoder

@@ -111,9 +111,8 @@ def load_pair(
             size = config.vocab_size
             raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
     teams, rounded = [team, parallel.Team()], [quantize, slm_quantize]  # the LLM is split, the SLM copied
-    parts = zip(teams, folders, configs, rounded)
-    sizes = [each.weight_bytes(config, kind) if each.size > 1 else weight_bytes(config, kind, read_scheme(folder, q))
-             for each, folder, config, q in parts]  # fmt: skip
+    sizes = [weight_bytes(config, kind, read_scheme(folder, q), each)
+             for each, folder, config, q in zip(teams, folders, configs, rounded)]  # fmt: skip
     check_fits(dict(zip(("LLM weights", "SLM weights"), sizes)), where)
     decoders = [load_decoder(folder, where, kind, stop, q, each)
                 for folder, stop, q, each in zip(folders, stops, rounded, teams)]  # fmt: skip

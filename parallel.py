@@ -107,13 +107,6 @@ class Team:
             return tensor[:, self._bounds(shape[1])]
         return torch.zeros_like(tensor[:]) if module in COLUMNS and self.rank else tensor[:]
 
-    def weight_bytes(self, config: Config, dtype: torch.dtype) -> int:
-        """Bytes of this rank's part, from the shapes alone."""
-        with torch.device("meta"):
-            parts = self.split(config).named_parameters()
-        counted = [p.numel() for name, p in parts if not (config.tied and name == "lm_head.weight")]
-        return sum(counted) * dtype.itemsize
-
     def check_method(self, method: str, **flags) -> None:
         """ValueError for a method that mixes heads, and for any of these flags that is set: they need one process."""
         if self.size > 1 and method in MIXED:

@@ -124,8 +124,7 @@ def test_logits_of_every_rank_are_those_of_the_whole(name, tmp_path):
     for rank, (logits, held, config) in enumerate(spread(4, tmp_path, logits_of_a_rank, KINDS[name])):
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
         assert (config.query_heads, config.kv_heads, config.head_dim) == (2, 1, 16)
-        assert held == Team(rank, 4).weight_bytes(whole.config, torch.float32)
-    assert Team().weight_bytes(whole.config, torch.float32) == weight_bytes(whole.config, torch.float32)
+        assert held == weight_bytes(whole.config, torch.float32, team=Team(rank, 4))
 
 
 def beside_pytorch(team: Team) -> tuple:
