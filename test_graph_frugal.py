@@ -1,6 +1,7 @@
 """The static step with a cut SLM cache (`--slm-budget`): kernels against twins, steps against the eager ones."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch
 import kernels_frugal
 from backend import TORCH, TRITON
 from conftest import random_prompts
-from decode import Session, generate
+from decode import Sampler, Session, Timing, generate, generate_ids
 from frugal import kept_tokens
-from graph import Step
+from generate import has_static_step
+from graph import StaticSession, Step
+from report import make_report
 from smallkv import Settings, SmallKV
 from test_graph import LENGTHS, decoders, generate_static
 from test_kernels import FINE, HERE, close, floats, kinds, randn
@@ -139,6 +142,25 @@ def test_static_step_keeps_and_scores_what_the_eager_path_does(name):
             found, expected = (cache.of_heads(getattr(cache, table), heads, end) for cache in (mine, theirs))
             torch.testing.assert_close(found, expected)
             assert torch.equal(found == 0, expected == 0)
+
+
+@pytest.mark.parametrize("name", ["default", "refresh, marginal"])
+def test_static_session_is_a_session(name, device):
+    """What generate.py runs and reports: the same sampled tokens, tiers and rows moved; bytes as foretold."""
+    prompts, sampler, settings = random_prompts(*LENGTHS), Sampler(temperature=0.7, seed=3), SETTINGS[name]
+    sessions = []
+    for where, kind in (("cpu", Session), (device, partial(StaticSession, TORCH if device == "cpu" else TRITON))):
+        pair = decoders(where, head_dim=32)
+        assert has_static_step(SmallKV(*pair, settings))
+        session = kind(pair[0], SmallKV(*pair, settings), prompts, 12)
+        sessions.append((session, list(generate_ids(session, sampler, 12))))
+    (plain, expected), (static, made) = sessions
+    assert made == expected
+    reports = [make_report(session, Timing()) for session in (plain, static)]
+    assert all(reports[0][what] == reports[1][what] for what in ("tokens", "moved"))
+    foretold = static.policy.predict(list(LENGTHS), static.capacity, static=True)["SLM"]
+    held = [entry for entry in reports[1]["ledger"] if entry["model"] == "SLM"]
+    assert [(entry["what"], entry["bytes"]) for entry in held] == [(entry.what, entry.size) for entry in foretold]
 
 
 @pytest.mark.parametrize("name", ["decay 0.5", "refresh, marginal"])
