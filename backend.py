@@ -13,6 +13,7 @@ import torch
 
 import kernels
 import kernels_decode
+import kernels_frugal
 import kernels_int4
 import kernels_layer
 import kernels_move
@@ -30,6 +31,8 @@ class Backend:
     decode_attention: Callable
     scored_attention: Callable
     tiered_attention: Callable
+    slot_attention: Callable
+    make_room: Callable
     plan_layers: Callable
     assign_slots: Callable
     lend_rows: Callable
@@ -48,6 +51,8 @@ TORCH = Backend(
     decode_attention=kernels_decode.decode_attention_torch,
     scored_attention=kernels_decode.scored_attention_torch,
     tiered_attention=kernels_decode.tiered_attention_torch,
+    slot_attention=kernels_frugal.slot_attention_torch,
+    make_room=kernels_frugal.make_room_torch,
     plan_layers=kernels_tiers.plan_layers_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
@@ -66,6 +71,8 @@ TRITON = Backend(
     decode_attention=kernels_decode.decode_attention_triton,
     scored_attention=kernels_decode.scored_attention_triton,
     tiered_attention=kernels_decode.tiered_attention_triton,
+    slot_attention=kernels_frugal.slot_attention_triton,
+    make_room=kernels_frugal.make_room_triton,
     plan_layers=kernels_tiers.plan_layers_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,

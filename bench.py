@@ -13,6 +13,9 @@ on a ring that is turned each step, so that a tenth of the critical set leaves a
 moved is counted, and printed as counted. `--decode-only` fills the caches with random K and V instead of prefilling
 (methods that evict are prefilled all the same: what they keep comes from there).
 
+`--slm-layers` and `--slm-budget` make the SLM cost less (appendix A.3); its floor and its bytes are then those of what
+is left of it.
+
 `--refresh r` plans in every r-th step: the turnover is that of a plan, the bytes over PCIe are those of a mean step,
 and a time is the mean over the r steps from plan to plan (the median of such means). What a plan finds changed after r
 steps is for evaluate.py to say: more than after one, and less than r times that.
@@ -39,6 +42,7 @@ from bench_transformers import time_transformers
 from cache import FullCache
 from decode import FullPolicy, Session
 from evicting import Budget
+from frugal import Prompt
 from graph import Step
 from match import HeadMap
 from model import Decoder
@@ -78,12 +82,15 @@ class DrivenStep(Step):
 
 
 class DrivenSmallKV(SmallKV):
-    """The eager policy whose plan follows the ring (score decay 0: scores are made anew in every step)."""
+    """The eager policy whose plan follows the ring."""
 
     def observe(self, tokens, span) -> None:
         super().observe(tokens, span)
         if self.refreshing:
-            self.slm_cache.score.add_(self.driven.turn()[None, :, None])
+            self.prior = self.driven.turn()
+
+    def _ranking(self, layer: int) -> torch.Tensor:
+        return super()._ranking(layer) + self.prior[:, None, : self.end]
 
 
 def rival(method: str, llm: Decoder, settings: Settings):
@@ -119,8 +126,12 @@ def fill(session: Session) -> torch.Tensor:
     if isinstance(cache, FullCache):
         cache.key.normal_(), cache.value.normal_()
     else:
-        scored = policy.slm_cache
-        scored.key.normal_(), scored.value.normal_(), scored.score.zero_()
+        for b, length in enumerate(session.lengths):
+            staged = policy.slm_cache.staging(b, length)
+            staged.key.normal_(), staged.value.normal_(), staged.score.zero_()
+            if isinstance(staged, Prompt):
+                staged.gathered.uniform_()  # who stays in a cut cache: the newest, and others at random
+            policy.slm_cache.load(b, staged, length)
         some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
         for host in (*cache.host_key, *cache.host_value):
             host.copy_(some, non_blocking=True)
@@ -145,7 +156,8 @@ def largest(method: str, models, prompt: int, new: int, settings: Settings) -> S
     llm, slm = models
     policy = FullPolicy(llm) if method.startswith("full") else rival(method, llm, settings)
     policy = policy or SmallKV(llm, slm, settings)
-    one = [entry for entries in policy.predict([prompt], prompt + new).values() for entry in entries]
+    options = {"static": True} if method.endswith("graph") else {}
+    one = [entry for entries in policy.predict([prompt], prompt + new, **options).values() for entry in entries]
     device = sum(entry.size for entry in one if entry.device == llm.device.type)
     host = sum(entry.size for entry in one if entry.device != llm.device.type)
     room = 0.92 * torch.cuda.mem_get_info()[1] - sum(weights_of(model) for model in models)
@@ -259,7 +271,7 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
         "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
-                                 tuple(bool(int4_modules(model)) for model in models)),
+                                 tuple(bool(int4_modules(model)) for model in models), settings.slm_budget),
         "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
@@ -289,7 +301,7 @@ def session_bytes(session: Session, step: Step | None, models) -> int:
     total = sum(entry["size"] for entry in tiers(session) if entry["device"] == device)
     total += sum(weights_of(model) for model in session.policy.models)
     if step is not None and step.slm is not None:
-        total += sum(tensor.nbytes for tensor in step.side.tensors())
+        total += sum(tensor.nbytes for side in (step.side, step.scored) for tensor in side.tensors())
     batch, llm = len(session.prompts), session.llm.config
     total += 2 * batch * llm.vocab_size * session.llm.dtype.itemsize  # logits, of the step run eagerly and captured
     return total
@@ -313,8 +325,8 @@ def run(args) -> int:
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
     settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh,
-                        max_moves=args.max_moves)  # fmt: skip
-    raws, configs = pair_configs(args.pair)
+                        max_moves=args.max_moves, slm_budget=args.slm_budget)  # fmt: skip
+    raws, configs = pair_configs(args.pair, args.slm_layers)
     rounded = args.quantize, args.slm_quantize
     models = [random_decoder(config, device, dtype, kind == "int4", each)
               for config, kind, each in zip(configs, rounded, (team, parallel.Team()))]  # fmt: skip
@@ -323,9 +335,11 @@ def run(args) -> int:
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
               "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
-              "max_moves": args.max_moves, "refresh": args.refresh, "decode_only": args.decode_only, "ranks": team.size,
+              "max_moves": args.max_moves, "refresh": args.refresh, "slm_layers": configs[1].layers,
+              "slm_budget": args.slm_budget, "decode_only": args.decode_only, "ranks": team.size,
               "ceilings": ceilings(clock), "rows": []}  # fmt: skip
-    print(f"backend: {backend.name}, {team.size} x {name}, {dtype}, ceilings {report['ceilings']}", flush=True)
+    slm = f"SLM of {configs[1].layers} layers with {args.slm_budget:.0%} of its cache"
+    print(f"backend: {backend.name}, {team.size} x {name}, {dtype}, {slm}, ceilings {report['ceilings']}", flush=True)
     work = [(setting, method) for setting in args.settings for method in args.methods]
     for setting in args.largest:
         work += [(largest(method, models, setting.prompt, setting.new, settings), method) for method in args.methods]
@@ -366,6 +380,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--marginal", action="store_true")
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")
+    parser.add_argument("--slm-layers", type=int, metavar="N", help="the SLM's first N layers alone (A.3)")
+    parser.add_argument("--slm-budget", type=float, default=1.0, metavar="SHARE",
+                        help="of the SLM's own cache that stays, by H2O's rule (A.3)")  # fmt: skip
     parser.add_argument("--turnover", type=lambda shares: [float(share) for share in shares.split(",")],
                         default=[0.1], help="share of the critical set that a plan changes; or several")  # fmt: skip
     parser.add_argument("--decode-only", action="store_true", help="random caches instead of a prefill")

@@ -6,8 +6,9 @@ measured time can be checked by hand.
 
 from dataclasses import dataclass
 
+from frugal import kept_tokens
 from model import Config
-from overhead import cache_bytes
+from overhead import cache_bytes, early
 from quantize import int4_bytes
 from shapes import SHAPES
 from smallkv import TierSizes
@@ -27,9 +28,11 @@ PAIRS = {
 }
 
 
-def pair_configs(name: str) -> tuple[tuple[dict, dict], tuple[Config, Config]]:
+def pair_configs(name: str, slm_layers: int | None = None) -> tuple[tuple[dict, dict], tuple[Config, Config]]:
+    """config.json of both models, and what is read from them. slm_layers: the SLM stops after so many (A.3)."""
     raws = PAIRS[name]
-    return raws, tuple(Config.from_hf(raw) for raw in raws)
+    llm, slm = (Config.from_hf(raw) for raw in raws)
+    return raws, (llm, early(slm, slm.layers if slm_layers is None else slm_layers))
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,14 @@ def layer_bytes(config: Config, itemsize: int, int4: bool) -> int:
 
 def step_bytes(
     llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool,
-    int4: tuple[bool, bool] = (False, False),
+    int4: tuple[bool, bool] = (False, False), slm_budget: float = 1.0,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache, slm None a method without.
 
     The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither. Scores are read
     once by the plan, and with a marginal tier the rows are those lent. int4: whether the layers of LLM and SLM are
-    INT4, with their scales and zeros.
+    INT4, with their scales and zeros. slm_budget: below 1 the SLM's K, V and scores are those of the tokens that it
+    keeps, and what H2O's rule reads of each comes to it: attention gathered and position.
     """
     layers = [layer_bytes(config, itemsize, small) if config else 0 for config, small in zip((llm, slm), int4)]
     weights = layers[0] + itemsize * llm.vocab_size * llm.hidden_size
@@ -92,13 +96,16 @@ def step_bytes(
     held = pair * size.critical + pair // 2 * (size.marginal if marginal else 0)
     if slm is None:
         return {"LLM weights": weights, "LLM K, V": held}
-    return {
+    kept = length if slm_budget == 1 else kept_tokens(slm_budget, length)
+    numbers = 4 * slm.layers * kept * batch  # bytes of one fp32 or int32 a token and layer
+    found = {
         "LLM weights": weights,
         "LLM K, V": held,
         "SLM weights": layers[1],
-        "SLM K, V": cache_bytes(slm, length, batch, itemsize),
-        "scores": 4 * slm.layers * slm.query_heads * length * batch,
+        "SLM K, V": cache_bytes(slm, kept, batch, itemsize),
+        "scores": numbers * slm.query_heads,
     }
+    return found if slm_budget == 1 else found | {"SLM slots": 2 * numbers * slm.kv_heads}
 
 
 def prefill_flops(llm: Config, slm: Config | None, batch: int, prompt: int) -> int:

@@ -38,7 +38,8 @@ class FullPolicy:
         self.cache = FullCache(self.llm.config, len(lengths), capacity, self.llm.device, self.llm.dtype)
         return self.cache
 
-    def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
+    def predict(self, lengths: list[int], capacity: int, static: bool = False) -> dict[str, list]:
+        """static: as graph.py's steps hold it, which is no different."""
         config, device = self.llm.config, self.llm.device.type
         return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype)}
 

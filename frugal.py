@@ -8,13 +8,14 @@ What the LLM's plan sees: a dropped token has no score in the rows of that KV he
 and a token that all matched heads have dropped ranks last; among these the earlier one ranks first. It borrows nothing
 either. So saliency shift is compensated for what the SLM still holds, and Table 5 is what the rest costs.
 
-The scores lie by slot, (L, B, H, N), and not by position: the memory is really freed. Shapes follow model.py's legend;
-N is the number of slots.
+The scores lie by slot, (L, B, H, N), and not by position: the memory is really freed. A static step lays them by
+position all the same, see graph_frugal.py. Shapes follow model.py's legend; N is the number of slots.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cache import Entry, ScoredCache
@@ -67,7 +68,7 @@ class FrugalCache(ScoredCache):
     ):  # fmt: skip
         slots = kept_tokens(share, capacity) + refresh - 1
         super().__init__(config, batch, slots, device, dtype, decay, sums, keep_row)
-        self.config, self.share, self.dropping = config, share, True
+        self.config, self.share, self.dropping, self.by_position = config, share, True, False
         shape = (config.layers, batch, config.kv_heads, slots)
         self.position = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.heavy = torch.zeros(shape, device=device)
@@ -131,6 +132,8 @@ class FrugalCache(ScoredCache):
 
     def of_heads(self, table: Tensor, head: Tensor, end: int) -> Tensor:
         """Rows of some heads by position, 0 for what is not held: table (L, B, H, ..., N) -> (B, h, ..., end)."""
+        if self.by_position:
+            return super().of_heads(table, head, end)
         held = super().of_heads(table, head, table.shape[-1])  # (B, h, ..., N)
         per_kv_head = self.position.repeat_interleave(self.config.query_heads // self.config.kv_heads, 2)
         position = super().of_heads(per_kv_head, head, table.shape[-1]).long()  # (B, h, N)
@@ -139,6 +142,21 @@ class FrugalCache(ScoredCache):
             column = column.unsqueeze(-2)
         rows = held.new_zeros(*held.shape[:-1], end + 1)
         return rows.scatter_(-1, column.expand_as(held), held)[..., :end]
+
+    # -- static steps --
+
+    def lay_by_position(self, capacity: int) -> None:
+        """score and row become (L, B, H, capacity), 0 for what is not held. For graph_frugal.py: `attend` is over."""
+        group = self.config.query_heads // self.config.kv_heads
+        for name in self.sliced[2:-2]:  # score, and row if there is one
+            table = getattr(self, name)
+            laid = table.new_zeros(*table.shape[:-1], capacity)
+            for layer, position in enumerate(self.position):  # one at a time: the indices take twice the scores' bytes
+                column = position.long().where(position >= 0, capacity)  # empty slots go to a column that is cut off
+                column = column.repeat_interleave(group, 1)  # (B, H, N)
+                laid[layer] = F.pad(laid[layer], (0, 1)).scatter_(-1, column, table[layer])[..., :capacity]
+            setattr(self, name, laid)
+        self.by_position = True
 
     # -- accounting --
 
@@ -158,12 +176,13 @@ class FrugalCache(ScoredCache):
     @staticmethod
     def predict(
         config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype, keep_row: bool = False,
-        share: float = 1.0, refresh: int = 1,
+        share: float = 1.0, refresh: int = 1, by_position: bool = False,
     ) -> list[Entry]:  # fmt: skip
+        """by_position: after `lay_by_position`."""
         slots = config.layers * batch * (kept_tokens(share, capacity) + refresh - 1)
-        per_slot = (1 + keep_row) * config.query_heads + config.kv_heads
+        rows = (1 + keep_row) * config.query_heads * (config.layers * batch * capacity if by_position else slots)
         return [
             Entry("kept K, V", device, 2 * slots * config.kv_heads * config.head_dim * dtype.itemsize),
-            Entry("scores", device, slots * per_slot * torch.float32.itemsize),
+            Entry("scores", device, (rows + slots * config.kv_heads) * torch.float32.itemsize),
             Entry("slot tables", device, slots * config.kv_heads * torch.int32.itemsize),
         ]

@@ -119,10 +119,10 @@ def load_pair(
     return Pair(decoders[0], decoders[1] if slm else None, texts[0], team)
 
 
-def check_caches_fit(policy, lengths: list[int], capacity: int) -> None:
+def check_caches_fit(policy, lengths: list[int], capacity: int, static: bool = False) -> None:
     """The caches, before they are allocated; on a GPU the host's share is checked against the host."""
     device = policy.llm.device
-    ledgers = policy.predict(lengths, capacity)
+    ledgers = policy.predict(lengths, capacity, **{"static": True} if static else {})
     entries = [(f"{model} {entry.what}", entry) for model, ledger in ledgers.items() for entry in ledger]
     on_device = {name: entry.size for name, entry in entries if entry.device == device.type}
     on_host = {name: entry.size for name, entry in entries if entry.device != device.type}
@@ -169,7 +169,8 @@ def answer(
     """
     lengths = [len(prompt) for prompt in prompts]
     check_positions(policy, lengths, max_new_tokens)
-    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts_of(policy))
+    static = backend.name == "triton" and has_static_step(policy)
+    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts_of(policy), static)
     total = sum(lengths)
     bar = tqdm(total=total, desc="prefill", unit="token", leave=False, disable=None if total >= PROGRESS_FROM else True)
     session = make_session(pair, policy, prompts, max_new_tokens, backend, bar.update)

@@ -3,7 +3,7 @@
 Where it sits: in place of `Session.step` (decode.py), after the same prefill, on the same caches. The step is an
 ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captured once and replayed:
 
-    SLM layers, their attention rows into the scores                          kernels_decode.py
+    SLM layers, their attention rows into the scores                          kernels_decode.py, graph_frugal.py
     first side stream, groups of LLM layers in one launch: plan -> slots      kernels_tiers.py
     second side stream, layer by layer: rows from the host                    kernels_move.py
     LLM layers, each after its rows arrived: attention on the tiers (Eq. 6)   kernels_decode.py
@@ -31,6 +31,7 @@ from torch import Tensor
 from backend import Backend
 from cache import FullCache
 from decode import Session
+from graph_frugal import FrugalSide
 from kernels_move import Moves
 from kernels_tiers import CRITICAL, MARGINAL, admit_newest
 from model import Decoder
@@ -119,6 +120,13 @@ class ScoredSide:
 
     def __init__(self, cache, backend: Backend, length: Tensor, keep_row: bool):
         self.cache, self.backend, self.length, self.keep_row = cache, backend, length, keep_row
+
+    def tensors(self) -> list[Tensor]:
+        """Nothing is held beside the cache."""
+        return []
+
+    def begin(self, plan: bool) -> None:
+        """Nobody leaves."""
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:
         key, value = self.cache.key[layer], self.cache.value[layer]
@@ -284,7 +292,11 @@ class Step:
             self.side = FullSide(session.cache, backend, self.length)
         else:
             self.slm = Layers(policy.slm, capacity, backend)
-            self.scored = ScoredSide(policy.slm_cache, backend, self.length, policy.settings.marginal)
+            scored = policy.slm_cache, backend, self.length
+            if policy.settings.slm_budget < 1:
+                self.scored = FrugalSide(*scored, capacity, policy.settings.marginal)
+            else:
+                self.scored = ScoredSide(*scored, policy.settings.marginal)
             self.side = TieredSide(policy, backend, self.length)
             self.moves, self.refresh = policy.settings.max_moves, policy.settings.refresh
             self._hand_over()
@@ -308,6 +320,7 @@ class Step:
         self.length += 1
         if self.slm is not None:
             self.side.store()
+            self.scored.begin(plan)
             self.slm.run(self.tokens, self.scored.attend)
         self.side.begin(plan)
         hidden = self.llm.run(self.tokens, self.side.attend)

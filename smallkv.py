@@ -111,9 +111,8 @@ class Settings:
 
     @property
     def static(self) -> bool:
-        """Whether graph.py has a step for it: a gate asks for sizes by head, no saliency shift for the last weights, a
-        smaller SLM cache for a rule of who leaves it."""
-        return self.saliency_shift and self.gate is None and self.slm_budget == 1
+        """Whether graph.py has a step for it: a gate asks for sizes by head, no saliency shift for the last weights."""
+        return self.saliency_shift and self.gate is None
 
     @property
     def bare(self) -> "Settings":
@@ -269,8 +268,8 @@ class SmallKV:
             return self.frugal(*shape, *scores, settings.slm_budget, settings.refresh)
         return self.scored(*shape, *scores)
 
-    def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
-        """Ledgers of both caches before anything is allocated."""
+    def predict(self, lengths: list[int], capacity: int, static: bool = False) -> dict[str, list]:
+        """Ledgers of both caches before anything is allocated. static: as graph.py's steps hold them."""
         device = self.llm.device.type
         slots = pool_slots(self.settings, min(lengths), capacity)
         llm: Config = self.llm.config
@@ -278,7 +277,7 @@ class SmallKV:
         share, refresh = self.settings.slm_budget, self.settings.refresh
         return {
             "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, self.own_scores),
-            "SLM": FrugalCache.predict(*shape, share, refresh) if share < 1 else ScoredCache.predict(*shape),
+            "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),
         }
 
     def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:

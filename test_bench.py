@@ -19,6 +19,7 @@ from bench_count import (
 )
 from bench_transformers import make_transformers
 from cache import FullCache
+from frugal import FrugalCache
 from model import Decoder
 from quantize import Int4Linear
 from smallkv import Settings, TierSizes
@@ -65,6 +66,14 @@ def test_bytes_of_a_step_are_those_of_the_caches():
                if isinstance(module, Int4Linear))  # fmt: skip
     int4 = step_bytes(llm, slm, 3, 100, 4, None, False, int4=(True, False))
     assert int4 == {**full, "LLM weights": held + 4 * 97 * 32}
+    whole = FullCache.predict(slm, 3, 100, "cpu", torch.float32)[0].size
+    assert tiered["SLM K, V"] == whole
+    llm, slm = pair_configs("tiny", slm_layers=1)[1]
+    less = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True, slm_budget=0.4)
+    entries = {entry.what: entry.size for entry in FrugalCache.predict(slm, 3, 100, "cpu", torch.float32, share=0.4)}
+    assert less["SLM K, V"] == entries["kept K, V"] == whole // 2 * 40 // 100
+    assert less["scores"] + less["SLM slots"] == entries["scores"] + entries["slot tables"] == 3 * 40 * (4 + 2 + 2) * 4
+    assert less["SLM weights"] == tiered["SLM weights"] // 2 and less["LLM K, V"] == tiered["LLM K, V"]
     assert "SLM K, V" not in full
 
 
@@ -119,6 +128,38 @@ def test_the_command_measures_every_method(extra, capsys):
     if not report["marginal"]:
         assert row["pcie_bytes_step"] * report["refresh"] == pytest.approx(2 * row_bytes * row["turnover"])
     assert (report["rows"][0]["ttft_s"] is None) == ("--decode-only" in extra)
+
+
+@pytest.mark.parametrize("filled", [[], ["--decode-only"]])
+@pytest.mark.parametrize("marginal", [[], ["--marginal"]])
+def test_an_slm_that_costs_less_is_counted_so(filled, marginal, capsys):
+    """Turnover as asked, though the SLM has dropped most tokens; bytes are those of its layers and of its share."""
+    command = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.1", "--steps", "4", "--device", "cpu",
+               "--methods", "smallkv-eager,smallkv-graph", "--slm-layers", "1", "--slm-budget", "0.4"]  # fmt: skip
+    assert bench.main(command + filled + marginal) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["slm_layers"], report["slm_budget"]) == (1, 0.4)
+    llm, slm = pair_configs("tiny", slm_layers=1)[1]
+    for row, static in zip(report["rows"], (False, True)):
+        settings = Settings(0.2, marginal=report["marginal"])
+        assert row["turnover"] == pytest.approx(0.1, abs=2.5 / settings.sizes(row["length"]).critical)
+        shape = slm, 2, 460, "cpu", torch.float32, report["marginal"], 0.4, 1, static
+        held = [vars(entry) | {"model": "SLM"} for entry in FrugalCache.predict(*shape)]
+        assert [tier for tier in row["tiers"] if tier["model"] == "SLM"] == held
+        size = settings.sizes(row["length"])
+        read = step_bytes(llm, slm, 2, row["length"], 4, size, report["marginal"], slm_budget=0.4)
+        assert row["step_bytes"] == read and read["SLM K, V"] == 2 * 2 * 2 * 16 * 4 * int(0.4 * row["length"])
+        assert row["prefill_flops"] == prefill_flops(llm, slm, 2, 400)
+    eager, graph = (row["predicted_bytes"] for row in report["rows"])
+    rows = (1 + report["marginal"]) * 2 * 4 * 4  # of the scores of one token in both sequences
+    assert graph - eager > rows * (460 - 184)  # by position, and the step's own tables
+
+
+@pytest.mark.parametrize("flags, said", [(["--slm-layers", "3"], "3 layers were asked for; 1 to 2 can run"),
+                                         (["--slm-budget", "0"], "SLM budget 0.0 is outside (0, 1]")])  # fmt: skip
+def test_an_slm_that_cannot_be_is_named(flags, said, capsys):
+    assert bench.main(["--pair", "tiny", "--device", "cpu", *flags]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
