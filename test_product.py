@@ -1,4 +1,4 @@
-"""The products of kernels_product.py against their twins, as in test_kernels.py, and in a layer against the layer without.
+"""The products of kernels_product.py against their twins, and a layer with them against the layer without.
 
 Weights and rows are drawn so that outputs are about 1. The twin gets 16-bit inputs in fp32; the residual it passes on
 is compared in its own dtype, for it is rounded in both.
