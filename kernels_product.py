@@ -111,7 +111,7 @@ def _product_kernel(
     for at in range(split * size, tl.minimum(split * size + size, K), DEPTH):
         k = at + depth
         here = inside[:, None] & (k < K)
-        weight = tl.load(line + k, mask=here, other=0.0, eviction_policy="evict_first")  # (BLOCK, DEPTH)
+        weight = tl.load(line + k, mask=here, other=0.0)  # (BLOCK, DEPTH)
         cell, asked = row[:, None] * K + k, real[:, None] & (k < K)
         x = tl.load(x_ptr + cell, mask=asked, other=0.0)  # (ROWS, DEPTH)
         if NORM:
@@ -126,7 +126,7 @@ def _product_kernel(
             x = (wide * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)).to(x.dtype)
         acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
         if GATE:
-            up = tl.load(line + N * K + k, mask=here, other=0.0, eviction_policy="evict_first")
+            up = tl.load(line + N * K + k, mask=here, other=0.0)
             other = tl.dot(up, tl.trans(x), other, input_precision="ieee")
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)  # (ROWS,)
