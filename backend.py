@@ -18,6 +18,7 @@ import kernels_int4
 import kernels_layer
 import kernels_move
 import kernels_prefill
+import kernels_product
 import kernels_tiers
 
 NAMES = ("auto", "torch", "triton")
@@ -41,6 +42,9 @@ class Backend:
     add_norm: Callable
     rope_append: Callable
     gate: Callable
+    norm_product: Callable
+    norm_gate: Callable
+    product: Callable
     int4_matmul: Callable
     dequantize: Callable
     column_sums: Callable
@@ -61,6 +65,9 @@ TORCH = Backend(
     add_norm=kernels_layer.add_norm_torch,
     rope_append=kernels_layer.rope_append_torch,
     gate=kernels_layer.gate_torch,
+    norm_product=kernels_product.norm_product_torch,
+    norm_gate=kernels_product.norm_gate_torch,
+    product=kernels_product.product_torch,
     int4_matmul=kernels_int4.int4_matmul_torch,
     dequantize=kernels_int4.dequantize_torch,
     column_sums=kernels.column_sums,
@@ -81,6 +88,9 @@ TRITON = Backend(
     add_norm=kernels_layer.add_norm_triton,
     rope_append=kernels_layer.rope_append_triton,
     gate=kernels_layer.gate_triton,
+    norm_product=kernels_product.norm_product_triton,
+    norm_gate=kernels_product.norm_gate_triton,
+    product=kernels_product.product_triton,
     int4_matmul=kernels_int4.int4_matmul_triton,
     dequantize=kernels_int4.dequantize_triton,
     column_sums=kernels_prefill.column_sums_triton,

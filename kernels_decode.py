@@ -20,6 +20,9 @@ stays in the L2 cache) and the second turns them into probabilities and adds the
 Shapes follow the legend in model.py; decode drops the T dimension: query is (B, H, D).
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +30,21 @@ from torch import Tensor
 
 import kernels
 
-TILE = 8192  # numbers in a tile of K, 64 tokens at D = 128: K and V tiles, three deep, take 96 KB of shared memory
-PROGRAMS = 1056  # how many programs are aimed at: eight for each of the 132 multiprocessors of an H100
 CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
+
+
+class Launch(NamedTuple):
+    """tile: numbers in a tile of K; it and one of V are held `stages` - 1 times in shared memory. programs: how many
+    are aimed at."""
+
+    tile: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# 64 tokens at D = 128, 64 KB of shared memory; eight programs for each of the 132 multiprocessors of an H100
+FULL = SCORED = TIERED = Launch(tile=8192, warps=4, stages=3, programs=1056)
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
@@ -104,13 +119,13 @@ def _full_split_kernel(
     """One split of one KV head: max, sum and unscaled output of its ROWS query heads (GROUP of them are real)."""
     pair, split = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
-    length = tl.load(length_ptr + b)
-    start = split * size
-    if start >= length:
-        return
     row, dim = tl.arange(0, ROWS), tl.arange(0, D)
     real = row < GROUP
     query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
+    length = tl.load(length_ptr + b)  # on its way together with the query
+    start = split * size
+    if start >= length:
+        return
     base = b.to(tl.int64) * k_batch + g * k_head
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -126,16 +141,17 @@ def _full_split_kernel(
             line = (pair * GROUP + row).to(tl.int64)[:, None] * logit_head
             tl.store(logit_ptr + line + token, logit, mask=real[:, None] & seen)
         higher = tl.maximum(top, tl.max(logit, 1))
-        weight = tl.exp(logit - higher[:, None])
-        shrink = tl.exp(top - higher)
+        weight = tl.exp2(logit - higher[:, None])
+        shrink = tl.exp2(top - higher)
         value = tl.load(v_ptr + cell, mask=seen[:, None], other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         total = total * shrink + tl.sum(weight, 1)
         top = higher
-    part = (pair * splits + split).to(tl.int64) * ROWS + row
-    tl.store(stat_ptr + part * 3, top)
-    tl.store(stat_ptr + part * 3 + 1, total)
-    tl.store(acc_ptr + part[:, None] * D + dim, acc)
+    stat = stat_ptr + (pair * GROUP + row) * 3 * splits + split
+    tl.store(stat, top, mask=real)
+    tl.store(stat + splits, total, mask=real)
+    part = (pair * splits + split).to(tl.int64) * GROUP + row
+    tl.store(acc_ptr + part[:, None] * D + dim, acc, mask=real[:, None])
 
 
 @triton.jit
@@ -160,27 +176,30 @@ def _tiered_split_kernel(
         slot = at + tl.arange(0, BLOCK)
         inside = slot < critical_slots
         used = tl.load(position_ptr + keys + slot, mask=inside, other=-1) >= 0
-        key = tl.load(k_ptr + (keys + slot)[:, None] * D + dim, mask=used[:, None], other=0.0)
+        # Loaded whether used or not: a mask that is loaded first halves the depth of the pipeline.
+        key = tl.load(k_ptr + (keys + slot)[:, None] * D + dim, mask=inside[:, None], other=0.0)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
         logit = tl.where(used, logit, -float("inf"))
         if WEIGHTED:
             tl.store(logit_ptr + head[:, None] * critical_slots + slot, logit, mask=real[:, None] & inside)
         higher = tl.maximum(top, tl.max(logit, 1))
         anchor = tl.where(higher == -float("inf"), 0.0, higher)  # a tile whose slots are all empty
-        weight = tl.exp(logit - anchor[:, None])
-        shrink = tl.exp(top - anchor)
+        weight = tl.exp2(logit - anchor[:, None])
+        shrink = tl.exp2(top - anchor)
         if MARGINAL:
             where = tl.load(slot_ptr + keys + slot, mask=used, other=0)
+            value = tl.load(v_ptr + (values + where)[:, None] * D + dim, mask=used[:, None], other=0.0)
         else:
-            where = slot
-        value = tl.load(v_ptr + (values + where)[:, None] * D + dim, mask=used[:, None], other=0.0)
+            value = tl.load(v_ptr + (values + slot)[:, None] * D + dim, mask=inside[:, None], other=0.0)
+            value = tl.where(used[:, None], value, 0.0)
         acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         total = total * shrink + tl.sum(weight, 1)
         top = higher
-    part = (pair * splits + split).to(tl.int64) * ROWS + row
-    tl.store(stat_ptr + part * 3, top)
-    tl.store(stat_ptr + part * 3 + 1, total)
-    tl.store(acc_ptr + part[:, None] * D + dim, acc)
+    stat = stat_ptr + (pair * GROUP + row) * 3 * splits + split
+    tl.store(stat, top, mask=real)
+    tl.store(stat + splits, total, mask=real)
+    part = (pair * splits + split).to(tl.int64) * GROUP + row
+    tl.store(acc_ptr + part[:, None] * D + dim, acc, mask=real[:, None])
     if MARGINAL:
         mass = tl.zeros([ROWS], tl.float32)
         lent = tl.zeros([ROWS, D], tl.float32)
@@ -192,16 +211,15 @@ def _tiered_split_kernel(
             value = tl.load(v_ptr + (values + slot)[:, None] * D + dim, mask=marginal[:, None], other=0.0)
             lent += tl.dot(share.to(value.dtype), value, input_precision="ieee")
             mass += tl.sum(share, 1)
-        tl.store(stat_ptr + part * 3 + 2, mass)
-        tl.store(lent_ptr + part[:, None] * D + dim, lent)
+        tl.store(stat + 2 * splits, mass, mask=real)
+        tl.store(lent_ptr + part[:, None] * D + dim, lent, mask=real[:, None])
 
 
 @triton.jit
 def _merge_kernel(
     out_ptr, length_ptr, stat_ptr, acc_ptr, lent_ptr, logit_ptr, score_ptr, row_ptr,
     score_batch, score_head, logit_head, splits, size, capacity, decay,
-    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    SPLITS: tl.constexpr, CHUNK: tl.constexpr, TIERED: tl.constexpr, MARGINAL: tl.constexpr, SCORED: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, TIERED: tl.constexpr, MARGINAL: tl.constexpr, SCORED: tl.constexpr,
     OLD: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query head; each program turns one chunk of logits into probabilities, the first one
@@ -209,50 +227,57 @@ def _merge_kernel(
     head, chunk = tl.program_id(0), tl.program_id(1)  # head counts over the batch
     pair = head // GROUP
     b = pair // G
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, D)
+    held = split < splits
+    stat = stat_ptr + head * 3 * splits + split  # what lies beyond a length is no number; it is loaded, not used
+    tops = tl.load(stat, mask=held, other=-float("inf"))
+    sums = tl.load(stat + splits, mask=held, other=0.0)
     if TIERED:
         length = capacity  # K slots: which of them hold a token is in their logits
     else:
         length = tl.load(length_ptr + b)
     if (chunk > 0) & (chunk * CHUNK >= length):
         return
-    split, dim = tl.arange(0, SPLITS), tl.arange(0, D)
-    live = split < splits
+    if SCORED:  # asked for before the sums over the splits, which take as long as they
+        token = chunk * CHUNK + tl.arange(0, CHUNK)
+        seen = token < length
+        logit = tl.load(logit_ptr + head.to(tl.int64) * logit_head + token, mask=seen, other=-float("inf"))
+        line = b.to(tl.int64) * score_batch + (head % (G * GROUP)) * score_head + token
+        if OLD:
+            old = tl.load(score_ptr + line, mask=seen, other=0.0)
+    live = held
     if not MARGINAL:  # a marginal tier reaches beyond the K slots
         live = live & (split * size < length)
-    part = (pair * splits + split).to(tl.int64) * ROWS + head % GROUP
-    tops = tl.load(stat_ptr + part * 3, mask=live, other=-float("inf"))
+    tops = tl.where(live, tops, -float("inf"))
     top = tl.max(tops, 0)
-    shrink = tl.exp(tops - top)
-    total = tl.sum(tl.load(stat_ptr + part * 3 + 1, mask=live, other=0.0) * shrink, 0)
+    shrink = tl.exp2(tops - top)
+    total = tl.sum(tl.where(live, sums, 0.0) * shrink, 0)
     scale = 1 / total
     if MARGINAL:
-        scale = scale * (1 - tl.sum(tl.load(stat_ptr + part * 3 + 2, mask=live, other=0.0), 0))
+        scale = scale * (1 - tl.sum(tl.load(stat + 2 * splits, mask=live, other=0.0), 0))
     if chunk == 0:
+        part = (pair * splits + split).to(tl.int64) * GROUP + head % GROUP
         acc = tl.load(acc_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0)  # (SPLITS, D)
         out = tl.sum(acc * shrink[:, None], 0) * scale
         if MARGINAL:
             out += tl.sum(tl.load(lent_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0), 0)
         tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty))
     if SCORED:
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        seen = token < length
-        logit = tl.load(logit_ptr + head.to(tl.int64) * logit_head + token, mask=seen, other=-float("inf"))
-        probability = tl.exp(logit - top) * scale
-        line = b.to(tl.int64) * score_batch + (head % (G * GROUP)) * score_head + token
+        probability = tl.exp2(logit - top) * scale
         if ROW:
             tl.store(row_ptr + line, probability, mask=seen)
         if OLD:
-            probability += decay * tl.load(score_ptr + line, mask=seen, other=0.0)
+            probability += decay * old
         tl.store(score_ptr + line, probability, mask=seen)
 
 
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
-def split_size(pairs: int, tokens: int, block: int) -> int:
-    """Tokens of one split, a multiple of a tile's `block`: as few as keep the programs at PROGRAMS, so that a small
-    batch still fills the GPU."""
-    wanted = max(1, PROGRAMS // pairs)
+def split_size(pairs: int, tokens: int, block: int, programs: int) -> int:
+    """Tokens of one split, a multiple of a tile's `block`: as few as keep to so many programs, so that a small batch
+    still fills the GPU."""
+    wanted = max(1, programs // pairs)
     return block * max(2, triton.cdiv(tokens, block * wanted))
 
 
@@ -271,16 +296,16 @@ def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
     G, S = key.shape[1], key.shape[2]
     assert key.stride()[2:] == (D, 1) and value.stride() == key.stride(), "token rows must lie one after another"
     assert query.is_contiguous()
-    group, block = H // G, TILE // D
-    split = split_size(B * G, S, block)
+    launch = FULL if score is None else SCORED
+    group, block = H // G, launch.tile // D
+    split = split_size(B * G, S, block, launch.programs)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(S, split)
-    part = (B * G, splits, rows)
-    stat, acc = _scratch(query, *part, 3), _scratch(query, *part, D)
+    stat, acc = _scratch(query, B * H, 3, splits), _scratch(query, B * G, splits, group, D)
     logit = stat if score is None else _scratch(query, B * H, S)
     _full_split_kernel[(B * G, splits)](
-        query, key, value, length, logit, stat, acc, key.stride(0), key.stride(1), S, D**-0.5, splits, split,
+        query, key, value, length, logit, stat, acc, key.stride(0), key.stride(1), S, _scale(D), splits, split,
         G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None,
-        num_warps=4, num_stages=3,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     out = torch.empty_like(query)
     if score is not None:
@@ -289,7 +314,7 @@ def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
     _merge_kernel[(B * H, 1 if score is None else triton.cdiv(S, CHUNK))](
         out, length, stat, acc, acc, logit, logit if score is None else score, logit if row is None else row,
         *strides, S, splits, split, S, decay,
-        G=G, GROUP=group, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
+        G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
         TIERED=False, MARGINAL=False, SCORED=score is not None, OLD=decay != 0, ROW=row is not None,
         num_warps=_merge_warps(splits),
     )  # fmt: skip
@@ -306,28 +331,32 @@ def tiered_attention_triton(
     assert all(tensor.is_contiguous() for tensor in given), "the pools of one layer are contiguous"
     assert (value_slot is None) == (borrowed is None), "a marginal tier needs both"
     marginal = borrowed is not None
-    group, block = H // G, TILE // D
-    split = split_size(B * G, N, block)
+    group, block = H // G, TIERED.tile // D
+    split = split_size(B * G, N, block, TIERED.programs)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(N, split)
-    part = (B * G, splits, rows)
-    stat, acc = _scratch(query, *part, 3), _scratch(query, *part, D)
-    lent = _scratch(query, *part, D) if marginal else acc
+    stat, acc = _scratch(query, B * H, 3, splits), _scratch(query, B * G, splits, group, D)
+    lent = torch.empty_like(acc) if marginal else acc
     logit = stat if weight is None else _scratch(query, B * H, C)
     _tiered_split_kernel[(B * G, splits)](
         query, key, value, key_position, value_slot if marginal else key_position, borrowed if marginal else stat,
-        logit, stat, acc, lent, C, N, D**-0.5, splits, split,
+        logit, stat, acc, lent, C, N, _scale(D), splits, split,
         GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=marginal, WEIGHTED=weight is not None,
-        num_warps=4, num_stages=3,
+        num_warps=TIERED.warps, num_stages=TIERED.stages,
     )  # fmt: skip
     out = torch.empty_like(query)
     _merge_kernel[(B * H, 1 if weight is None else triton.cdiv(C, CHUNK))](
         out, key_position, stat, acc, lent, logit, logit if weight is None else weight, logit,
         H * C, C, C, splits, split, C, 0.0,
-        G=G, GROUP=group, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
+        G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
         TIERED=True, MARGINAL=marginal, SCORED=weight is not None, OLD=False, ROW=False,
         num_warps=_merge_warps(splits),
     )  # fmt: skip
     return out
+
+
+def _scale(D: int) -> float:
+    """Of the logits, as powers of two."""
+    return D**-0.5 * math.log2(math.e)
 
 
 def _merge_warps(splits: int) -> int:

@@ -21,9 +21,12 @@ GATE_BLOCK = 1024
 
 
 def add_norm_torch(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """x += update in place (if there is one), then RMSNorm of x (B, hidden), as model.RMSNorm."""
+    """x += update in place (if there is one), then RMSNorm of x (B, hidden), as model.RMSNorm.
+
+    update: (B, hidden), or the parts of a sum, (splits, B, hidden) fp32, as `product` of kernels_product.py leaves it.
+    """
     if update is not None:
-        x += update
+        x += update if update.dim() == 2 else update.sum(0).to(x.dtype)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
@@ -69,12 +72,17 @@ def gate_torch(both: Tensor) -> Tensor:
 
 
 @triton.jit
-def _norm_kernel(x_ptr, update_ptr, weight_ptr, out_ptr, size, eps, UPDATE: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(
+    x_ptr, update_ptr, weight_ptr, out_ptr, size, cells, eps, UPDATES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     at = tl.arange(0, BLOCK)
     cell, inside = tl.program_id(0) * size + at, at < size
     x = tl.load(x_ptr + cell, mask=inside, other=0.0)
-    if UPDATE:
-        x = (x.to(tl.float32) + tl.load(update_ptr + cell, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+    if UPDATES > 0:
+        update = tl.zeros([BLOCK], tl.float32)
+        for part in tl.static_range(UPDATES):
+            update += tl.load(update_ptr + part * cells + cell, mask=inside, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + update.to(x.dtype).to(tl.float32)).to(x.dtype)
         tl.store(x_ptr + cell, x, mask=inside)
     wide = x.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
@@ -142,10 +150,13 @@ def _gate_kernel(both_ptr, out_ptr, inner, BLOCK: tl.constexpr):
 
 def add_norm_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     B, size = x.shape
-    out = torch.empty_like(x)
+    out, parts = torch.empty_like(x), 0
+    if update is not None:
+        assert update.is_contiguous()
+        parts = len(update) if update.dim() == 3 else 1
     _norm_kernel[(B,)](
-        x, x if update is None else update, weight, out, size, eps,
-        UPDATE=update is not None, BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4,
+        x, x if update is None else update, weight, out, size, B * size, eps,
+        UPDATES=parts, BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4,
     )  # fmt: skip
     return out
 

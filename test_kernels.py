@@ -101,7 +101,7 @@ def test_scored_attention_equals_its_twin(lengths, group, device):
 def test_a_capacity_of_many_splits_is_merged(device):
     """One sequence: the smallest splits, most of them beyond the length."""
     query, key, value, length = full_case(device, torch.float32, [700], 3, 32, capacity=12000)
-    assert kernels_decode.split_size(2, 12000, 256) == 512
+    assert kernels_decode.split_size(2, 12000, 256, kernels_decode.FULL.programs) == 512
     expected = kernels_decode.decode_attention_torch(query, key, value, length)
     close(kernels_decode.decode_attention_triton(query, key, value, length), expected)
 
