@@ -16,6 +16,7 @@ import kernels_decode
 import kernels_int4
 import kernels_layer
 import kernels_move
+import kernels_plan
 import kernels_prefill
 import kernels_tiers
 
@@ -48,7 +49,7 @@ TORCH = Backend(
     decode_attention=kernels_decode.decode_attention_torch,
     scored_attention=kernels_decode.scored_attention_torch,
     tiered_attention=kernels_decode.tiered_attention_torch,
-    plan_layers=kernels_tiers.plan_layers_torch,
+    plan_layers=kernels_plan.plan_layers_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
     bring_rows=kernels_move.bring_rows_torch,
@@ -66,7 +67,7 @@ TRITON = Backend(
     decode_attention=kernels_decode.decode_attention_triton,
     scored_attention=kernels_decode.scored_attention_triton,
     tiered_attention=kernels_decode.tiered_attention_triton,
-    plan_layers=kernels_tiers.plan_layers_triton,
+    plan_layers=kernels_plan.plan_layers_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,
     bring_rows=kernels_move.bring_rows_triton,
