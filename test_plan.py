@@ -118,7 +118,8 @@ def test_limited_plan_equals_its_twin(moves, ties, long, rank, device):
 
 
 @pytest.mark.parametrize("slots, lengths, tokens", cases(
-    (1, (1, 1), None), (52, (111, 257), 64), (410, (2049, 5), None), gpu=[(52, (101, 45), 16), (3400, (16885, 77), None)],
+    (1, (1, 1), None), (52, (111, 257), 64), (410, (2049, 5), None),
+    gpu=[(52, (101, 45), 16), (3400, (16885, 77), None)],
 ))  # fmt: skip
 def test_slots_equal_their_twin(slots, lengths, tokens, device, monkeypatch):
     """Some plans one after another on the same pool: positions, rows to come, the newest token's slot, the count; with
