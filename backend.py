@@ -17,6 +17,7 @@ import kernels_frugal
 import kernels_int4
 import kernels_layer
 import kernels_move
+import kernels_plan
 import kernels_prefill
 import kernels_product
 import kernels_tiers
@@ -57,7 +58,7 @@ TORCH = Backend(
     tiered_attention=kernels_decode.tiered_attention_torch,
     slot_attention=kernels_frugal.slot_attention_torch,
     make_room=kernels_frugal.make_room_torch,
-    plan_layers=kernels_tiers.plan_layers_torch,
+    plan_layers=kernels_plan.plan_layers_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
     bring_rows=kernels_move.bring_rows_torch,
@@ -80,7 +81,7 @@ TRITON = Backend(
     tiered_attention=kernels_decode.tiered_attention_triton,
     slot_attention=kernels_frugal.slot_attention_triton,
     make_room=kernels_frugal.make_room_triton,
-    plan_layers=kernels_tiers.plan_layers_triton,
+    plan_layers=kernels_plan.plan_layers_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,
     bring_rows=kernels_move.bring_rows_triton,

@@ -33,13 +33,14 @@ from cache import FullCache
 from decode import Session
 from graph_frugal import FrugalSide
 from kernels_move import Moves
+from kernels_plan import CRITICAL, MARGINAL, row_warps
 from kernels_product import suits
-from kernels_tiers import CRITICAL, MARGINAL, admit_newest
+from kernels_tiers import admit_newest
 from model import Decoder
 from quantize import Int4Linear, join_int4, run_on
 
-PROGRAMS = 132  # of a plan in one launch, each a KV head of a sequence and layer: one for each of an H100's
-# multiprocessors. Three for each would fill it better, but the LLM waits for the first launch
+WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiprocessors, a long row's program. More would
+# fill it better, but the LLM waits for the first launch
 
 
 class Layers:
@@ -192,7 +193,7 @@ class TieredSide:
         else:
             self.borrowed = torch.zeros(L, B, self.policy.llm.config.query_heads, N, device=device)
         self.stored = torch.zeros(B, dtype=torch.int32, device=device)  # position of the token in `newest`
-        together = max(1, PROGRAMS // (B * G))  # layers; the LLM waits for the first group alone
+        together = max(1, WARPS // (B * G * row_warps(S)))  # layers; the LLM waits for the first group alone
         self.groups = [slice(first, min(first + together, L)) for first in range(0, L, together)]
         # First in the queue: the LLM's layer waits for them, and they leave room for the LLM's kernels beside them.
         cuda = device.type == "cuda"

@@ -1,30 +1,18 @@
-"""The tiers in Triton: who is critical, who gets which slot, and what the marginal slots borrow.
+"""The slots in Triton: which token gets which slot of a pool, and what the marginal slots borrow.
 
 No index leaves the GPU.
 
-Where it sits: scores -> **plan -> slots** -> movement (kernels_move.py) -> LLM, between the SLM's step and the LLM's
-(graph.py). All scores are there by then, so several layers of the LLM share a launch: one program for each layer,
-sequence and KV head. Each function exists twice with one signature, `..._torch` (the twin) and `..._triton`.
+Where it sits: scores -> plan (kernels_plan.py) -> **slots** -> movement (kernels_move.py) -> LLM, between the SLM's
+step and the LLM's (graph.py), several layers in one launch: one program for each layer, sequence and KV head. Each
+function exists twice with one signature, `..._torch` (the twin) and `..._triton`.
 
 | function       | flow                                                                 | paper                  |
 | -------------- | -------------------------------------------------------------------- | ---------------------- |
-| `plan_layers`  | scores of the matched heads -> the tier of every token               | Eq. 4, Eq. 5           |
 | `assign_slots` | tiers -> slots: who stays keeps his, the rest fills the gaps         | Algorithm 1            |
 | `lend_rows`    | the SLM's newest row -> what the marginal slots borrow               | Eq. 6                  |
 | `admit_newest` | no plan in this step: the newest token takes a free slot             | -                      |
 
-Ranking does not sort. Positive floats order like their bits, so the k-th largest is found digit by digit (radix
-select): a histogram of the leading BITS bits says in which bin it lies and how many are above, then the next digit of
-that bin alone, and so on until the bin holds no more than are wanted. Random scores are told apart after 5 or 6 of the
-8 digits. The sums are made once, in a scratch that stays in the L2 cache (66 KB a program at 16,896 tokens).
-
-Bytes, for Qwen2-7B with Qwen2-0.5B: the floor is every SLM score once, 4 * 24 * 14 a token and sequence (88 MB, 0.03 ms
-of an H100 at 4 x 16,384; 0.71 GB, 0.24 ms at 32 x 16,384). The gather reads a row for each of the LLM's 28 * 28 heads
-(0.21 and 1.64 GB) and writes 28 * 4 sums (29 and 235 MB), which some 8 passes read from L2. Estimated, not measured:
-0.15 ms and 1.2 ms a step for all layers, of which the LLM waits for the first group only (graph.py).
-
-Shapes follow the legend in model.py. Lengths and sizes are device tensors; `sizes` (S + 1, 3) int32 is the table of
-critical, recent and marginal tokens by length. L is the number of layers at hand.
+Shapes follow the legend in model.py. Lengths are device tensors. L is the number of layers at hand.
 """
 
 import torch
@@ -34,58 +22,12 @@ from torch import Tensor
 
 import cache
 from kernels_move import Moves
+from kernels_plan import MARGINAL
 
-CRITICAL, MARGINAL = 2, 1  # a token's tier in a plan; 0 is offloaded
-TOKENS = 2048  # tokens that a program looks at together
-BITS = 4  # of a digit: more make fewer passes, and costlier histograms (a vote of the warp for each bit and bin)
+TOKENS = 8192  # tokens at most that a program looks at together: 16 bytes a thread of 16 warps
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
-
-
-def plan_layers_torch(
-    score: Tensor, index: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, prior: Tensor | None = None,
-    held: Tensor | None = None, moves: int | None = None,
-) -> None:  # fmt: skip
-    """Rank the tokens by the scores of the matched SLM heads and cut the ranking into tiers.
-
-    score (L', B, H', S) fp32, none below 0. index (B, L, H) int64: f(i), counted l' * H' + h'. length (B,) int32. tier
-    (L, B, G, S) int8 is written: CRITICAL, MARGINAL or 0; beyond a length it is 0. The scores of the H/G heads of a KV
-    head are summed, recent tokens rank first (the newest before all), equal scores rank by position. prior (B, S)
-    fp32, not below 0, is added to every sum.
-
-    moves: at most that many tokens enter the critical set, the newest not counted: of those that are new in the
-    ranking's top the best enter, and the best of those held (held (L, B, G, C) int32: their positions, -1 for an empty
-    slot) keep the other places. Not for a marginal tier, whose tokens would have to be limited too.
-    """
-    L, B, G, S = tier.shape
-    heads = score.shape[2]
-    sequence = torch.arange(B, device=score.device)[:, None, None]
-    total = score[index // heads, sequence, index % heads].view(B, L, G, -1, S).sum(3).transpose(0, 1)  # (L, B, G, S)
-    if prior is not None:
-        total = total + prior[:, None]
-    token = torch.arange(S, device=score.device)
-    end = length.long()[:, None, None]
-    critical, recent, marginal = (column.long()[:, None, None] for column in sizes[length.long()].unbind(-1))
-    total = total.masked_fill(token >= end - recent, torch.finfo(torch.float32).max)
-    total = total.masked_fill(token == end - 1, torch.inf)
-    seen = (token < end).expand_as(total)
-
-    def best(among: Tensor, count: Tensor) -> Tensor:
-        """The `count` best tokens of `among`."""
-        order = total.masked_fill(~among, -1).argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, order, token.expand_as(order))
-        return (rank < count) & among
-
-    top = best(seen, critical)
-    if moves is None:
-        tier.copy_(CRITICAL * top + MARGINAL * (best(seen, critical + marginal) & ~top))
-        return
-    inside = torch.zeros(L, B, G, S + 1, dtype=torch.bool, device=score.device)
-    inside = inside.scatter_(-1, held.long().where(held >= 0, S), True)[..., :S]
-    enter = best(top & ~inside, torch.as_tensor(moves + 1))
-    stay = best(inside & seen, critical - enter.sum(-1, keepdim=True))
-    tier.copy_(CRITICAL * (enter | stay))
 
 
 def assign_slots_torch(
@@ -147,106 +89,13 @@ def admit_newest(position: Tensor, length: Tensor, newest_slot: Tensor) -> None:
 
 
 @triton.jit
-def _take(bits_ptr, tier_ptr, end, count, AMONG: tl.constexpr, TAKEN: tl.constexpr, BITS: tl.constexpr,
-          TOKENS: tl.constexpr):  # fmt: skip
-    """Of the tokens before `end` whose byte is AMONG the `count` best get the byte TAKEN: those with the largest int32
-    bits (none below 0), equal ones in order, all if there are fewer. Returns how many they are."""
-    end = tl.where(count > 0, end, 0)
-    bins = tl.arange(0, 1 << BITS)
-    prefix = 0  # the digits found so far: whoever has larger ones is taken
-    rest = count + 0  # how many of those with these digits are taken
-    shift = (30 // BITS) * BITS
-    done = 0
-    while done == 0:
-        found = tl.zeros([1 << BITS], tl.int32)
-        for at in range(0, end, TOKENS):
-            token = at + tl.arange(0, TOKENS)
-            bits = tl.load(bits_ptr + token, mask=token < end, other=0)
-            among = (tl.load(tier_ptr + token, mask=token < end, other=-9) == AMONG) & (bits >> shift >> BITS == prefix)
-            # Bin 0 counts everybody else too: it is the last that is asked, when all the others were too few.
-            found += tl.histogram(tl.where(among, (bits >> shift) & ((1 << BITS) - 1), 0), 1 << BITS)
-        from_here = tl.sum(found, 0) - tl.cumsum(found, 0) + found  # how many have this digit or a larger one
-        digit = tl.maximum(tl.sum((from_here >= rest).to(tl.int32), 0) - 1, 0)
-        rest -= tl.sum(tl.where(bins > digit, found, 0), 0)
-        prefix = (prefix << BITS) + digit
-        done = ((tl.sum(tl.where(bins == digit, found, 0), 0) == rest) | (shift == 0)).to(tl.int32)
-        shift -= BITS * (1 - done)
-    equals = 0
-    taken = 0
-    for at in range(0, end, TOKENS):
-        token = at + tl.arange(0, TOKENS)
-        leading = tl.load(bits_ptr + token, mask=token < end, other=0) >> shift
-        among = tl.load(tier_ptr + token, mask=token < end, other=-9) == AMONG
-        equal = (among & (leading == prefix)).to(tl.int32)
-        nth = equals + tl.cumsum(equal, 0)
-        take = among & ((leading > prefix) | ((equal > 0) & (nth <= rest)))
-        tl.store(tier_ptr + token, tl.full([TOKENS], TAKEN, tl.int8), mask=take)
-        equals += tl.sum(equal, 0)
-        taken += tl.sum(take.to(tl.int32), 0)
-    tl.debug_barrier()
-    return taken
-
-
-@triton.jit
-def _plan_kernel(
-    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, bits_ptr, prior_ptr, held_ptr, index_batch, index_layer,
-    score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, B,
-    G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
-    MARGINAL: tl.constexpr, PRIOR: tl.constexpr, LIMITED: tl.constexpr,
-):  # fmt: skip
-    """One KV head of one sequence and layer: sum the matched heads once, then take who belongs to each tier."""
-    line = tl.program_id(0)
-    layer, b, g = line // (B * G), line // G % B, line % G
-    length = tl.load(length_ptr + b)
-    critical = tl.load(sizes_ptr + length * 3)
-    recent = tl.load(sizes_ptr + length * 3 + 1)
-    tier_ptr += line.to(tl.int64) * capacity
-    bits_ptr += line.to(tl.int64) * capacity
-    index_ptr += b * index_batch + layer * index_layer + g * GROUP
-    for at in range(0, capacity, TOKENS):
-        token = at + tl.arange(0, TOKENS)
-        seen = token < length
-        total = tl.zeros([TOKENS], tl.float32)
-        for i in tl.static_range(GROUP):  # unrolled: the loads of all heads are under way together
-            head = tl.load(index_ptr + i)
-            source = (head // HEADS) * score_layer + b.to(tl.int64) * score_batch + (head % HEADS) * score_head
-            total += tl.load(score_ptr + source + token, mask=seen, other=0.0)
-        if PRIOR:
-            total += tl.load(prior_ptr + b * prior_batch + token, mask=seen, other=0.0)
-        bits = total.to(tl.int32, bitcast=True)
-        bits = tl.where(token >= length - recent, 0x7F7FFFFF, bits)  # the largest finite number
-        bits = tl.where(token == length - 1, 0x7F800000, bits)  # infinity
-        tl.store(bits_ptr + token, bits, mask=seen)
-        tl.store(tier_ptr + token, tl.zeros([TOKENS], tl.int8), mask=token < capacity)
-    tl.debug_barrier()
-    if LIMITED:
-        _take(bits_ptr, tier_ptr, length, critical, 0, -1, BITS, TOKENS)  # -1: wants in
-        held_ptr += line.to(tl.int64) * slots
-        for at in range(0, slots, TOKENS):
-            slot = at + tl.arange(0, TOKENS)
-            name = tl.load(held_ptr + slot, mask=slot < slots, other=-1)
-            tl.store(tier_ptr + name, tl.full([TOKENS], -2, tl.int8), mask=name >= 0)  # -2: is in, top or not
-        tl.debug_barrier()
-        entered = _take(bits_ptr, tier_ptr, length, moves + 1, -1, 2, BITS, TOKENS)
-        _take(bits_ptr, tier_ptr, length, critical - entered, -2, 2, BITS, TOKENS)
-        for at in range(0, length, TOKENS):  # those who may not enter, and those who leave
-            token = at + tl.arange(0, TOKENS)
-            tier = tl.load(tier_ptr + token, mask=token < length, other=0)
-            tl.store(tier_ptr + token, tl.zeros([TOKENS], tl.int8), mask=(token < length) & (tier < 0))
-    else:
-        _take(bits_ptr, tier_ptr, length, critical, 0, 2, BITS, TOKENS)
-        if MARGINAL:
-            _take(bits_ptr, tier_ptr, length, tl.load(sizes_ptr + length * 3 + 2), 0, 1, BITS, TOKENS)
-
-
-@triton.jit
 def _assign_kernel(
-    position_ptr, tier_ptr, length_ptr, token_ptr, slot_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr, wanted_ptr,
+    position_ptr, tier_ptr, length_ptr, token_ptr, slot_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr, kept_ptr,
     slots, capacity, lowest, B,
     G: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One KV head of one sequence and layer. A scratch by token says who is wanted and has no slot; they queue up in
-    another, in order; the n-th free slot takes the n-th of them."""
+    """One KV head of one sequence and layer. A scratch by token says who keeps his slot; the rest of the wanted queue
+    up in another, in order; the n-th free slot takes the n-th of them."""
     pair = tl.program_id(0)
     length = tl.load(length_ptr + pair // G % B)
     line, base = pair.to(tl.int64) * capacity, pair.to(tl.int64) * slots
@@ -254,32 +103,31 @@ def _assign_kernel(
     inside = slot < slots
     for at in range(0, length, TOKENS):
         token = at + tl.arange(0, TOKENS)
-        tier = tl.load(tier_ptr + line + token, mask=token < length, other=0)
-        tl.store(wanted_ptr + line + token, (tier >= lowest).to(tl.int8), mask=token < length)
-    tl.debug_barrier()
+        tl.store(kept_ptr + line + token, tl.zeros([TOKENS], tl.int8), mask=token < capacity)
     held = tl.load(position_ptr + base + slot, mask=inside, other=-1)
-    keep = (held >= 0) & (tl.load(wanted_ptr + line + held, mask=held >= 0, other=0) > 0)
-    tl.store(wanted_ptr + line + held, tl.zeros([SLOTS], tl.int8), mask=keep)
+    keep = (held >= 0) & (tl.load(tier_ptr + line + held, mask=held >= 0, other=0) >= lowest)
+    tl.debug_barrier()
+    tl.store(kept_ptr + line + held, tl.full([SLOTS], 1, tl.int8), mask=keep)
     tl.debug_barrier()
     entering = 0
-    for at in range(0, length, TOKENS):
+    for at in range(0, length, TOKENS):  # masks end at the capacity, not the length: whole loads of 16 bytes
         token = at + tl.arange(0, TOKENS)
-        enters = tl.load(wanted_ptr + line + token, mask=token < length, other=0).to(tl.int32)
+        wanted = tl.load(tier_ptr + line + token, mask=token < capacity, other=0) >= lowest
+        enters = (wanted & (tl.load(kept_ptr + line + token, mask=token < capacity, other=0) == 0)).to(tl.int32)
         nth = entering + tl.cumsum(enters, 0) - 1
         tl.store(queue_ptr + base + nth, token, mask=enters > 0)
         entering += tl.sum(enters, 0)
     tl.debug_barrier()
-    free = (inside & (keep == 0)).to(tl.int32)
-    nth = tl.cumsum(free, 0) - 1
-    takes = (free > 0) & (nth < entering)
-    came = tl.load(queue_ptr + base + nth, mask=takes, other=-1)
+    nth = tl.cumsum((inside & (keep == 0)).to(tl.int32), 0) - 1  # of the free slots up to this one, itself included
+    came = tl.load(queue_ptr + base + nth, mask=inside & (keep == 0) & (nth < entering), other=-1)
     held = tl.where(keep, held, came)
     tl.store(position_ptr + base + slot, held, mask=inside)
     tl.store(newest_ptr + pair, tl.sum(tl.where(held == length - 1, slot, 0), 0))
-    fresh = takes & (came != length - 1)
-    before = tl.cumsum(fresh.to(tl.int32), 0)  # fresh slots up to and including this one
-    count = tl.sum(fresh.to(tl.int32), 0)
-    place = base + tl.where(fresh, before - 1, count + slot - before)  # the fresh first, both in order
+    # The newest token needs no row from the host; if it enters, it is the last in the queue.
+    last = tl.load(queue_ptr + base + entering - 1, mask=entering > 0, other=-1)
+    count = entering - (last == length - 1).to(tl.int32)
+    fresh = inside & (keep == 0) & (nth < count)
+    place = base + tl.where(fresh, nth, count + slot - tl.minimum(nth + 1, count))  # the fresh first, both in order
     tl.store(token_ptr + place, tl.where(fresh, came, -1), mask=inside)
     tl.store(slot_ptr + place, tl.where(fresh, slot, -1), mask=inside)
     tl.store(count_ptr + pair, count)
@@ -316,37 +164,22 @@ def _lend_kernel(
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
-def _warps(width: int) -> int:
+def slot_warps(width: int) -> int:
     """Threads for a row of slots that stays in registers: 8 elements each, up to 16 warps."""
     return max(4, min(16, width // 256))
-
-
-def plan_layers_triton(
-    score: Tensor, index: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, prior: Tensor | None = None,
-    held: Tensor | None = None, moves: int | None = None,
-) -> None:  # fmt: skip
-    L, B, G, S = tier.shape
-    limited = moves is not None
-    assert score.stride(3) == 1 and index.stride(2) == 1 and tier.is_contiguous()
-    assert not limited or held.is_contiguous()
-    _plan_kernel[(L * B * G,)](
-        score, index, length, sizes, tier, torch.empty_like(tier, dtype=torch.int32),
-        score if prior is None else prior, held if limited else tier, *index.stride()[:2], *score.stride()[:3],
-        0 if prior is None else prior.stride(0), S, held.shape[3] if limited else 0, moves or 0, B,
-        G=G, GROUP=index.shape[2] // G, HEADS=score.shape[2], BITS=BITS, TOKENS=TOKENS,
-        MARGINAL=not limited, PRIOR=prior is not None, LIMITED=limited, num_warps=8, num_stages=1,
-    )  # fmt: skip
 
 
 def assign_slots_triton(
     position: Tensor, tier: Tensor, lowest: int, length: Tensor, moves: Moves, newest_slot: Tensor, moved: Tensor
 ) -> None:
     L, B, G, N = position.shape
+    S = tier.shape[3]
     assert all(tensor.is_contiguous() for tensor in (position, tier, newest_slot, *moves))
     slots = triton.next_power_of_2(N)
     _assign_kernel[(L * B * G,)](
         position, tier, length, *moves, newest_slot, moved, torch.empty_like(position), torch.empty_like(tier),
-        N, tier.shape[3], lowest, B, G=G, SLOTS=slots, TOKENS=TOKENS, num_warps=_warps(slots), num_stages=1,
+        N, S, lowest, B, G=G, SLOTS=slots, TOKENS=min(TOKENS, triton.next_power_of_2(S)), num_warps=slot_warps(slots),
+        num_stages=1,
     )  # fmt: skip
 
 
@@ -362,5 +195,5 @@ def lend_rows_triton(
         row, index, tier, key_position, value_position, value_slot, borrowed, inverse,
         *index.stride()[:2], *row.stride()[:3], C, N, S, B,
         G=G, GROUP=index.shape[2] // G, HEADS=row.shape[2], KEYS=triton.next_power_of_2(C),
-        VALUES=triton.next_power_of_2(N), num_warps=_warps(triton.next_power_of_2(N)), num_stages=1,
+        VALUES=triton.next_power_of_2(N), num_warps=slot_warps(triton.next_power_of_2(N)), num_stages=1,
     )  # fmt: skip

@@ -199,7 +199,7 @@ def limit_moves(scores: Tensor, wanted: Tensor, held: Tensor, moves: int) -> Ten
 
     scores as `recent_first` gives them. wanted (B, G, n): what the plan would have. held (B, G, C): positions of the
     tokens that are critical, -1 for an empty slot. Of the wanted that are not held the best enter; the best of those
-    held keep the other places. `kernels_tiers.plan_layers` does the same.
+    held keep the other places. `kernels_plan.plan_layers` does the same.
     """
     B, G, n = scores.shape
     inside = torch.zeros(B, G, n + 1, dtype=torch.bool, device=scores.device)
