@@ -156,7 +156,7 @@ def largest(method: str, models, prompt: int, new: int, settings: Settings) -> S
     llm, slm = models
     policy = FullPolicy(llm) if method.startswith("full") else rival(method, llm, settings)
     policy = policy or SmallKV(llm, slm, settings)
-    options = {"static": True} if method.endswith("graph") else {}
+    options = {"static": True} if method == "smallkv-graph" else {}
     one = [entry for entries in policy.predict([prompt], prompt + new, **options).values() for entry in entries]
     device = sum(entry.size for entry in one if entry.device == llm.device.type)
     host = sum(entry.size for entry in one if entry.device != llm.device.type)

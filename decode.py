@@ -38,8 +38,7 @@ class FullPolicy:
         self.cache = FullCache(self.llm.config, len(lengths), capacity, self.llm.device, self.llm.dtype)
         return self.cache
 
-    def predict(self, lengths: list[int], capacity: int, static: bool = False) -> dict[str, list]:
-        """static: as graph.py's steps hold it, which is no different."""
+    def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
         config, device = self.llm.config, self.llm.device.type
         return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype)}
 

@@ -120,7 +120,8 @@ def load_pair(
 
 
 def check_caches_fit(policy, lengths: list[int], capacity: int, static: bool = False) -> None:
-    """The caches, before they are allocated; on a GPU the host's share is checked against the host."""
+    """The caches, before they are allocated; on a GPU the host's share is checked against the host. static: SmallKV's,
+    as graph.py's steps hold them."""
     device = policy.llm.device
     ledgers = policy.predict(lengths, capacity, **{"static": True} if static else {})
     entries = [(f"{model} {entry.what}", entry) for model, ledger in ledgers.items() for entry in ledger]
@@ -169,7 +170,7 @@ def answer(
     """
     lengths = [len(prompt) for prompt in prompts]
     check_positions(policy, lengths, max_new_tokens)
-    static = backend.name == "triton" and has_static_step(policy)
+    static = backend.name == "triton" and type(policy) is SmallKV and has_static_step(policy)
     check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts_of(policy), static)
     total = sum(lengths)
     bar = tqdm(total=total, desc="prefill", unit="token", leave=False, disable=None if total >= PROGRESS_FROM else True)

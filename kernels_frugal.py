@@ -15,11 +15,15 @@ So a token that leaves takes its scores with it, and attention writes its row wh
 `make_room` is one launch a step for all layers. With a plan in every step nobody or one token leaves a KV head; more do
 when the plans are further apart. They are found one after another: a pass over the slots for each.
 
-`slot_attention` is two launches: the split kernel of `tiered_attention`, and a merge of its own with one program for a
-KV head and some slots, since `heavy` is a sum over the heads of a group.
+`slot_attention` is flash decoding as in kernels_decode.py: splits of the slots, then a merge. It has kernels of its own
+since `heavy` is a sum over the heads of a group: one program of the merge takes all of them, for some slots. Logits are
+kept as powers of two, and K and V are loaded from free slots too: a mask that must be loaded first halves the depth of
+the pipeline.
 
 Shapes follow the legend in model.py; decode drops the T dimension. N is the number of slots.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +33,11 @@ from torch import Tensor
 
 import kernels
 from frugal import heavy_and_recent
-from kernels_decode import TILE, _merge_warps, _scratch, _tiered_split_kernel, split_size
 from kernels_tiers import admit_newest
 
 SLOTS = 2048  # slots that a program of `make_room` looks at together
+TILE = 16384  # bytes of a tile of K, 128 slots at D = 64 in 16 bits; with those of V 64 to 100 KB of shared memory
+PROGRAMS = 1056  # of the splits that are aimed at: eight for each of the 132 multiprocessors of an H100
 CHUNK = 512  # slots whose logits one program of the merge turns into probabilities, for all heads of a group
 
 
@@ -146,11 +151,49 @@ def _room_kernel(
 
 
 @triton.jit
+def _slot_split_kernel(
+    q_ptr, k_ptr, v_ptr, position_ptr, logit_ptr, stat_ptr, acc_ptr, slots, scale, splits, size,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One split of one KV head's slots: logits, max, sum and unscaled output of its ROWS query heads, GROUP of them
+    real."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, dim = tl.arange(0, ROWS), tl.arange(0, D)
+    real, head = row < GROUP, (pair * GROUP + row).to(tl.int64)
+    query = tl.load(q_ptr + head[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
+    base = pair.to(tl.int64) * slots
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for at in range(split * size, tl.minimum(split * size + size, slots), BLOCK):
+        slot = at + tl.arange(0, BLOCK)
+        inside = slot < slots
+        used = tl.load(position_ptr + base + slot, mask=inside, other=-1) >= 0
+        key = tl.load(k_ptr + (base + slot)[:, None] * D + dim, mask=inside[:, None], other=0.0)  # (BLOCK, D)
+        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
+        logit = tl.where(used, logit, -float("inf"))
+        tl.store(logit_ptr + head[:, None] * slots + slot, logit, mask=real[:, None] & inside)
+        higher = tl.maximum(top, tl.max(logit, 1))
+        anchor = tl.where(higher == -float("inf"), 0.0, higher)  # a tile whose slots are all free
+        weight = tl.exp2(logit - anchor[:, None])
+        shrink = tl.exp2(top - anchor)
+        value = tl.load(v_ptr + (base + slot)[:, None] * D + dim, mask=inside[:, None], other=0.0)
+        value = tl.where(used[:, None], value, 0.0)
+        acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        total = total * shrink + tl.sum(weight, 1)
+        top = higher
+    stat = stat_ptr + head * 2 * splits + split
+    tl.store(stat, top, mask=real)
+    tl.store(stat + splits, total, mask=real)
+    tl.store(acc_ptr + (head * splits + split)[:, None] * D + dim, acc, mask=real[:, None])
+
+
+@triton.jit
 def _slot_merge_kernel(
     out_ptr, position_ptr, stat_ptr, acc_ptr, logit_ptr, heavy_ptr, score_ptr, row_ptr, score_batch, score_head,
     slots, splits, chunks, decay,
-    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr, OLD: tl.constexpr, ROW: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    OLD: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one KV head's query heads; each program turns one chunk of their logits into probabilities.
     The outputs are shared among the programs of a KV head."""
@@ -165,17 +208,18 @@ def _slot_merge_kernel(
     gathered = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(GROUP):  # unrolled: the loads of all heads are under way together
         head = (pair * GROUP + i).to(tl.int64)
-        part = (pair * splits + split).to(tl.int64) * ROWS + i
-        tops = tl.load(stat_ptr + part * 3, mask=live, other=-float("inf"))
+        logit = tl.load(logit_ptr + head * slots + slot, mask=used, other=-float("inf"))
+        stat = stat_ptr + head * 2 * splits + split
+        tops = tl.load(stat, mask=live, other=-float("inf"))
         top = tl.max(tops, 0)
-        shrink = tl.exp(tops - top)
-        scale = 1 / tl.sum(tl.load(stat_ptr + part * 3 + 1, mask=live, other=0.0) * shrink, 0)
+        shrink = tl.exp2(tops - top)
+        scale = 1 / tl.sum(tl.load(stat + splits, mask=live, other=0.0) * shrink, 0)
         if chunk == i % chunks:
-            acc = tl.load(acc_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0)  # (SPLITS, D)
+            part = (head * splits + split)[:, None] * D
+            acc = tl.load(acc_ptr + part + dim, mask=live[:, None], other=0.0)  # (SPLITS, D)
             out = tl.sum(acc * shrink[:, None], 0) * scale
             tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty))
-        logit = tl.load(logit_ptr + head * slots + slot, mask=used, other=-float("inf"))
-        probability = tl.exp(logit - top) * scale
+        probability = tl.exp2(logit - top) * scale
         gathered += probability
         if ROW:
             tl.store(row_ptr + line + i * score_head, probability, mask=used)
@@ -213,20 +257,21 @@ def slot_attention_triton(
     G, N = position.shape[1:]
     assert all(tensor.is_contiguous() for tensor in (query, key, value, position, heavy)), "the slots are contiguous"
     assert score.stride(2) == 1 and (row is None or row.stride() == score.stride())
-    group, block = H // G, TILE // D
-    split = split_size(B * G, N, block)
-    rows, splits, chunks = max(16, triton.next_power_of_2(group)), triton.cdiv(N, split), triton.cdiv(N, CHUNK)
-    stat, acc = _scratch(query, B * G, splits, rows, 3), _scratch(query, B * G, splits, rows, D)
-    logit = _scratch(query, B * H, N)
-    _tiered_split_kernel[(B * G, splits)](
-        query, key, value, position, position, stat, logit, stat, acc, acc, N, N, D**-0.5, splits, split,
-        GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=False, WEIGHTED=True, num_warps=4, num_stages=3,
+    group, block = H // G, TILE // (D * key.element_size())
+    split = block * max(2, triton.cdiv(N, block * max(1, PROGRAMS // (B * G))))  # slots of a split: whole tiles
+    splits, chunks = triton.cdiv(N, split), triton.cdiv(N, CHUNK)
+    scratch = dict(device=query.device, dtype=torch.float32)
+    stat, acc = torch.empty(B * H, 2, splits, **scratch), torch.empty(B * H, splits, D, **scratch)
+    logit = torch.empty(B * H, N, **scratch)
+    _slot_split_kernel[(B * G, splits)](
+        query, key, value, position, logit, stat, acc, N, D**-0.5 * math.log2(math.e), splits, split,
+        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=D, BLOCK=block, num_warps=4, num_stages=3,
     )  # fmt: skip
     out = torch.empty_like(query)
     _slot_merge_kernel[(B * G, chunks)](
         out, position, stat, acc, logit, heavy, score, score if row is None else row, *score.stride()[:2],
         N, splits, chunks, decay,
-        G=G, GROUP=group, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
-        OLD=decay != 0, ROW=row is not None, num_warps=_merge_warps(splits),
+        G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK, OLD=decay != 0,
+        ROW=row is not None, num_warps=4 if splits <= 32 else 8,
     )  # fmt: skip
     return out
