@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
 
 # 64 tokens at D = 128, 64 KB of shared memory; eight programs for each of the 132 multiprocessors of an H100
-FULL = SCORED = TIERED = Launch(tile=8192, warps=4, stages=3, programs=1056)
+FULL = SCORED = TIERED = MARGINAL = Launch(tile=8192, warps=4, stages=3, programs=1056)
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
@@ -219,8 +219,8 @@ def _tiered_split_kernel(
 def _merge_kernel(
     out_ptr, length_ptr, stat_ptr, acc_ptr, lent_ptr, logit_ptr, score_ptr, row_ptr,
     score_batch, score_head, logit_head, splits, size, capacity, decay,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, TIERED: tl.constexpr, MARGINAL: tl.constexpr, SCORED: tl.constexpr,
-    OLD: tl.constexpr, ROW: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    TIERED: tl.constexpr, MARGINAL: tl.constexpr, SCORED: tl.constexpr, OLD: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query head; each program turns one chunk of logits into probabilities, the first one
     writes the output. Scores are score * decay + probability (OLD), or the probability alone."""
@@ -331,8 +331,9 @@ def tiered_attention_triton(
     assert all(tensor.is_contiguous() for tensor in given), "the pools of one layer are contiguous"
     assert (value_slot is None) == (borrowed is None), "a marginal tier needs both"
     marginal = borrowed is not None
-    group, block = H // G, TIERED.tile // D
-    split = split_size(B * G, N, block, TIERED.programs)
+    launch = MARGINAL if marginal else TIERED
+    group, block = H // G, launch.tile // D
+    split = split_size(B * G, N, block, launch.programs)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(N, split)
     stat, acc = _scratch(query, B * H, 3, splits), _scratch(query, B * G, splits, group, D)
     lent = torch.empty_like(acc) if marginal else acc
@@ -341,7 +342,7 @@ def tiered_attention_triton(
         query, key, value, key_position, value_slot if marginal else key_position, borrowed if marginal else stat,
         logit, stat, acc, lent, C, N, _scale(D), splits, split,
         GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=marginal, WEIGHTED=weight is not None,
-        num_warps=TIERED.warps, num_stages=TIERED.stages,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     out = torch.empty_like(query)
     _merge_kernel[(B * H, 1 if weight is None else triton.cdiv(C, CHUNK))](
