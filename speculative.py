@@ -5,14 +5,17 @@ it as what makes the SLM pay for itself (appendix A.3): its forward passes are m
 drive the tiers. A round, `SpeculativeSession.round`:
 
     SLM: the newest token, then draft by draft      K + 1 steps; their attention rows wait             drafts.py
-    one plan for the round, rows move               from the scores after the newest token             smallkv.py
+    one plan for the round, rows move               from the rows of all tokens of the round           smallkv.py
     LLM: newest token and drafts, one forward       each draft borrows its own SLM row (Eq. 6)         kernels.py
     accept a prefix, add one token of the LLM       the rest leaves no trace in any cache              drafts.py
 
-**When the plan is made**: once a round, from the scores after the newest token, which the LLM has chosen and which is
-sure to stay; no draft has a say in it. The drafts are critical while they are verified, the accepted ones stay until
-the next plan, and nobody leaves before it. This is what `Settings.refresh` does between two plans, so a greedy answer
-is that of SmallKV without drafts whose refresh is K + 1 and whose plans are made at the tokens where rounds begin.
+**When the plan is made, and from what**: once a round, when the SLM has made its drafts and the rows of all of them are
+there. A token's score is the largest that it has after any token of the round (`Waiting.foreseen`): what the third
+draft looks at is in place when the LLM verifies it. From the newest token's row alone, three of the demonstration's
+four answers were lost. A draft that is refused has had its say in one plan, and in no score. The drafts are critical
+while they are verified, the accepted ones stay until the next plan, and nobody leaves before it. This is what
+`Settings.refresh` does between two plans, so a greedy answer is that of SmallKV without drafts whose refresh is K + 1
+and whose plans are made at the tokens where rounds begin, from the scores that the SLM foresees there.
 
 **Sampling**: a draft d of the SLM's distribution q is accepted with probability min(1, p(d) / q(d)), p the LLM's; the
 first one that is not is replaced by a draw from max(p - q, 0), normalised (arXiv 2211.17192). The tokens are then
@@ -78,6 +81,9 @@ class SpeculativeFull(FullPolicy):
         out = self.slm(ids, span, self.slm_cache, logits="last" if words else "none")
         return out[:, 0] if words else None
 
+    def foresee(self, allowed: Tensor) -> None:
+        """Nothing to plan."""
+
     def keep(self, fed: list[list[int]], kept: list[int]) -> None:
         """End the round: what lies beyond a sequence's length in a full cache is never seen."""
 
@@ -131,7 +137,7 @@ class SpeculativeSmallKV(SmallKV):
                 self._match(b)
 
     def plan(self, layer: int) -> TierPlan:
-        """The tiers by the newest tokens' scores, the drafts after them critical; borrowed (B, H * T, n)."""
+        """The tiers by the foreseen scores, the drafts after the newest tokens critical; borrowed (B, H * T, n)."""
         critical, marginal = self._choose(layer)
         token = torch.arange(self.end, device=critical.device)
         first = torch.tensor(self.lengths, device=critical.device)[:, None, None]  # (B, 1, 1), of the drafts
@@ -141,10 +147,13 @@ class SpeculativeSmallKV(SmallKV):
         rows = self._matched(self.slm_cache.rows[:, :, :, : self.place + 1], layer)  # (B, H, T, n)
         return TierPlan(critical, marginal, rows.flatten(1, 2))
 
+    def foresee(self, allowed: Tensor) -> None:
+        """The drafts are made: what the round is planned by, of each sequence's newest token and allowed[b] drafts."""
+        self.foreseen = self.slm_cache.foreseen(allowed.to(self.slm.device))
+
     def _ranking(self, layer: int) -> Tensor:
-        """The score with the newest token's waiting row, as if it had been added already: (B, G, n)."""
-        old, row = (self._matched(table, layer) for table in (self.slm_cache.score, self.slm_cache.rows[..., 0, :]))
-        return self._by_kv_head(self.settings.score_decay * old + row)
+        """The scores that the whole round foresees, those of its waiting rows among them: (B, G, n)."""
+        return self._by_kv_head(self._matched(self.foreseen, layer))
 
     def keep(self, fed: list[list[int]], kept: list[int]) -> None:
         """End the round: of each sequence's tokens fed[b] the first kept[b] count; 0 if it has ended."""
@@ -253,6 +262,7 @@ class SpeculativeSession(Session):
             elif place < places:
                 believed.append(sampler.probabilities(logits[:, : self.vocab].cpu()))  # (B, V)
                 fed.append(draw(believed[-1], chance[:, place]).tolist())
+        self.policy.foresee(limits)
         span = Span.step(self.lengths, device, places + 1)
         self.cache.migrate(self.policy.plan, span)
         tokens = torch.tensor(fed).T  # (B, T)
