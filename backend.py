@@ -18,6 +18,7 @@ import kernels_layer
 import kernels_move
 import kernels_prefill
 import kernels_tiers
+import kernels_verify
 
 NAMES = ("auto", "torch", "triton")
 
@@ -38,6 +39,10 @@ class Backend:
     add_norm: Callable
     rope_append: Callable
     gate: Callable
+    verify_attention: Callable
+    admit_drafts: Callable
+    fold_rows: Callable
+    store_block: Callable
     int4_matmul: Callable
     dequantize: Callable
     column_sums: Callable
@@ -56,6 +61,10 @@ TORCH = Backend(
     add_norm=kernels_layer.add_norm_torch,
     rope_append=kernels_layer.rope_append_torch,
     gate=kernels_layer.gate_torch,
+    verify_attention=kernels_verify.verify_attention_torch,
+    admit_drafts=kernels_verify.admit_drafts_torch,
+    fold_rows=kernels_verify.fold_rows_torch,
+    store_block=kernels_verify.store_block_torch,
     int4_matmul=kernels_int4.int4_matmul_torch,
     dequantize=kernels_int4.dequantize_torch,
     column_sums=kernels.column_sums,
@@ -74,6 +83,10 @@ TRITON = Backend(
     add_norm=kernels_layer.add_norm_triton,
     rope_append=kernels_layer.rope_append_triton,
     gate=kernels_layer.gate_triton,
+    verify_attention=kernels_verify.verify_attention_triton,
+    admit_drafts=kernels_verify.admit_drafts_triton,
+    fold_rows=kernels_verify.fold_rows_triton,
+    store_block=kernels_verify.store_block_triton,
     int4_matmul=kernels_int4.int4_matmul_triton,
     dequantize=kernels_int4.dequantize_triton,
     column_sums=kernels_prefill.column_sums_triton,

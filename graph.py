@@ -144,6 +144,7 @@ class TieredSide:
                              "a gate: use the plain steps")  # fmt: skip
         self.policy, self.cache, self.backend, self.length = policy, policy.cache, backend, length
         self.marginal, self.moves, self.prior = settings.marginal, None, None
+        self.score = policy.slm_cache.score  # what the plan ranks by
         L, B, G, _ = self.cache.key_position.shape
         N, S = self.cache.value_position.shape[3], self.cache.host_key.shape[3]
         device = self.cache.key.device
@@ -209,7 +210,7 @@ class TieredSide:
         """Tiers and slots of these layers, and what their marginal slots borrow."""
         position, tier, slot = self.cache.key_position[layers], self.tier[layers], self.key_slot[layers]
         self.backend.plan_layers(
-            self.policy.slm_cache.score, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior,
+            self.score, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior,
             position, self.moves,
         )  # fmt: skip
         moves = Moves(*(table[layers] for table in self.key_moves))

@@ -192,9 +192,9 @@ def accept_sampled(
     the token after them.
     """
     p, q = (table.gather(-1, drafts[..., None])[..., 0] for table in (wanted[:, :-1], believed))  # (B, K)
-    stays = (chance[:, :-1] * q < p) & (torch.arange(drafts.shape[1]) < allowed[:, None])
+    place, row = (torch.arange(size, device=drafts.device) for size in reversed(drafts.shape))
+    stays = (chance[:, :-1] * q < p) & (place < allowed[:, None])
     count = stays.long().cumprod(-1).sum(-1)  # (B,)
-    row = torch.arange(len(count))
     own = wanted[row, count]  # (B, V): where the next token comes from if no draft was refused
     refused = F.pad(believed, (0, 0, 0, 1))[row, count] * (count < allowed)[:, None]
     rest = (own - refused).clamp(min=0)
