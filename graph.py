@@ -144,7 +144,6 @@ class TieredSide:
                              "a gate: use the plain steps")  # fmt: skip
         self.policy, self.cache, self.backend, self.length = policy, policy.cache, backend, length
         self.marginal, self.moves, self.prior = settings.marginal, None, None
-        self.score = policy.slm_cache.score  # what the plan ranks by
         L, B, G, _ = self.cache.key_position.shape
         N, S = self.cache.value_position.shape[3], self.cache.host_key.shape[3]
         device = self.cache.key.device
@@ -176,6 +175,11 @@ class TieredSide:
         held = [value for value in vars(self).values() if torch.is_tensor(value)]
         held += [*self.key_moves, *self.value_moves]
         return list({tensor.data_ptr(): tensor for tensor in held}.values())
+
+    @property
+    def ranking(self) -> Tensor:
+        """What the plan ranks by, (L', B, H', S)."""
+        return self.policy.slm_cache.score
 
     def begin(self, plan: bool) -> None:
         """The SLM is done: plan and move every layer, on the side streams where there are any; or take in the newest
@@ -210,8 +214,7 @@ class TieredSide:
         """Tiers and slots of these layers, and what their marginal slots borrow."""
         position, tier, slot = self.cache.key_position[layers], self.tier[layers], self.key_slot[layers]
         self.backend.plan_layers(
-            self.score, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior,
-            position, self.moves,
+            self.ranking, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior, position, self.moves
         )  # fmt: skip
         moves = Moves(*(table[layers] for table in self.key_moves))
         self.backend.assign_slots(position, tier, CRITICAL, self.length, moves, slot, self.moved[0])

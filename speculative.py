@@ -20,6 +20,8 @@ and whose plans are made at the tokens where rounds begin, from the scores that 
 **Sampling**: a draft d of the SLM's distribution q is accepted with probability min(1, p(d) / q(d)), p the LLM's; the
 first one that is not is replaced by a draw from max(p - q, 0), normalised (arXiv 2211.17192). The tokens are then
 distributed as p, temperature, top-k and top-p applied to both. Greedy: a draft is accepted if it is the LLM's choice.
+The full cache's p knows nothing of the drafts, and the tokens are those of the LLM alone. SmallKV's p is that of an LLM
+on the tiers of the round's plan, which has seen the drafts' rows: exact for each plan, and a mixture over the plans.
 
 A sequence never depends on its neighbours: where others draft more, its last places are filled with a token that is
 never accepted. For these places, and for sequences that have ended, the caches have room for K positions more.
@@ -123,10 +125,15 @@ class SpeculativeSmallKV(SmallKV):
         ids = torch.tensor(tokens, device=self.slm.device)[:, None]  # (B, 1)
         out = self.slm(ids, span, self.slm_cache, logits="last" if words else "none")
         if place == 0:
-            self._append([[token] for token in tokens])
-            self.sizes = [self.settings.planned(length) for length in self.lengths]
+            self.begin(tokens)
         self.place, self.end = place, span.end
         return out[:, 0] if words else None
+
+    def begin(self, newest: list[int]) -> None:
+        """A round begins: its newest tokens are sure to stay."""
+        self._append([[token] for token in newest])
+        self.sizes = [self.settings.planned(length) for length in self.lengths]
+        self.steps += 1
 
     def _append(self, tokens: list[list[int]]) -> None:
         """One by one: a sequence that reaches the matching window is matched on what it was then."""
@@ -160,6 +167,10 @@ class SpeculativeSmallKV(SmallKV):
         positions = [length - 1 for length in self.lengths]
         self.slm_cache.keep(positions, kept)
         self.cache.keep(positions, kept)
+        self.settle(fed, kept)
+
+    def settle(self, fed: list[list[int]], kept: list[int]) -> None:
+        """`keep` without the caches: the texts, on which heads are matched."""
         for b, count in enumerate(kept):
             if count == 0:
                 self.tokens[b].pop()
@@ -249,8 +260,7 @@ class SpeculativeSession(Session):
         """
         drafts, device = self.policy.drafts, self.llm.device
         limits = torch.tensor([count or 0 for count in allowed])
-        # As many numbers for each sequence in every round: what one draws does not depend on the others.
-        chance = torch.stack([torch.rand(2 * drafts + 1, generator=generator) for generator in generators])
+        chance = self.chances(generators)
         greedy, places = sampler.temperature == 0, int(limits.max())
         self.begun.append(list(self.lengths))
         fed, believed = [newest], []
@@ -281,11 +291,18 @@ class SpeculativeSession(Session):
             del answer[0 if count is None else min(ends, default=len(answer)) + 1 :]
         kept = [len(answer) for answer in answers]  # the newest token and the accepted drafts
         self.policy.keep(rows, kept)
-        self.lengths = [n + count for n, count in zip(self.lengths, kept)]
         self._count(allowed, kept)
         return answers
 
+    def chances(self, generators: list[torch.Generator]) -> Tensor:
+        """Uniform numbers for a round (B, 2K + 1): of each draft, of its acceptance, and of the token after them.
+
+        As many for each sequence in every round: what one draws does not depend on the others.
+        """
+        return torch.stack([torch.rand(2 * self.policy.drafts + 1, generator=generator) for generator in generators])
+
     def _count(self, allowed: list[int | None], kept: list[int]) -> None:
+        self.lengths = [n + count for n, count in zip(self.lengths, kept)]
         for count, new in zip(allowed, kept):
             if count is not None:
                 self.counts.rounds += 1
