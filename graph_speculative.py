@@ -72,6 +72,8 @@ class VerifyTiers(TieredSide):
     """The LLM on its tiers, T tokens a sequence: the plan is that of the newest token, its drafts come in beside it."""
 
     def __init__(self, policy, backend: Backend, length: Tensor, tokens: int):
+        if policy.settings.slm_budget < 1:
+            raise ValueError(f"no graph of drafts with {policy.settings.slm_budget} of the SLM's cache: use plain rounds")
         super().__init__(policy, backend, length)
         self.tokens = tokens
         L, B, G = self.key_slot.shape

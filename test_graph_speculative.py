@@ -6,6 +6,7 @@ import torch
 from backend import TORCH, TRITON
 from conftest import random_prompts
 from decode import Sampler
+from generate import Pair, make_session
 from graph_speculative import StaticSpeculativeSession
 from smallkv import Settings
 from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV, speculate_ids
@@ -158,3 +159,20 @@ def test_a_round_keeps_its_sampler_and_its_stop_tokens():
     for sampler, stop in ((Sampler(0.5), {5}), (Sampler(), {6})):
         with pytest.raises(ValueError, match="cannot change its sampler or stop tokens"):
             session.round(newest, [2], sampler, generators, stop)
+
+
+def test_the_command_takes_static_rounds_where_there_are_any():
+    """By backend, head dim and settings; nothing is run."""
+    for name, settings, head_dim, backend, static in (
+        ("full", None, 32, TRITON, True), ("full", None, 16, TRITON, False), ("full", None, 32, TORCH, False),
+        ("smallkv", Settings.paper(), 64, TRITON, True), ("smallkv", Settings(slm_budget=0.5), 64, TRITON, False),
+        ("smallkv", Settings(marginal=True, gate=0.5), 64, TRITON, False),
+    ):  # fmt: skip
+        pair = near_pair(head_dim=head_dim)
+        policy = SpeculativeFull(*pair, 2) if name == "full" else SpeculativeSmallKV(*pair, settings, 2)
+        session = make_session(Pair(*pair, None), policy, random_prompts(30), 10, backend, None)
+        assert type(session) is (StaticSpeculativeSession if static else SpeculativeSession)
+    cut = SpeculativeSmallKV(*pair, Settings(slm_budget=0.5), 2)
+    session = StaticSpeculativeSession(TORCH, pair[0], cut, random_prompts(30), 10)
+    with pytest.raises(ValueError, match="no graph of drafts with 0.5 of the SLM's cache"):
+        session.round([1], [2], Sampler(), Sampler().generators(1))
