@@ -21,6 +21,7 @@ import kernels_plan
 import kernels_prefill
 import kernels_product
 import kernels_tiers
+import kernels_verify
 
 NAMES = ("auto", "torch", "triton")
 
@@ -46,6 +47,10 @@ class Backend:
     norm_product: Callable
     norm_gate: Callable
     product: Callable
+    verify_attention: Callable
+    admit_drafts: Callable
+    fold_rows: Callable
+    store_block: Callable
     int4_matmul: Callable
     dequantize: Callable
     column_sums: Callable
@@ -69,6 +74,10 @@ TORCH = Backend(
     norm_product=kernels_product.norm_product_torch,
     norm_gate=kernels_product.norm_gate_torch,
     product=kernels_product.product_torch,
+    verify_attention=kernels_verify.verify_attention_torch,
+    admit_drafts=kernels_verify.admit_drafts_torch,
+    fold_rows=kernels_verify.fold_rows_torch,
+    store_block=kernels_verify.store_block_torch,
     int4_matmul=kernels_int4.int4_matmul_torch,
     dequantize=kernels_int4.dequantize_torch,
     column_sums=kernels.column_sums,
@@ -92,6 +101,10 @@ TRITON = Backend(
     norm_product=kernels_product.norm_product_triton,
     norm_gate=kernels_product.norm_gate_triton,
     product=kernels_product.product_triton,
+    verify_attention=kernels_verify.verify_attention_triton,
+    admit_drafts=kernels_verify.admit_drafts_triton,
+    fold_rows=kernels_verify.fold_rows_triton,
+    store_block=kernels_verify.store_block_triton,
     int4_matmul=kernels_int4.int4_matmul_triton,
     dequantize=kernels_int4.dequantize_triton,
     column_sums=kernels_prefill.column_sums_triton,

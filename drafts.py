@@ -39,6 +39,19 @@ class Waiting:
         else:  # what an earlier round left behind the end of this one is no attention
             self.rows[layer, :, :, self.at] = F.pad(row, (0, self.rows.shape[-1] - row.shape[-1]))
 
+    def foreseen(self, allowed: Tensor) -> Tensor:
+        """Scores to plan a round by, (L, B, H, S): each token's largest one after any token of the round.
+
+        allowed (B,): how many of a sequence's drafts count; the newest token always does.
+        """
+        score = self.score
+        best = torch.zeros_like(score)
+        for t in range(self.at + 1):
+            score = self.decay * score + self.rows[:, :, :, t]  # as `_remember` would add them one after the other
+            own = (allowed >= t)[:, None, None]
+            best = best.maximum(score.where(own, 0))
+        return best
+
     def keep(self, positions: list[int], kept: list[int]) -> None:
         """End the round: of sequence b, whose round began at positions[b], the first kept[b] tokens count."""
         self.at = None

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from checkpoint import (
 from decode import FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
 from evicting import Budget
 from graph import StaticSession
+from graph_speculative import StaticSpeculativeSession
 from kernels import SCORE_BLOCK
 from model import Decoder
 from quantize import int4_modules
@@ -141,17 +143,23 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, static: bool = F
 def make_session(
     pair: Pair, policy, prompts: list[list[int]], new: int, backend: Backend, progress=None
 ) -> Session:  # fmt: skip
-    """With static steps, one CUDA graph each, where the backend is Triton and the policy has them; else the plain."""
+    """With static steps or rounds, one CUDA graph each, where the backend is Triton and the policy has them; else the
+    plain ones."""
+    static = backend.name == "triton" and has_static_step(policy)
     if drafts_of(policy):
-        return SpeculativeSession(pair.llm, policy, prompts, new, progress=progress)
-    if backend.name == "triton" and has_static_step(policy):
+        kind = partial(StaticSpeculativeSession, backend) if static else SpeculativeSession
+        return kind(pair.llm, policy, prompts, new, progress=progress)
+    if static:
         return StaticSession(backend, pair.llm, policy, prompts, new, progress=progress)
     return Session(pair.llm, policy, prompts, new, progress=progress)
 
 
 def has_static_step(policy) -> bool:
-    """graph.py knows the full cache and SmallKV where `Settings.static`; its kernels three head dims."""
-    known = type(policy) is FullPolicy or (type(policy) is SmallKV and policy.settings.static)
+    """graph.py and graph_speculative.py know the full cache and SmallKV where `Settings.static`; their kernels three
+    head dims. Rounds of drafts need the whole cache of the SLM besides."""
+    known = type(policy) in (FullPolicy, SpeculativeFull)
+    if type(policy) in (SmallKV, SpeculativeSmallKV):
+        known = policy.settings.static and (type(policy) is SmallKV or policy.settings.slm_budget == 1)
     return known and all(model.config.head_dim in (32, 64, 128) for model in policy.models)
 
 

@@ -206,6 +206,11 @@ class TieredSide:
         held += [*self.key_moves, *self.value_moves]
         return list({tensor.data_ptr(): tensor for tensor in held}.values())
 
+    @property
+    def ranking(self) -> Tensor:
+        """What the plan ranks by, (L', B, H', S)."""
+        return self.policy.slm_cache.score
+
     def begin(self, plan: bool) -> None:
         """The SLM is done: plan and move every layer, on the side streams where there are any; or take in the newest
         token alone."""
@@ -239,8 +244,7 @@ class TieredSide:
         """Tiers and slots of these layers, and what their marginal slots borrow."""
         position, tier, slot = self.cache.key_position[layers], self.tier[layers], self.key_slot[layers]
         self.backend.plan_layers(
-            self.policy.slm_cache.score, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior,
-            position, self.moves,
+            self.ranking, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior, position, self.moves
         )  # fmt: skip
         moves = Moves(*(table[layers] for table in self.key_moves))
         self.backend.assign_slots(position, tier, CRITICAL, self.length, moves, slot, self.moved[0])

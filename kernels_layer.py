@@ -35,6 +35,7 @@ def add_norm_torch(x: Tensor, update: Tensor | None, weight: Tensor, eps: float)
 def rope_append_torch(
     qkv: Tensor, cos: Tensor, sin: Tensor, length: Tensor, norms: tuple[Tensor, Tensor, float] | None, key: Tensor,
     value: Tensor, key_slot: Tensor | None = None, value_slot: Tensor | None = None, newest: Tensor | None = None,
+    tokens: int = 1,
 ) -> Tensor:  # fmt: skip
     """Split qkv (B, (H + 2G) D) into heads, rotate query and key, put key and value where they belong.
 
@@ -42,21 +43,25 @@ def rope_append_torch(
     query and key and the epsilon, for models that norm their heads before RoPE. key, value (B, G, slots, D) are
     written at key_slot, value_slot (B, G) int32; None: at the token's position. newest (2, B, G, D), if given, takes
     both rows too. Returns the query (B, H, D).
+
+    tokens: T of them a sequence, the first at length[b] - 1. Then the rows of qkv, query, slots and newest count B * T,
+    a sequence's own one after the other.
     """
     B, G, _, D = key.shape
-    heads = qkv.view(B, -1, D)
+    heads = qkv.view(B * tokens, -1, D)
     H = heads.shape[1] - 2 * G
     query, fresh, rows = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
     if norms is not None:
         query = add_norm_torch(query, None, norms[0], norms[2])
         fresh = add_norm_torch(fresh, None, norms[1], norms[2])
-    position = length.long() - 1
-    cosine, sine = (torch.cat((table, table), -1)[position][:, None] for table in (cos, sin))  # (B, 1, D)
+    position = (length.long()[:, None] - 1 + torch.arange(tokens, device=length.device)).flatten()  # (B * T,)
+    cosine, sine = (torch.cat((table, table), -1)[position][:, None] for table in (cos, sin))  # (B * T, 1, D)
     query = apply_rope(query.float(), cosine, sine).to(qkv.dtype)
     fresh = apply_rope(fresh.float(), cosine, sine).to(qkv.dtype)
     for pool, slot, row in ((key, key_slot, fresh), (value, value_slot, rows)):
-        slot = position[:, None].expand(B, G) if slot is None else slot.long()
-        pool.scatter_(2, slot[:, :, None, None].expand(B, G, 1, D), row[:, :, None])
+        slot = position[:, None].expand(-1, G) if slot is None else slot.long()  # (B * T, G)
+        slot, row = (table.unflatten(0, (B, tokens)).transpose(1, 2) for table in (slot, row))  # (B, G, T, ...)
+        pool.scatter_(2, slot[..., None].expand_as(row), row)
     if newest is not None:
         newest[0], newest[1] = fresh, rows
     return query.contiguous()
@@ -94,15 +99,17 @@ def _norm_kernel(
 def _rope_kernel(
     qkv_ptr, cos_ptr, sin_ptr, length_ptr, q_norm_ptr, k_norm_ptr, q_ptr, key_ptr, value_ptr, key_slot_ptr,
     value_slot_ptr, newest_ptr, eps, key_batch, key_head, value_batch, value_head, newest_half,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, SLOTS: tl.constexpr, NEWEST: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, NORM: tl.constexpr, SLOTS: tl.constexpr,
+    NEWEST: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence; query, key or value by its number."""
-    b, head = tl.program_id(0), tl.program_id(1)
+    """One head of one token, T of them a sequence; query, key or value by its number."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    b = row // T
     dim = tl.arange(0, D // 2)
-    source = qkv_ptr + (b * (H + 2 * G) + head) * D
+    source = qkv_ptr + (row * (H + 2 * G) + head) * D
     first, second = tl.load(source + dim), tl.load(source + D // 2 + dim)
     dtype = first.dtype
-    position = tl.load(length_ptr + b) - 1
+    position = tl.load(length_ptr + b) - 1 + row % T
     if head < H + G:
         one, two = first.to(tl.float32), second.to(tl.float32)
         if NORM:
@@ -115,19 +122,19 @@ def _rope_kernel(
         sin = tl.load(sin_ptr + position * (D // 2) + dim)
         first, second = (one * cos - two * sin).to(dtype), (two * cos + one * sin).to(dtype)
     if head < H:
-        target = q_ptr + (b * H + head) * D
+        target = q_ptr + (row * H + head) * D
         tl.store(target + dim, first)
         tl.store(target + D // 2 + dim, second)
     else:
         g = (head - H) % G
         if head < H + G:
-            slot = tl.load(key_slot_ptr + b * G + g) if SLOTS else position
+            slot = tl.load(key_slot_ptr + row * G + g) if SLOTS else position
             target = key_ptr + b.to(tl.int64) * key_batch + g * key_head + slot * D
-            copy = newest_ptr + (b * G + g) * D
+            copy = newest_ptr + (row * G + g) * D
         else:
-            slot = tl.load(value_slot_ptr + b * G + g) if SLOTS else position
+            slot = tl.load(value_slot_ptr + row * G + g) if SLOTS else position
             target = value_ptr + b.to(tl.int64) * value_batch + g * value_head + slot * D
-            copy = newest_ptr + newest_half + (b * G + g) * D
+            copy = newest_ptr + newest_half + (row * G + g) * D
         tl.store(target + dim, first)
         tl.store(target + D // 2 + dim, second)
         if NEWEST:
@@ -164,19 +171,21 @@ def add_norm_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: float
 def rope_append_triton(
     qkv: Tensor, cos: Tensor, sin: Tensor, length: Tensor, norms: tuple[Tensor, Tensor, float] | None, key: Tensor,
     value: Tensor, key_slot: Tensor | None = None, value_slot: Tensor | None = None, newest: Tensor | None = None,
+    tokens: int = 1,
 ) -> Tensor:  # fmt: skip
     B, G, _, D = key.shape
     H = qkv.shape[1] // D - 2 * G
     assert key.stride()[2:] == (D, 1) and value.stride()[2:] == (D, 1) and qkv.is_contiguous()
     assert newest is None or newest[0].is_contiguous()
-    query = torch.empty(B, H, D, device=qkv.device, dtype=qkv.dtype)
+    query = torch.empty(B * tokens, H, D, device=qkv.device, dtype=qkv.dtype)
     q_norm, k_norm, eps = norms if norms is not None else (cos, cos, 0.0)
-    _rope_kernel[(B, H + 2 * G)](
+    _rope_kernel[(B * tokens, H + 2 * G)](
         qkv, cos, sin, length, q_norm, k_norm, query, key, value,
         length if key_slot is None else key_slot, length if value_slot is None else value_slot,
         query if newest is None else newest, eps, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         0 if newest is None else newest.stride(0),
-        H=H, G=G, D=D, NORM=norms is not None, SLOTS=key_slot is not None, NEWEST=newest is not None, num_warps=1,
+        H=H, G=G, D=D, T=tokens, NORM=norms is not None, SLOTS=key_slot is not None, NEWEST=newest is not None,
+        num_warps=1,
     )  # fmt: skip
     return query
 

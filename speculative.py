@@ -5,18 +5,23 @@ it as what makes the SLM pay for itself (appendix A.3): its forward passes are m
 drive the tiers. A round, `SpeculativeSession.round`:
 
     SLM: the newest token, then draft by draft      K + 1 steps; their attention rows wait             drafts.py
-    one plan for the round, rows move               from the scores after the newest token             smallkv.py
+    one plan for the round, rows move               from the rows of all tokens of the round           smallkv.py
     LLM: newest token and drafts, one forward       each draft borrows its own SLM row (Eq. 6)         kernels.py
     accept a prefix, add one token of the LLM       the rest leaves no trace in any cache              drafts.py
 
-**When the plan is made**: once a round, from the scores after the newest token, which the LLM has chosen and which is
-sure to stay; no draft has a say in it. The drafts are critical while they are verified, the accepted ones stay until
-the next plan, and nobody leaves before it. This is what `Settings.refresh` does between two plans, so a greedy answer
-is that of SmallKV without drafts whose refresh is K + 1 and whose plans are made at the tokens where rounds begin.
+**When the plan is made, and from what**: once a round, when the SLM has made its drafts and the rows of all of them are
+there. A token's score is the largest that it has after any token of the round (`Waiting.foreseen`): what the third
+draft looks at is in place when the LLM verifies it. From the newest token's row alone, three of the demonstration's
+four answers were lost. A draft that is refused has had its say in one plan, and in no score. The drafts are critical
+while they are verified, the accepted ones stay until the next plan, and nobody leaves before it. This is what
+`Settings.refresh` does between two plans, so a greedy answer is that of SmallKV without drafts whose refresh is K + 1
+and whose plans are made at the tokens where rounds begin, from the scores that the SLM foresees there.
 
 **Sampling**: a draft d of the SLM's distribution q is accepted with probability min(1, p(d) / q(d)), p the LLM's; the
 first one that is not is replaced by a draw from max(p - q, 0), normalised (arXiv 2211.17192). The tokens are then
 distributed as p, temperature, top-k and top-p applied to both. Greedy: a draft is accepted if it is the LLM's choice.
+The full cache's p knows nothing of the drafts, and the tokens are those of the LLM alone. SmallKV's p is that of an LLM
+on the tiers of the round's plan, which has seen the drafts' rows: exact for each plan, and a mixture over the plans.
 
 A sequence never depends on its neighbours: where others draft more, its last places are filled with a token that is
 never accepted. For these places, and for sequences that have ended, the caches have room for K positions more.
@@ -78,6 +83,9 @@ class SpeculativeFull(FullPolicy):
         out = self.slm(ids, span, self.slm_cache, logits="last" if words else "none")
         return out[:, 0] if words else None
 
+    def foresee(self, allowed: Tensor) -> None:
+        """Nothing to plan."""
+
     def keep(self, fed: list[list[int]], kept: list[int]) -> None:
         """End the round: what lies beyond a sequence's length in a full cache is never seen."""
 
@@ -117,10 +125,15 @@ class SpeculativeSmallKV(SmallKV):
         ids = torch.tensor(tokens, device=self.slm.device)[:, None]  # (B, 1)
         out = self.slm(ids, span, self.slm_cache, logits="last" if words else "none")
         if place == 0:
-            self._append([[token] for token in tokens])
-            self.sizes = [self.settings.planned(length) for length in self.lengths]
+            self.begin(tokens)
         self.place, self.end = place, span.end
         return out[:, 0] if words else None
+
+    def begin(self, newest: list[int]) -> None:
+        """A round begins: its newest tokens are sure to stay."""
+        self._append([[token] for token in newest])
+        self.sizes = [self.settings.planned(length) for length in self.lengths]
+        self.steps += 1
 
     def _append(self, tokens: list[list[int]]) -> None:
         """One by one: a sequence that reaches the matching window is matched on what it was then."""
@@ -131,7 +144,7 @@ class SpeculativeSmallKV(SmallKV):
                 self._match(b)
 
     def plan(self, layer: int) -> TierPlan:
-        """The tiers by the newest tokens' scores, the drafts after them critical; borrowed (B, H * T, n)."""
+        """The tiers by the foreseen scores, the drafts after the newest tokens critical; borrowed (B, H * T, n)."""
         critical, marginal = self._choose(layer)
         token = torch.arange(self.end, device=critical.device)
         first = torch.tensor(self.lengths, device=critical.device)[:, None, None]  # (B, 1, 1), of the drafts
@@ -141,16 +154,23 @@ class SpeculativeSmallKV(SmallKV):
         rows = self._matched(self.slm_cache.rows[:, :, :, : self.place + 1], layer)  # (B, H, T, n)
         return TierPlan(critical, marginal, rows.flatten(1, 2))
 
+    def foresee(self, allowed: Tensor) -> None:
+        """The drafts are made: what the round is planned by, of each sequence's newest token and allowed[b] drafts."""
+        self.foreseen = self.slm_cache.foreseen(allowed.to(self.slm.device))
+
     def _ranking(self, layer: int) -> Tensor:
-        """The score with the newest token's waiting row, as if it had been added already: (B, G, n)."""
-        old, row = (self._matched(table, layer) for table in (self.slm_cache.score, self.slm_cache.rows[..., 0, :]))
-        return self._by_kv_head(self.settings.score_decay * old + row)
+        """The scores that the whole round foresees, those of its waiting rows among them: (B, G, n)."""
+        return self._by_kv_head(self._matched(self.foreseen, layer))
 
     def keep(self, fed: list[list[int]], kept: list[int]) -> None:
         """End the round: of each sequence's tokens fed[b] the first kept[b] count; 0 if it has ended."""
         positions = [length - 1 for length in self.lengths]
         self.slm_cache.keep(positions, kept)
         self.cache.keep(positions, kept)
+        self.settle(fed, kept)
+
+    def settle(self, fed: list[list[int]], kept: list[int]) -> None:
+        """`keep` without the caches: the texts, on which heads are matched."""
         for b, count in enumerate(kept):
             if count == 0:
                 self.tokens[b].pop()
@@ -183,9 +203,9 @@ def accept_sampled(
     the token after them.
     """
     p, q = (table.gather(-1, drafts[..., None])[..., 0] for table in (wanted[:, :-1], believed))  # (B, K)
-    stays = (chance[:, :-1] * q < p) & (torch.arange(drafts.shape[1]) < allowed[:, None])
+    place, row = (torch.arange(size, device=drafts.device) for size in reversed(drafts.shape))
+    stays = (chance[:, :-1] * q < p) & (place < allowed[:, None])
     count = stays.long().cumprod(-1).sum(-1)  # (B,)
-    row = torch.arange(len(count))
     own = wanted[row, count]  # (B, V): where the next token comes from if no draft was refused
     refused = F.pad(believed, (0, 0, 0, 1))[row, count] * (count < allowed)[:, None]
     rest = (own - refused).clamp(min=0)
@@ -240,8 +260,7 @@ class SpeculativeSession(Session):
         """
         drafts, device = self.policy.drafts, self.llm.device
         limits = torch.tensor([count or 0 for count in allowed])
-        # As many numbers for each sequence in every round: what one draws does not depend on the others.
-        chance = torch.stack([torch.rand(2 * drafts + 1, generator=generator) for generator in generators])
+        chance = self.chances(generators)
         greedy, places = sampler.temperature == 0, int(limits.max())
         self.begun.append(list(self.lengths))
         fed, believed = [newest], []
@@ -253,6 +272,7 @@ class SpeculativeSession(Session):
             elif place < places:
                 believed.append(sampler.probabilities(logits[:, : self.vocab].cpu()))  # (B, V)
                 fed.append(draw(believed[-1], chance[:, place]).tolist())
+        self.policy.foresee(limits)
         span = Span.step(self.lengths, device, places + 1)
         self.cache.migrate(self.policy.plan, span)
         tokens = torch.tensor(fed).T  # (B, T)
@@ -271,11 +291,18 @@ class SpeculativeSession(Session):
             del answer[0 if count is None else min(ends, default=len(answer)) + 1 :]
         kept = [len(answer) for answer in answers]  # the newest token and the accepted drafts
         self.policy.keep(rows, kept)
-        self.lengths = [n + count for n, count in zip(self.lengths, kept)]
         self._count(allowed, kept)
         return answers
 
+    def chances(self, generators: list[torch.Generator]) -> Tensor:
+        """Uniform numbers for a round (B, 2K + 1): of each draft, of its acceptance, and of the token after them.
+
+        As many for each sequence in every round: what one draws does not depend on the others.
+        """
+        return torch.stack([torch.rand(2 * self.policy.drafts + 1, generator=generator) for generator in generators])
+
     def _count(self, allowed: list[int | None], kept: list[int]) -> None:
+        self.lengths = [n + count for n, count in zip(self.lengths, kept)]
         for count, new in zip(allowed, kept):
             if count is not None:
                 self.counts.rounds += 1

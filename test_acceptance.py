@@ -41,7 +41,8 @@ def test_sampling_leaves_the_distribution_of_the_llm(method, sampler):
     """20,000 rounds from one state: first tokens, and second tokens after each first one, against the LLM's own.
 
     The state is the same in every round because each is taken back as a whole: 250 equal sequences, 80 rounds. For
-    SmallKV, whose rounds take longer, 4,000.
+    SmallKV, whose rounds take longer, 4,000; what its LLM would draw depends on the plan, which has seen the drafts, so
+    its tokens are held against what `mixture` calculates from every pair of drafts and its plan.
     """
     llm, slm = near_pair(noise=0.02, vocab=13)
     (prompt,) = random_prompts(120 if method == "smallkv" else 20, vocab=13)
@@ -68,18 +69,47 @@ def test_sampling_leaves_the_distribution_of_the_llm(method, sampler):
         session.lengths = [len(prompt)] * copies
     assert first.sum() == copies * rounds and 0.2 < session.counts.acceptance < 0.9
 
-    def own(tokens):
-        """The LLM's distribution after these tokens, fed one by one to a session without drafts, with one plan."""
+    def own(tokens, drafts=()):
+        """The LLM's distributions after each of these tokens, fed to a session without drafts, with one plan."""
         plain = FullPolicy(llm)
         if method == "smallkv":
             plain = AtPoints(llm, slm, replace(settings, refresh=3), head_map)
-            plain.points = {len(prompt)}
+            plain.points = {len(prompt): list(drafts)}
         alone = Session(llm, plain, [prompt], 10)
         alone.prefill()
-        return sampler.probabilities([alone.step([token]) for token in tokens][-1][0])
+        return [sampler.probabilities(alone.step([token]))[0] for token in tokens]
 
-    statistic, freedom = chi_square(first, own([newest]))
+    def believed(tokens):
+        return sampler.probabilities(slm(torch.tensor([prompt + tokens]))[0, -1])
+
+    def outcome(draft, p, q):
+        """Where a draft ends: the chance that it is accepted, and the distribution of what comes if it is not."""
+        rest = (p - q).clamp(min=0)
+        return (p[draft] / q[draft]).clamp(max=1), rest / rest.sum()
+
+    def mixture():
+        """Of SmallKV: first tokens (13,), and second ones where there are any (13, 13), unnormalised."""
+        first, second, q = torch.zeros(13), torch.zeros(13, 13), believed([newest])
+        for one in q.nonzero()[:, 0].tolist():
+            after = believed([newest, one])
+            for two in after.nonzero()[:, 0].tolist():
+                p, then = own([newest, one], [one, two])
+                stays, rest = outcome(one, p, q)
+                weight = q[one] * after[two]
+                first[one] += weight * stays
+                first += weight * (1 - stays) * rest
+                stays_too, rest = outcome(two, then, after)
+                second[one, two] += weight * stays * stays_too
+                second[one] += weight * stays * (1 - stays_too) * rest
+        return first, second
+
+    if method == "smallkv":
+        expected, after = mixture()
+        torch.testing.assert_close(expected.sum(), torch.ones(()))
+    else:
+        expected, after = own([newest])[-1], {token: own([newest, token])[-1] for token in range(13)}
+    statistic, freedom = chi_square(first, expected)
     assert statistic < limit(freedom), (statistic, freedom)
     for token in first.argsort(descending=True)[:3].tolist():
-        statistic, freedom = chi_square(second[token], own([newest, token]))
+        statistic, freedom = chi_square(second[token], after[token] / after[token].sum())
         assert statistic < limit(freedom), (token, statistic, freedom)

@@ -1,5 +1,6 @@
 """Speculative decoding against decoding without drafts: the same tokens, the same distribution, the same caches."""
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -10,7 +11,9 @@ import torch
 import speculative
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, check_positions, generate, generate_ids
+from drafts import DraftedScores
 from kernels import full_attention_block, full_attention_step, tiered_attention, tiered_attention_block
+from model import Span
 from smallkv import Settings, SmallKV
 from speculative import (
     SpeculativeFull,
@@ -53,12 +56,53 @@ def full_answers(pair):
 
 
 class AtPoints(SmallKV):
-    """SmallKV without drafts that plans when the sequence (one) is about to be as long as one of `points`, plus one."""
+    """SmallKV without drafts, of one sequence, that plans where rounds began, from the scores foreseen there.
 
-    points: set[int] = frozenset()
+    points: length before a round -> the drafts of that round, accepted or not. The rows are made here anew: at a point,
+    after the newest token, a copy of the SLM's cache takes the drafts one by one, and a token's score for the plan is
+    the largest that it has in the copy after any of them. The tokens that the copy took are then forgotten.
+    """
+
+    points: dict[int, list[int]] = {}
 
     def due(self) -> bool:
         return self.lengths[0] in self.points
+
+    def observe(self, tokens, span):
+        at = self.lengths[0]
+        super().observe(tokens, span)
+        if not self.refreshing:
+            return
+        ahead = copy.deepcopy(self.slm_cache)
+        ahead.begin(plans=False)
+        scores = [ahead.score.clone()]
+        for place, token in enumerate(self.points[at], 1):
+            self.slm(torch.tensor([[token]]), Span.step([at + place], "cpu"), ahead)
+            scores.append(ahead.score.clone())
+        self.largest = torch.stack(scores).amax(0)
+
+    def _ranking(self, layer):
+        return self._by_kv_head(self._matched(self.largest, layer))
+
+
+class Noting:
+    """Mixin: remembers of every round how many drafts each sequence was allowed, and what was fed."""
+
+    def foresee(self, allowed):
+        super().foresee(allowed)
+        self.noted = [*getattr(self, "noted", []), [allowed.tolist()]]
+
+    def keep(self, fed, kept):
+        super().keep(fed, kept)
+        self.noted[-1].append(fed)
+
+    def drafts_of(self, b):
+        """Of each round: sequence b's own drafts."""
+        return [fed[b][1 : allowed[b] + 1] for allowed, fed in self.noted]
+
+
+class NotingSmallKV(Noting, SpeculativeSmallKV):
+    pass
 
 
 class Stub:
@@ -82,7 +126,7 @@ class StubFull(Stub, SpeculativeFull):
     pass
 
 
-class StubSmallKV(Stub, SpeculativeSmallKV):
+class StubSmallKV(Stub, NotingSmallKV):
     pass
 
 
@@ -97,10 +141,11 @@ def run(policy, prompts, count, sampler=Sampler(), stop=frozenset()):
 
 
 def without_drafts(pair, settings, prompt, count, session, b):
-    """What SmallKV answers with its plans where those of sequence b of a drafting session were; and the session."""
+    """What SmallKV answers with the plans of sequence b of a drafting session (AtPoints), and the session."""
     refresh = session.policy.drafts + 1
     policy = AtPoints(*pair, replace(settings, refresh=refresh), session.policy.given_map)
-    policy.points = {lengths[b] for lengths in session.begun}
+    begun = [lengths[b] for lengths in session.begun]
+    policy.points = dict(zip(begun, session.policy.drafts_of(b)))
     plain = Session(pair[0], policy, [prompt], count, spare=session.policy.drafts)
     answer = [step[0] for step in generate_ids(plain, Sampler(), count)]
     return answer, plain
@@ -133,6 +178,22 @@ def test_a_block_of_tokens_attends_as_each_of_them_alone():
         torch.testing.assert_close(weight[:, :, t], expected[1])
 
 
+def test_a_round_is_planned_by_the_largest_score_after_any_of_its_own_tokens(pair):
+    """Against a loop; drafts beyond a sequence's own count nothing, whatever stands in their rows."""
+    for decay, places in itertools.product((0.0, 0.5, 1.0), (1, 4)):
+        cache = DraftedScores(4, pair[1].config, 3, 20, "cpu", torch.float32, decay)
+        cache.score.copy_(torch.rand(cache.score.shape))
+        cache.rows.copy_(torch.rand(cache.rows.shape))
+        cache.at, allowed = places - 1, [min(count, places - 1) for count in (0, 3, 1)]
+        found = cache.foreseen(torch.tensor(allowed))
+        for b, count in enumerate(allowed):
+            score, after = cache.score[:, b], []
+            for t in range(count + 1):
+                score = decay * score + cache.rows[:, b, :, t]
+                after.append(score)
+            assert torch.equal(found[:, b], torch.stack(after).amax(0))
+
+
 # ---- greedy ----------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +221,7 @@ def test_one_prompt_is_verified_too(pair, full_answers):
 def test_smallkv_answers_are_those_with_the_plan_at_the_same_points(pair, full_answers, name, drafts):
     """Each sequence of a batch against SmallKV without drafts; one prompt passes the matching window on its way."""
     prompts = random_prompts(*LENGTHS)
-    answers, session = run(SpeculativeSmallKV(*pair, VARIANTS[name], drafts), prompts, 30)
+    answers, session = run(NotingSmallKV(*pair, VARIANTS[name], drafts), prompts, 30)
     assert 0 < session.counts.accepted < session.counts.drafted
     assert answers != full_answers  # the budget bites
     for b, prompt in enumerate(prompts):
@@ -248,7 +309,7 @@ def test_after_every_round_the_caches_are_those_of_a_run_without_drafts(pair, na
     """
     settings = VARIANTS[name]
     (prompt,) = random_prompts(150)
-    policy = SpeculativeSmallKV(*pair, settings, drafts)
+    policy = NotingSmallKV(*pair, settings, drafts)
     session = SpeculativeSession(pair[0], policy, [prompt], 40)
     newest = session.prefill().argmax(-1).item()
     plain_policy = AtPoints(*pair, replace(settings, refresh=drafts + 1))
@@ -256,8 +317,9 @@ def test_after_every_round_the_caches_are_those_of_a_run_without_drafts(pair, na
     plain.prefill()
     rejected = 0
     for _ in range(12):
-        plain_policy.points = {session.lengths[0]}
+        begun = session.lengths[0]
         (new,) = session.round([newest], [drafts], Sampler(), Sampler().generators(1))
+        plain_policy.points = {begun: policy.drafts_of(0)[-1]}
         for token in [newest, *new[:-1]]:
             plain.step([token])
         newest = new[-1]
