@@ -42,7 +42,8 @@ PROGRAMS = 132  # of a plan in one launch, each a KV head of a sequence and laye
 
 
 class Layers:
-    """A decoder's layers for a step: qkv and gate-up as one matrix product each, the rest in fused kernels.
+    """A decoder's layers for a step: qkv and gate-up as one matrix product each, the rest in fused kernels; in a small
+    decoder with few rows (`suits`) norms and gate go into the products.
 
     The joined weights replace the decoder's own, which become views of them: nothing is held twice.
     """
