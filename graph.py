@@ -44,7 +44,8 @@ WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiproce
 
 
 class Layers:
-    """A decoder's layers for a step: qkv and gate-up as one matrix product each, the rest in fused kernels.
+    """A decoder's layers for a step: qkv and gate-up as one matrix product each, the rest in fused kernels; in a small
+    decoder with few rows (`suits`) norms and gate go into the products.
 
     The joined weights replace the decoder's own, which become views of them: nothing is held twice.
     """

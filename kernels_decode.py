@@ -305,7 +305,7 @@ def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
     _full_split_kernel[(B * G, splits)](
         query, key, value, length, logit, stat, acc, key.stride(0), key.stride(1), S, _scale(D), splits, split,
         G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None,
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=launch.warps, num_stages=_stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
     if score is not None:
@@ -342,7 +342,7 @@ def tiered_attention_triton(
         query, key, value, key_position, value_slot if marginal else key_position, borrowed if marginal else stat,
         logit, stat, acc, lent, C, N, _scale(D), splits, split,
         GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=marginal, WEIGHTED=weight is not None,
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=launch.warps, num_stages=_stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
     _merge_kernel[(B * H, 1 if weight is None else triton.cdiv(C, CHUNK))](
@@ -358,6 +358,11 @@ def tiered_attention_triton(
 def _scale(D: int) -> float:
     """Of the logits, as powers of two."""
     return D**-0.5 * math.log2(math.e)
+
+
+def _stages(launch: Launch, query: Tensor) -> int:
+    """fp32 takes twice the shared memory: with more it would pass the 160 KB of an A100."""
+    return launch.stages if query.element_size() == 2 else 2
 
 
 def _merge_warps(splits: int) -> int:
