@@ -281,10 +281,17 @@ class SmallKV:
         }
 
     def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
-        """Run the SLM over the prompt of sequence b, in the given (start, end) chunks, and match the heads."""
+        """Run the SLM over the prompt of sequence b and match the heads.
+
+        chunks: (start, end) of the LLM's; the SLM takes several at once while its activations are no larger, since
+        launching its small kernels takes longer than running them.
+        """
+        together = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
+        groups = [chunks[i : i + together] for i in range(0, len(chunks), together)]
         staged = self.slm_cache.staging(b, len(tokens))
         ids = torch.tensor([tokens], device=self.slm.device)  # (1, n)
-        for start, end in chunks:
+        for group in groups:
+            start, end = group[0][0], group[-1][1]
             self.slm(ids[:, start:end], Span.block(start, end, self.slm.device), staged, logits="none")
         self.slm_cache.load(b, staged, len(tokens))
         self.tokens[b] = list(tokens)
