@@ -333,8 +333,9 @@ def run(args) -> int:
     team = parallel.start(args.device)
     if team.size > 1 and (args.quantize or args.slm_quantize):
         raise ValueError("--quantize int4 is for one process; leave it out under torchrun")
-    if team.size > 1 and (args.largest or "transformers" in args.methods):
-        raise ValueError("--largest and the method transformers are for one process; leave them out under torchrun")
+    if team.size > 1 and (args.largest or args.speculate or "transformers" in args.methods):
+        raise ValueError("--largest, --speculate and the method transformers are for one process; leave them out under "
+                         "torchrun")  # fmt: skip
     device = team.device or torch.device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
