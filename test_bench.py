@@ -162,6 +162,28 @@ def test_an_slm_that_cannot_be_is_named(flags, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("acceptance", ["0", "0.6", "1"])
+def test_rounds_of_drafts_are_measured_with_the_acceptance_asked_for(acceptance, capsys):
+    command = ["--pair", "tiny", "--settings", "2x400+200", "--turnover", "0.02,0.2", "--steps", "12", "--table",
+               "--device", "cpu", "--speculate", "3", "--acceptance", acceptance, "--decode-only"]  # fmt: skip
+    assert bench.main(command) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["method"].split(",")[0] for row in report["rows"]] == ["full-graph", *["smallkv-graph"] * 2]
+    chance = float(acceptance)
+    for row in report["rows"]:
+        expected = 1 + sum(chance**draft for draft in (1, 2, 3))
+        assert row["tokens_round"] == pytest.approx(expected, rel=0.3 if 0 < chance < 1 else 1e-9)
+        assert row["tpot_s"] == pytest.approx(row["round_s"] / row["tokens_round"])
+    for row in report["rows"][1:]:
+        size = Settings(0.2, refresh=4).planned(row["length"])
+        assert row["turnover"] == pytest.approx(
+            row["turnover_asked"], abs=0.2 * row["turnover_asked"] + 4 / size.critical
+        )
+    with pytest.raises(SystemExit):
+        bench.main(["--speculate", "2", "--methods", "full-eager"])
+    assert "--speculate is for --methods full-graph,smallkv-graph alone" in capsys.readouterr().err
+
+
 def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
     methods = [f"{name}-eager" for name in bench.RIVALS] + ["h2o-published"]
     command = ["--pair", "tiny", "--settings", "2x400+60", "--steps", "4", "--table", "--device", "cpu",
