@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from baselines import BASELINES, H2O, Fused, Oracle, PyramidInfer, SnapKV
+from baselines import BASELINES, H2O, Oracle, PyramidInfer, SnapKV
 from cache import FullCache
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Session, generate, strip_pads
@@ -257,7 +257,7 @@ def test_bad_input_is_named():
         SnapKV(llm, Budget(0.2), pooling="min")
 
 
-# ---- The rival with an SLM -------------------------------------------------------------------------------------------
+# ---- Fused scores -------------------------------------------------------------------------------------------
 
 
 def naive_fused(llm, slm, prompt, fed, settings, head_map):
@@ -295,12 +295,12 @@ def naive_fused(llm, slm, prompt, fed, settings, head_map):
 @torch.inference_mode()
 def test_fused_equals_a_naive_loop(decay, device):
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = Settings(budget=0.2, score_decay=decay)
+    settings = Settings(budget=0.2, score_decay=decay, scores="fused")
     prompts, fed = random_prompts(110, 101), fed_tokens(2, 15)
     models = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     expected = [naive_fused(*models, *each, settings, head_map) for each in zip(prompts, fed)]
     models = tiny_decoder(device=device), tiny_decoder(heads=4, head_dim=8, seed=1, device=device)
-    session = Session(models[0], Fused(*models, settings, head_map=head_map), prompts, 16)
+    session = Session(models[0], SmallKV(*models, settings, head_map=head_map), prompts, 16)
     session.prefill()
     for i in range(15):
         session.step([tokens[i] for tokens in fed])
@@ -312,6 +312,6 @@ def test_fused_equals_a_naive_loop(decay, device):
 
 def test_fused_without_memory_is_smallkv():
     llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
-    settings, prompts = Settings(budget=0.1, score_decay=0.0), random_prompts(140, 110)
-    expected = generate(llm, SmallKV(llm, slm, settings), prompts, 30)
-    assert generate(llm, Fused(llm, slm, settings), prompts, 30) == expected
+    one, other = (Settings(budget=0.1, score_decay=0.0, scores=scores) for scores in ("slm", "fused"))
+    prompts = random_prompts(140, 110)
+    assert generate(llm, SmallKV(llm, slm, one), prompts, 30) == generate(llm, SmallKV(llm, slm, other), prompts, 30)
