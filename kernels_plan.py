@@ -351,8 +351,8 @@ def _long_kernel(
         for at in range(0, length, TOKENS):
             token = at + tl.arange(0, TOKENS)
             bits = tl.load(bits_ptr + token, mask=token < length, other=0)
-            critical = tl.load(tier_ptr + token, mask=token < length, other=0) == 2
-            _remember(token, bits, critical, length, length, prior_ptr, memory_ptr, decay, PRIOR)
+            top = tl.load(tier_ptr + token, mask=token < length, other=0) == 2
+            _remember(token, bits, top, length, length, prior_ptr, memory_ptr, decay, PRIOR)
 
 
 # ---- The launcher ----------------------------------------------------------------------------------------------------
