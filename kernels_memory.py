@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kernels_plan import CRITICAL, head_rows, head_sum, whole_loads
 
-TOKENS = 2048  # tokens of one program, or slots
+TOKENS = 2048  # tokens of a program that fades
+SLOTS = 512  # slots of a program that adds
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
@@ -75,14 +76,14 @@ def _fade_kernel(
 
 @triton.jit
 def _add_kernel(
-    weight_ptr, position_ptr, memory_ptr, slots, capacity, GROUP: tl.constexpr, TOKENS: tl.constexpr
+    weight_ptr, position_ptr, memory_ptr, slots, capacity, GROUP: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
     """Some slots of one KV head: a token has one slot, so no two programs add to the same number."""
     pair = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     inside = slot < slots
     token = tl.load(position_ptr + pair * slots + slot, mask=inside, other=-1)
-    own = tl.zeros([TOKENS], tl.float32)
+    own = tl.zeros([SLOTS], tl.float32)
     for i in tl.static_range(GROUP):
         own += tl.load(weight_ptr + (pair * GROUP + i) * slots + slot, mask=inside, other=0.0)
     cell = memory_ptr + pair * capacity + token
@@ -104,7 +105,6 @@ def fade_memory_triton(row: Tensor, index: Tensor, length: Tensor, tier: Tensor,
 def add_weights_triton(weight: Tensor, position: Tensor, memory: Tensor) -> None:
     B, G, C = position.shape
     assert weight.is_contiguous() and position.is_contiguous() and memory.is_contiguous()
-    block = min(TOKENS, triton.next_power_of_2(C))
-    _add_kernel[(B * G, triton.cdiv(C, block))](
-        weight, position, memory, C, memory.shape[2], GROUP=weight.shape[1] // G, TOKENS=block, num_warps=4,
+    _add_kernel[(B * G, triton.cdiv(C, SLOTS))](
+        weight, position, memory, C, memory.shape[2], GROUP=weight.shape[1] // G, SLOTS=SLOTS, num_warps=4,
     )  # fmt: skip
