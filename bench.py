@@ -49,7 +49,7 @@ from graph import Step
 from match import HeadMap
 from model import Decoder
 from quantize import int4_modules, run_on
-from smallkv import Settings, SmallKV, TierSizes
+from smallkv import SCORES, Settings, SmallKV, TierSizes
 
 RIVALS = ("h2o", "pyramidinfer", "streaming", "snapkv")  # h2o-published: with the n x n matrix of its prefill
 METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph",
@@ -89,10 +89,10 @@ class DrivenSmallKV(SmallKV):
     def observe(self, tokens, span) -> None:
         super().observe(tokens, span)
         if self.refreshing:
-            self.prior = self.driven.turn()
+            self.ring = self.driven.turn()[:, None, : self.end]  # (B, 1, n)
 
     def _ranking(self, layer: int) -> torch.Tensor:
-        return super()._ranking(layer) + self.prior[:, None, : self.end]
+        return super()._ranking(layer) + self.ring
 
 
 def rival(method: str, llm: Decoder, settings: Settings):
@@ -134,6 +134,8 @@ def fill(session: Session) -> torch.Tensor:
             if isinstance(staged, Prompt):
                 staged.gathered.uniform_()  # who stays in a cut cache: the newest, and others at random
             policy.slm_cache.load(b, staged, length)
+        if policy.own_scores:
+            cache.score.zero_()
         some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
         for host in (*cache.host_key, *cache.host_value):
             host.copy_(some, non_blocking=True)
@@ -273,7 +275,8 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
         "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
-                                 tuple(bool(int4_modules(model)) for model in models), settings.slm_budget),
+                                 tuple(bool(int4_modules(model)) for model in models), settings.fused,
+                                 settings.slm_budget),
         "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
@@ -327,8 +330,8 @@ def run(args) -> int:
     device = team.device or torch.device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
-    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh,
-                        max_moves=args.max_moves, slm_budget=args.slm_budget)  # fmt: skip
+    settings = Settings(args.budget, score_decay=args.score_decay, scores=args.scores, marginal=args.marginal,
+                        refresh=args.refresh, max_moves=args.max_moves, slm_budget=args.slm_budget)  # fmt: skip
     raws, configs = pair_configs(args.pair, args.slm_layers)
     rounded = args.quantize, args.slm_quantize
     models = [random_decoder(config, device, dtype, kind == "int4", each)
@@ -338,9 +341,9 @@ def run(args) -> int:
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
               "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
-              "max_moves": args.max_moves, "refresh": args.refresh, "slm_layers": configs[1].layers,
-              "slm_budget": args.slm_budget, "decode_only": args.decode_only, "ranks": team.size,
-              "speculate": args.speculate, "ceilings": ceilings(clock), "rows": []}  # fmt: skip
+              "scores": args.scores, "max_moves": args.max_moves, "refresh": args.refresh,
+              "slm_layers": configs[1].layers, "slm_budget": args.slm_budget, "decode_only": args.decode_only,
+              "ranks": team.size, "speculate": args.speculate, "ceilings": ceilings(clock), "rows": []}  # fmt: skip
     slm = f"SLM of {configs[1].layers} layers with {args.slm_budget:.0%} of its cache"
     print(f"backend: {backend.name}, {team.size} x {name}, {dtype}, {slm}, ceilings {report['ceilings']}", flush=True)
     work = [(setting, method) for setting in args.settings for method in args.methods]
@@ -385,6 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--slm-quantize", choices=("int4",), help="the same of the SLM")
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--score-decay", type=float, default=0.0)
+    parser.add_argument("--scores", choices=SCORES, default="slm")
     parser.add_argument("--marginal", action="store_true")
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")

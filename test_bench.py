@@ -61,6 +61,8 @@ def test_bytes_of_a_step_are_those_of_the_caches():
     tiered = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True)
     assert tiered["LLM K, V"] == full["LLM K, V"] * 20 // 100  # 15 whole tokens and 10 halves
     assert tiered["scores"] == 3 * 2 * 4 * 100 * 4
+    fused = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True, fused=True)
+    assert fused == {**tiered, "scores": tiered["scores"] + 3 * 2 * 2 * 100 * 4}  # 2 layers of 2 KV heads
     packed = [module for module in bench.random_decoder(llm, torch.device("cpu"), torch.float32, True).layers.modules()]
     held = sum(module.packed.nbytes + module.scale.nbytes + module.zero.nbytes for module in packed
                if isinstance(module, Int4Linear))  # fmt: skip
@@ -111,6 +113,7 @@ def test_the_ring_moves_what_it_is_asked_to():
 
 
 @pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--marginal", "--score-decay", "0.5"], ["--refresh", "3"],
+                                   ["--scores", "fused", "--score-decay", "0.5", "--decode-only"],
                                    ["--quantize", "int4", "--slm-quantize", "int4"]])  # fmt: skip
 def test_the_command_measures_every_method(extra, capsys):
     """Rows, table and the last line; the turnover that is counted is the one asked for."""
