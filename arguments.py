@@ -66,6 +66,8 @@ def make_settings(args) -> Settings:
     """The method's settings from the arguments; --paper gives the paper's, and what is typed beside it still counts."""
     asked = {field.name: getattr(args, field.name) for field in fields(Settings)}
     asked = {name: value for name, value in asked.items() if value is not None}
+    if args.speculate or args.saliency_shift is False:
+        asked = {"scores": "slm", **asked}  # these cannot have fused ones
     return Settings.paper(**asked) if args.paper else Settings(**asked)
 
 
@@ -89,8 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--budget-tokens", type=int, help="instead: bytes of that many whole tokens")
     method.add_argument("--score-decay", type=float, metavar="D", help="score = D * score + newest row (default: "
                         f"{Settings.score_decay}; 1 is the paper's accumulation)")  # fmt: skip
-    method.add_argument("--scores", choices=SCORES, help="what tokens are ranked by: the SLM's attention (default), or "
-                        "fused: the LLM's own where it sees a token")  # fmt: skip
+    method.add_argument("--scores", choices=SCORES, help="what tokens are ranked by: the LLM's own attention where "
+                        "it sees a token, the SLM's elsewhere (fused), or the SLM's alone (slm); default: fused, and slm "
+                        "with --paper, --speculate or --no-saliency-shift, which cannot have it")  # fmt: skip
     method.add_argument("--matcher", choices=MATCHERS, help=f"how heads are matched (default: {Settings.matcher})")
     switch = argparse.BooleanOptionalAction
     method.add_argument("--marginal", action=switch, help="marginal compensation (default: "

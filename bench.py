@@ -330,7 +330,8 @@ def run(args) -> int:
     device = team.device or torch.device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
-    settings = Settings(args.budget, score_decay=args.score_decay, scores=args.scores, marginal=args.marginal,
+    scores = args.scores or ("slm" if args.speculate else Settings.scores)
+    settings = Settings(args.budget, score_decay=args.score_decay, scores=scores, marginal=args.marginal,
                         refresh=args.refresh, max_moves=args.max_moves, slm_budget=args.slm_budget)  # fmt: skip
     raws, configs = pair_configs(args.pair, args.slm_layers)
     rounded = args.quantize, args.slm_quantize
@@ -341,7 +342,7 @@ def run(args) -> int:
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
               "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
-              "scores": args.scores, "max_moves": args.max_moves, "refresh": args.refresh,
+              "scores": scores, "max_moves": args.max_moves, "refresh": args.refresh,
               "slm_layers": configs[1].layers, "slm_budget": args.slm_budget, "decode_only": args.decode_only,
               "ranks": team.size, "speculate": args.speculate, "ceilings": ceilings(clock), "rows": []}  # fmt: skip
     slm = f"SLM of {configs[1].layers} layers with {args.slm_budget:.0%} of its cache"
@@ -387,8 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quantize", choices=("int4",), help="INT4 weights of the LLM, made in the packed layout")
     parser.add_argument("--slm-quantize", choices=("int4",), help="the same of the SLM")
     parser.add_argument("--budget", type=float, default=0.2)
-    parser.add_argument("--score-decay", type=float, default=0.0)
-    parser.add_argument("--scores", choices=SCORES, default="slm")
+    parser.add_argument("--score-decay", type=float, default=Settings.score_decay)
+    parser.add_argument("--scores", choices=SCORES, help=f"default: {Settings.scores}, slm with --speculate")
     parser.add_argument("--marginal", action="store_true")
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")

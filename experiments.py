@@ -32,10 +32,10 @@ BUDGETS = [0.5, 0.3, 0.2, 0.1, 0.05]
 OURS, BOTH_OFF = "smallkv-paper", "smallkv-paper:marginal=no,saliency_shift=no"
 RIVALS = ["full", "h2o", "pyramidinfer", OURS, "smallkv"]
 FRONTIER = [
-    "oracle", "h2o", "smallkv", *(f"smallkv:score_decay={decay}" for decay in (0.25, 0.5, 0.75, 0.9, 1)),
+    "oracle", "h2o", "smallkv", *(f"smallkv:score_decay={decay}" for decay in (0.25, 0.75, 0.9)), OURS,
+    *(f"smallkv:scores=slm,score_decay={decay}" for decay in (0, 0.25, 0.5, 0.75, 0.9, 1)),
     *(f"smallkv:refresh={every}" for every in (2, 4, 8)), *(f"smallkv:max_moves={moves}" for moves in (16, 8, 4, 2)),
-    "smallkv:score_decay=0.5,max_moves=8", "smallkv:score_decay=0.5,refresh=2", "smallkv:matcher=jaccard",
-    *(f"smallkv:scores=fused,score_decay={decay}" for decay in (0.5, 0.9)), OURS,
+    "smallkv:matcher=jaccard",
     *(f"smallkv:split={split}" for split in ("9:1:0", "1:1:0")),
     *(f"smallkv:marginal=yes{more}" for more in ("", ",split=3:1:1", ",split=1:1:4", ",gate=0.9", ",gate=0.95")),
 ]  # fmt: skip
@@ -45,7 +45,8 @@ FOURTEEN = "--llm Qwen/Qwen2.5-14B-Instruct --slm Qwen/Qwen2.5-0.5B-Instruct"
 LLAMA = "--llm meta-llama/Llama-3.1-8B-Instruct --slm meta-llama/Llama-3.2-1B-Instruct"
 LONGBENCH = ("narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique qmsum multi_news gov_report triviaqa trec "
              "samsum lcc repobench-p")  # fmt: skip
-NO_72B = "Not run here: Qwen2-72B with Qwen2-7B; the 72B needs INT4 weights, which this project does not load."
+NO_72B = ("Not run here: Qwen2-72B with Qwen2-7B; with the checkpoint at hand: the same command with "
+          "--llm Qwen/Qwen2-72B-Instruct-GPTQ-Int4 --slm Qwen/Qwen2-7B-Instruct.")  # fmt: skip
 
 
 @dataclass(frozen=True)

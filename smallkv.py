@@ -61,13 +61,14 @@ class Settings:
     max_moves: at most that many tokens a KV head enter the critical set at a plan, see `limit_moves`; None: no limit.
     slm_budget: share of the SLM's own cache that it keeps, as H2O would; 1 keeps all. See frugal.py.
 
-    The defaults are what measured best on wikitext-2 (README, "Results"); `Settings.paper` is the paper's.
+    The defaults measured best on texts that nothing was chosen on (README, "Which setting"); `Settings.paper` is the
+    paper's.
     """
 
     budget: float = 0.2
     budget_tokens: int | None = None
-    score_decay: float = 0.0
-    scores: str = "slm"
+    score_decay: float = 0.5
+    scores: str = "fused"
     matcher: str = "cosine"
     marginal: bool = False
     saliency_shift: bool = True
@@ -88,7 +89,7 @@ class Settings:
         if self.scores not in SCORES:
             raise ValueError(f"unknown scores {self.scores!r}; supported: {', '.join(SCORES)}")
         if self.fused and not self.saliency_shift:
-            raise ValueError("fused scores need the SLM's: saliency shift cannot be off")
+            raise ValueError("fused scores need the SLM's: without saliency shift, ask for scores slm")
         if self.matcher not in MATCHERS:
             raise ValueError(f"unknown matcher {self.matcher!r}; supported: {', '.join(MATCHERS)}")
         if self.refresh < 1:
@@ -106,7 +107,7 @@ class Settings:
     @classmethod
     def paper(cls, **changes) -> "Settings":
         """The paper's setting: accumulated scores, Jaccard matcher, marginal tier."""
-        return cls(**{"score_decay": 1.0, "matcher": "jaccard", "marginal": True, **changes})
+        return cls(**{"score_decay": 1.0, "scores": "slm", "matcher": "jaccard", "marginal": True, **changes})
 
     @property
     def fused(self) -> bool:
