@@ -73,7 +73,8 @@ class VerifyTiers(TieredSide):
 
     def __init__(self, policy, backend: Backend, length: Tensor, tokens: int):
         if policy.settings.slm_budget < 1:
-            raise ValueError(f"no graph of drafts with {policy.settings.slm_budget} of the SLM's cache: use the plain ones")
+            share = policy.settings.slm_budget
+            raise ValueError(f"no graph of drafts with {share} of the SLM's cache: use the plain ones")
         super().__init__(policy, backend, length)
         self.tokens = tokens
         L, B, G = self.key_slot.shape
