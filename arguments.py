@@ -13,7 +13,7 @@ from backend import NAMES
 from baselines import BASELINES
 from checkpoint import DTYPES
 from match import MATCHERS
-from smallkv import Settings
+from smallkv import SCORES, Settings
 
 DTYPE_CHOICES = {"auto": None, **DTYPES}
 
@@ -83,12 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--backend", default="torch", choices=NAMES, help="of the decode steps; auto: triton on CUDA, "
                         "as static steps in a CUDA graph (default: torch)")  # fmt: skip
     method = parser.add_argument_group("method")
-    method.add_argument("--method", default="smallkv", choices=("full", "smallkv", "fused", *BASELINES))
+    method.add_argument("--method", default="smallkv", choices=("full", "smallkv", *BASELINES))
     method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")
     method.add_argument("--budget", type=float, help=f"share of the full cache's bytes (default: {Settings.budget})")
     method.add_argument("--budget-tokens", type=int, help="instead: bytes of that many whole tokens")
     method.add_argument("--score-decay", type=float, metavar="D", help="score = D * score + newest row (default: "
                         f"{Settings.score_decay}; 1 is the paper's accumulation)")  # fmt: skip
+    method.add_argument("--scores", choices=SCORES, help="what tokens are ranked by: the SLM's attention (default), or "
+                        "fused: the LLM's own where it sees a token")  # fmt: skip
     method.add_argument("--matcher", choices=MATCHERS, help=f"how heads are matched (default: {Settings.matcher})")
     switch = argparse.BooleanOptionalAction
     method.add_argument("--marginal", action=switch, help="marginal compensation (default: "

@@ -16,6 +16,7 @@ import kernels_decode
 import kernels_frugal
 import kernels_int4
 import kernels_layer
+import kernels_memory
 import kernels_move
 import kernels_plan
 import kernels_prefill
@@ -39,6 +40,8 @@ class Backend:
     plan_layers: Callable
     assign_slots: Callable
     lend_rows: Callable
+    fade_memory: Callable
+    add_weights: Callable
     bring_rows: Callable
     store_newest: Callable
     add_norm: Callable
@@ -65,6 +68,8 @@ TORCH = Backend(
     plan_layers=kernels_plan.plan_layers_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
+    fade_memory=kernels_memory.fade_memory_torch,
+    add_weights=kernels_memory.add_weights_torch,
     bring_rows=kernels_move.bring_rows_torch,
     store_newest=kernels_move.store_newest_torch,
     add_norm=kernels_layer.add_norm_torch,
@@ -91,6 +96,8 @@ TRITON = Backend(
     plan_layers=kernels_plan.plan_layers_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,
+    fade_memory=kernels_memory.fade_memory_triton,
+    add_weights=kernels_memory.add_weights_triton,
     bring_rows=kernels_move.bring_rows_triton,
     store_newest=kernels_move.store_newest_triton,
     add_norm=kernels_layer.add_norm_triton,

@@ -11,7 +11,6 @@ evicting.py, PyramidInfer has a module of its own, `decode.FullPolicy` keeps eve
 | `SnapKV`       | what the last 32 queries like, pooled       | every new token stays                 | 2404.14469 |
 | `Window`       | the newest                                  | the same                              |            |
 | `Oracle`       | everything                                  | attends to the exact top-k            |            |
-| `Fused`        | SmallKV                                     | ranks by the LLM where it can see     |            |
 
 The budget counts tokens (K and V) per KV head, the one being decoded among them: at length n a step attends to
 `Budget.kept(n)` tokens, as with SmallKV's critical tier, and the pool has that many slots. SnapKV and PyramidInfer say
@@ -23,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Entry, FullCache, ScoredCache, TierPlan
+from cache import Entry, FullCache, ScoredCache
 from evicting import Budget, Evicting, EvictingCache
 from kernels import attention_rows, full_attention_step, tiered_attention
 from model import Config, Decoder, Span
 from pyramid import PyramidInfer
-from smallkv import Settings, SmallKV
 
 SINKS = 4  # StreamingLLM's default
 
@@ -258,41 +256,6 @@ class Oracle:
 
     def plan(self, layer: int) -> tuple[Tensor, int]:
         return torch.tensor(self.kept, device=self.llm.device), max(self.kept)
-
-
-# ---- A rival that has an SLM too -------------------------------------------------------------------------------------
-
-
-class Fused(SmallKV):
-    """SmallKV whose score memory prefers the LLM's own attention: where it could see a token, that; else the SLM's.
-
-        memory = decay * memory + (own weight where held, matched SLM row elsewhere),  after every LLM step
-        score  = decay * memory + matched SLM row of the newest token,                 before it
-
-    The LLM saw the whole prompt, so memory begins with its own scores. Its weights are over what it holds, hence a
-    little too large beside the SLM's, which is a pull to keep what is there. At decay 0 this is SmallKV.
-    """
-
-    name = "fused"
-
-    def __init__(self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None):
-        if not settings.saliency_shift:
-            raise ValueError("fused scores need the SLM's: saliency shift cannot be off")
-        super().__init__(llm, slm, settings, head_map)
-        self.own_scores = self.keep_row = True
-
-    def _newest(self, layer: int) -> Tensor:
-        return self._by_kv_head(self._matched(self.slm_cache.row, layer))
-
-    def _ranking(self, layer: int) -> Tensor:
-        return self.settings.score_decay * self.cache.score[layer, :, :, : self.end] + self._newest(layer)
-
-    def plan(self, layer: int) -> TierPlan:
-        plan = super().plan(layer)
-        if self.settings.score_decay > 0:  # the cache decays its scores once more when it adds the LLM's weights
-            rows = self._newest(layer).masked_fill(plan.critical | plan.marginal, 0.0)
-            self.cache.score[layer, :, :, : self.end] += rows / self.settings.score_decay
-        return plan
 
 
 BASELINES = {policy.name: policy for policy in (H2O, PyramidInfer, StreamingLLM, SnapKV, Oracle, Window)}

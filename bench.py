@@ -19,6 +19,8 @@ is left of it.
 `--refresh r` plans in every r-th step: the turnover is that of a plan, the bytes over PCIe are those of a mean step,
 and a time is the mean over the r steps from plan to plan (the median of such means). What a plan finds changed after r
 steps is for evaluate.py to say: more than after one, and less than r times that.
+
+`--speculate K` times rounds of K drafts instead of steps: bench_speculative.py.
 """
 
 import argparse
@@ -47,7 +49,7 @@ from graph import Step
 from match import HeadMap
 from model import Decoder
 from quantize import int4_modules, run_on
-from smallkv import Settings, SmallKV, TierSizes
+from smallkv import SCORES, Settings, SmallKV, TierSizes
 
 RIVALS = ("h2o", "pyramidinfer", "streaming", "snapkv")  # h2o-published: with the n x n matrix of its prefill
 METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph",
@@ -87,10 +89,10 @@ class DrivenSmallKV(SmallKV):
     def observe(self, tokens, span) -> None:
         super().observe(tokens, span)
         if self.refreshing:
-            self.prior = self.driven.turn()
+            self.ring = self.driven.turn()[:, None, : self.end]  # (B, 1, n)
 
     def _ranking(self, layer: int) -> torch.Tensor:
-        return super()._ranking(layer) + self.prior[:, None, : self.end]
+        return super()._ranking(layer) + self.ring
 
 
 def rival(method: str, llm: Decoder, settings: Settings):
@@ -132,6 +134,8 @@ def fill(session: Session) -> torch.Tensor:
             if isinstance(staged, Prompt):
                 staged.gathered.uniform_()  # who stays in a cut cache: the newest, and others at random
             policy.slm_cache.load(b, staged, length)
+        if policy.own_scores:
+            cache.score.zero_()
         some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
         for host in (*cache.host_key, *cache.host_value):
             host.copy_(some, non_blocking=True)
@@ -271,7 +275,8 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
         "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
-                                 tuple(bool(int4_modules(model)) for model in models), settings.slm_budget),
+                                 tuple(bool(int4_modules(model)) for model in models), settings.fused,
+                                 settings.slm_budget),
         "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
@@ -319,13 +324,14 @@ def run(args) -> int:
     team = parallel.start(args.device)
     if team.size > 1 and (args.quantize or args.slm_quantize):
         raise ValueError("--quantize int4 is for one process; leave it out under torchrun")
-    if team.size > 1 and (args.largest or "transformers" in args.methods):
-        raise ValueError("--largest and the method transformers are for one process; leave them out under torchrun")
+    if team.size > 1 and (args.largest or args.speculate or "transformers" in args.methods):
+        raise ValueError("--largest, --speculate and the method transformers are for one process; leave them out under "
+                         "torchrun")  # fmt: skip
     device = team.device or torch.device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
-    settings = Settings(args.budget, score_decay=args.score_decay, marginal=args.marginal, refresh=args.refresh,
-                        max_moves=args.max_moves, slm_budget=args.slm_budget)  # fmt: skip
+    settings = Settings(args.budget, score_decay=args.score_decay, scores=args.scores, marginal=args.marginal,
+                        refresh=args.refresh, max_moves=args.max_moves, slm_budget=args.slm_budget)  # fmt: skip
     raws, configs = pair_configs(args.pair, args.slm_layers)
     rounded = args.quantize, args.slm_quantize
     models = [random_decoder(config, device, dtype, kind == "int4", each)
@@ -335,18 +341,23 @@ def run(args) -> int:
     report = {"device": name, "torch": torch.__version__, "backend": backend.name, "pair": args.pair,
               "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
-              "max_moves": args.max_moves, "refresh": args.refresh, "slm_layers": configs[1].layers,
-              "slm_budget": args.slm_budget, "decode_only": args.decode_only, "ranks": team.size,
-              "ceilings": ceilings(clock), "rows": []}  # fmt: skip
+              "scores": args.scores, "max_moves": args.max_moves, "refresh": args.refresh,
+              "slm_layers": configs[1].layers, "slm_budget": args.slm_budget, "decode_only": args.decode_only,
+              "ranks": team.size, "speculate": args.speculate, "ceilings": ceilings(clock), "rows": []}  # fmt: skip
     slm = f"SLM of {configs[1].layers} layers with {args.slm_budget:.0%} of its cache"
     print(f"backend: {backend.name}, {team.size} x {name}, {dtype}, {slm}, ceilings {report['ceilings']}", flush=True)
     work = [(setting, method) for setting in args.settings for method in args.methods]
     for setting in args.largest:
         work += [(largest(method, models, setting.prompt, setting.new, settings), method) for method in args.methods]
+    measured = measure
+    if args.speculate:
+        import bench_speculative  # here, for it uses this module
+
+        measured = bench_speculative.measure
     for setting, method in work:
         begin = time.perf_counter()
         try:
-            found = measure(method, models, setting, settings, args, clock)
+            found = measured(method, models, setting, settings, args, clock)
         except torch.OutOfMemoryError as error:
             found = [{"method": method, "setting": setting.name, "error": str(error).splitlines()[0][:120]}]
         report["rows"] += found
@@ -377,12 +388,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--slm-quantize", choices=("int4",), help="the same of the SLM")
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--score-decay", type=float, default=0.0)
+    parser.add_argument("--scores", choices=SCORES, default="slm")
     parser.add_argument("--marginal", action="store_true")
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")
     parser.add_argument("--slm-layers", type=int, metavar="N", help="the SLM's first N layers alone (A.3)")
     parser.add_argument("--slm-budget", type=float, default=1.0, metavar="SHARE",
                         help="of the SLM's own cache that stays, by H2O's rule (A.3)")  # fmt: skip
+    parser.add_argument(
+        "--speculate", type=int, default=0, metavar="K", help="rounds of K drafts, of the graph methods"
+    )
+    parser.add_argument("--acceptance", type=float, default=0.7, help="with it: the chance that a draft is accepted")
     parser.add_argument("--turnover", type=lambda shares: [float(share) for share in shares.split(",")],
                         default=[0.1], help="share of the critical set that a plan changes; or several")  # fmt: skip
     parser.add_argument("--decode-only", action="store_true", help="random caches instead of a prefill")
@@ -397,6 +413,10 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [method for method in args.methods if method not in METHODS]
     if unknown:
         parser.error(f"unknown method {unknown[0]!r}; supported: {', '.join(METHODS)}")
+    if args.speculate < 0 or not 0 <= args.acceptance <= 1:
+        parser.error(f"--speculate {args.speculate} --acceptance {args.acceptance}: drafts are counted, chances 0 to 1")
+    if args.speculate and (args.refresh > 1 or args.largest or set(args.methods) - {"full-graph", "smallkv-graph"}):
+        parser.error("--speculate is for --methods full-graph,smallkv-graph alone, without --refresh and --largest")
     if args.quantize and "transformers" in args.methods:
         parser.error("--quantize int4 has no Transformers to be set beside; leave transformers out of --methods")
     try:

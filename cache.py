@@ -37,12 +37,14 @@ class TierPlan:
     """Who goes where in one layer; masks over positions 0..n-1. What is in neither set is offloaded.
 
     critical, marginal: (B, G, n) bool, disjoint. borrowed: (B, H, n) fp32, the SLM's newest attention rows A'_f(i);
-    None where there are no marginal tokens.
+    None where there are no marginal tokens. gained: (B, G, n) fp32, what the LLM's own scores get beside its own
+    weights (`--scores fused`); None: nothing.
     """
 
     critical: Tensor
     marginal: Tensor
     borrowed: Tensor | None
+    gained: Tensor | None = None
 
 
 def column(values: list[int], device) -> Tensor:
@@ -201,16 +203,16 @@ class TieredCache:
 
     prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
     l + 1 begins. The plain path gathers them on the host, which waits for the indices: the copies overlap with the
-    LLM's kernels, the gathering does not. own_decay: if given, the LLM's own scores are kept too (L, B, G, S), for
-    --no-saliency-shift: what the LLM's attention weights say of the tokens that it still holds.
+    LLM's kernels, the gathering does not. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its
+    attention weights say of the tokens that it holds. one_way: and who has left the pools, for --no-saliency-shift.
     """
 
     def __init__(
         self, config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device,
-        dtype: torch.dtype, prefetch: bool = True, own_decay: float | None = None,
+        dtype: torch.dtype, prefetch: bool = True, own_decay: float | None = None, one_way: bool = False,
     ):  # fmt: skip
         device = torch.device(device)
-        self.config, self.prefetch, self.own_decay = config, prefetch, own_decay
+        self.config, self.prefetch, self.own_decay, self.one_way = config, prefetch, own_decay, one_way
         base = (config.layers, batch, config.kv_heads)
         self.key = torch.empty(*base, critical_slots, config.head_dim, device=device, dtype=dtype)
         self.value = torch.empty(*base, value_slots, config.head_dim, device=device, dtype=dtype)
@@ -224,6 +226,7 @@ class TieredCache:
         self.newest_position: Tensor | None = None  # (B,), once a step has run
         if own_decay is not None:
             self.score = torch.zeros(*base, capacity, device=device)
+        if one_way:
             self.dropped = torch.zeros(*base, capacity, dtype=torch.bool, device=device)
         self.stream = torch.cuda.Stream(device) if prefetch and device.type == "cuda" else None
         self.keys_moved = self.values_moved = self.steps = self.filled = 0  # filled: rows that the first plan brought
@@ -298,6 +301,10 @@ class TieredCache:
         self.keys_moved += self._bring(self.key[layer], key_slot, self.host_key[layer], fresh_keys)
         self.values_moved += self._bring(self.value[layer], value_slot, self.host_value[layer], fresh_values)
         if self.own_decay is not None:
+            score = self.score[layer].mul_(self.own_decay)
+            if plan.gained is not None:
+                score[:, :, : held.shape[-1]] += plan.gained
+        if self.one_way:
             made = torch.arange(held.shape[-1], device=held.device) <= self._position[:, None, None]
             self.dropped[layer, :, :, : held.shape[-1]] |= made & ~held  # a token that is not made yet is not dropped
         index, marginal = values.clamp(min=0), plan.marginal
@@ -358,10 +365,10 @@ class TieredCache:
             pool[layer].scatter_(2, slot.expand_as(row), row)
 
     def _remember(self, layer: int, weight: Tensor) -> None:
-        """Add this step's weights (B, H, N), summed over the heads of a group, to the LLM's own scores."""
+        """Add this step's weights (B, H, N), summed over a group's heads, to the LLM's own scores, which have faded."""
         B, G, N = self.value_position[layer].shape
         index = self.value_position[layer].long().clamp(min=0)
-        self.score[layer].mul_(self.own_decay).scatter_add_(-1, index, weight.view(B, G, -1, N).sum(2))
+        self.score[layer].scatter_add_(-1, index, weight.view(B, G, -1, N).sum(2))
 
     # -- accounting --
 
@@ -387,13 +394,13 @@ class TieredCache:
             Entry("host K, V", "pinned" if self.host_key.is_pinned() else "host", 2 * self.host_key.nbytes),
         ]
         if self.own_decay is not None:
-            entries.append(Entry("scores", device, self.score.nbytes + self.dropped.nbytes))
+            entries.append(Entry("scores", device, self.score.nbytes + self.one_way * self.score.numel()))
         return entries
 
     @staticmethod
     def predict(
         config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device: str,
-        dtype: torch.dtype, own_scores: bool = False,
+        dtype: torch.dtype, own_scores: bool = False, one_way: bool = False,
     ) -> list[Entry]:  # fmt: skip
         """The ledger from the shapes alone, before anything is allocated."""
         rows, D = config.layers * batch * config.kv_heads, config.head_dim
@@ -408,5 +415,5 @@ class TieredCache:
             Entry("host K, V", "pinned" if device == "cuda" else "host", 2 * _bytes(dtype, rows, capacity, D)),
         ]
         if own_scores:
-            entries.append(Entry("scores", device, _bytes(torch.float32, rows, capacity) + rows * capacity))
+            entries.append(Entry("scores", device, _bytes(torch.float32, rows, capacity) + one_way * rows * capacity))
         return entries

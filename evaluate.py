@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from arguments import DTYPE_CHOICES
 from backend import NAMES, Backend, pick_backend
-from baselines import BASELINES, Fused
+from baselines import BASELINES
 from benchmarks import TASKS
 from checkpoint import CheckpointError
 from decode import FullPolicy
@@ -66,7 +66,6 @@ METHODS = {
     "smallkv-paper": Method(
         lambda pair, budget, **o: SmallKV(pair.llm, pair.slm, Settings.paper(budget=budget, **o)), True
     ),
-    "fused": Method(lambda pair, budget, **o: Fused(pair.llm, pair.slm, Settings(budget=budget, **o)), True),
 }
 
 

@@ -35,7 +35,8 @@ FRONTIER = [
     "oracle", "h2o", "smallkv", *(f"smallkv:score_decay={decay}" for decay in (0.25, 0.5, 0.75, 0.9, 1)),
     *(f"smallkv:refresh={every}" for every in (2, 4, 8)), *(f"smallkv:max_moves={moves}" for moves in (16, 8, 4, 2)),
     "smallkv:score_decay=0.5,max_moves=8", "smallkv:score_decay=0.5,refresh=2", "smallkv:matcher=jaccard",
-    "fused:score_decay=0.5", "fused:score_decay=0.9", OURS, *(f"smallkv:split={split}" for split in ("9:1:0", "1:1:0")),
+    *(f"smallkv:scores=fused,score_decay={decay}" for decay in (0.5, 0.9)), OURS,
+    *(f"smallkv:split={split}" for split in ("9:1:0", "1:1:0")),
     *(f"smallkv:marginal=yes{more}" for more in ("", ",split=3:1:1", ",split=1:1:4", ",gate=0.9", ",gate=0.95")),
 ]  # fmt: skip
 ABLATION = ["full", OURS, f"{OURS}:marginal=no", f"{OURS}:saliency_shift=no", BOTH_OFF]

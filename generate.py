@@ -25,7 +25,7 @@ import demo
 import parallel
 from arguments import add_arguments, check_speculation, input_waits, make_settings, read_prompts
 from backend import TORCH, Backend, pick_backend
-from baselines import BASELINES, Fused
+from baselines import BASELINES
 from checkpoint import (
     DTYPES,
     CheckpointError,
@@ -240,7 +240,7 @@ def run(args) -> int:
         check_writable(Path(args.json))  # before the work, not after it
     if args.compare and args.method not in ("full", "smallkv"):
         raise ValueError(f"--compare sets SmallKV beside the full cache; leave --method {args.method} out")
-    two = args.method in ("smallkv", "fused") or args.compare or bool(args.speculate)
+    two = args.method == "smallkv" or args.compare or bool(args.speculate)
     if two and not args.slm:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
     check_speculation(args)
@@ -297,8 +297,8 @@ def make_policy(method: str, pair: Pair, settings: Settings, drafts: int = 0):
         return SpeculativeSmallKV(pair.llm, pair.slm, settings, drafts)
     if method == "full":
         return FullPolicy(pair.llm)
-    if method in ("smallkv", "fused"):
-        return (Fused if method == "fused" else SmallKV)(pair.llm, pair.slm, settings)
+    if method == "smallkv":
+        return SmallKV(pair.llm, pair.slm, settings)
     return BASELINES[method](pair.llm, Budget(settings.budget, settings.budget_tokens))
 
 

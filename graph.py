@@ -7,6 +7,7 @@ ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captur
     first side stream, groups of LLM layers in one launch: plan -> slots      kernels_tiers.py
     second side stream, layer by layer: rows from the host                    kernels_move.py
     LLM layers, each after its rows arrived: attention on the tiers (Eq. 6)   kernels_decode.py
+    with fused scores: the attention's weights into the memory                kernels_memory.py
     logits -> the next token                                                  greedy, or Gumbel noise drawn beforehand
 
 With `Settings.refresh` r the plan and the movement run in every r-th step. In the steps between, nobody leaves and the
@@ -165,7 +166,8 @@ class TieredSide:
             raise ValueError("no graph without saliency shift (its plan needs the weights of the step before) nor with "
                              "a gate: use the plain steps")  # fmt: skip
         self.policy, self.cache, self.backend, self.length = policy, policy.cache, backend, length
-        self.marginal, self.moves, self.prior = settings.marginal, None, None
+        self.marginal, self.fused, self.decay = settings.marginal, settings.fused, settings.score_decay
+        self.moves, self.prior = None, None
         L, B, G, _ = self.cache.key_position.shape
         N, S = self.cache.value_position.shape[3], self.cache.host_key.shape[3]
         device = self.cache.key.device
@@ -184,6 +186,10 @@ class TieredSide:
             self.cache.value_position = self.cache.key_position  # both pools hold the same tokens in the same slots
         else:
             self.borrowed = torch.zeros(L, B, self.policy.llm.config.query_heads, N, device=device)
+        self.weight = None
+        if self.fused:  # of the layer that attends: what each K slot weighs
+            heads, slots = self.policy.llm.config.query_heads, self.cache.key_position.shape[3]
+            self.weight = torch.empty(B, heads, slots, device=device)
         self.stored = torch.zeros(B, dtype=torch.int32, device=device)  # position of the token in `newest`
         together = max(1, WARPS // (B * G * row_warps(S)))  # layers; the LLM waits for the first group alone
         self.groups = [slice(first, min(first + together, L)) for first in range(0, L, together)]
@@ -236,7 +242,8 @@ class TieredSide:
         """Tiers and slots of these layers, and what their marginal slots borrow."""
         position, tier, slot = self.cache.key_position[layers], self.tier[layers], self.key_slot[layers]
         self.backend.plan_layers(
-            self.ranking, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior, position, self.moves
+            self.ranking, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior, position, self.moves,
+            self.cache.score[layers] if self.fused else None, self.decay,
         )  # fmt: skip
         moves = Moves(*(table[layers] for table in self.key_moves))
         self.backend.assign_slots(position, tier, CRITICAL, self.length, moves, slot, self.moved[0])
@@ -251,6 +258,11 @@ class TieredSide:
         if self.marginal:
             admit_newest(self.cache.value_position, self.length, self.new_value_slot)
             self._lend(slice(None))
+        if self.fused:
+            newest = (self.length - 1).long()[:, None, None].expand(*self.tier.shape[:3], 1)  # (L, B, G, 1)
+            self.tier.scatter_(-1, newest, CRITICAL)
+            row, index = self.policy.slm_cache.score, self.policy.index
+            self.backend.fade_memory(row, index, self.length, self.tier, self.cache.score, self.decay)
 
     def _lend(self, layers: slice) -> None:
         cache = self.cache
@@ -275,9 +287,11 @@ class TieredSide:
         query = self.backend.rope_append(
             qkv, *rope, self.length, norms, key, value, *slots, newest=cache.newest[:, layer]
         )
-        if not self.marginal:
-            return self.backend.tiered_attention(query, key, value, position)
-        return self.backend.tiered_attention(query, key, value, position, cache.value_slot[layer], self.borrowed[layer])
+        lent = (cache.value_slot[layer], self.borrowed[layer]) if self.marginal else (None, None)
+        out = self.backend.tiered_attention(query, key, value, position, *lent, self.weight)
+        if self.fused:
+            self.backend.add_weights(self.weight, position, cache.score[layer])
+        return out
 
     def join(self) -> None:
         """The side streams' last work belongs to this step: a captured graph must end on one stream."""

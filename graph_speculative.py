@@ -74,7 +74,7 @@ class VerifyTiers(TieredSide):
     def __init__(self, policy, backend: Backend, length: Tensor, tokens: int):
         if policy.settings.slm_budget < 1:
             share = policy.settings.slm_budget
-            raise ValueError(f"no graph of drafts with {share} of the SLM's cache: use the plain ones")
+            raise ValueError(f"no graph of drafts with {share} of the SLM's cache: use the plain rounds")
         super().__init__(policy, backend, length)
         self.tokens = tokens
         L, B, G = self.key_slot.shape

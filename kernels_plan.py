@@ -37,7 +37,7 @@ BITS = 4  # of a digit: more make fewer passes, and costlier histograms (a vote 
 
 def plan_layers_torch(
     score: Tensor, index: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, prior: Tensor | None = None,
-    held: Tensor | None = None, moves: int | None = None,
+    held: Tensor | None = None, moves: int | None = None, memory: Tensor | None = None, decay: float = 0.0,
 ) -> None:  # fmt: skip
     """Rank the tokens by the scores of the matched SLM heads and cut the ranking into tiers.
 
@@ -49,11 +49,18 @@ def plan_layers_torch(
     moves: at most that many tokens enter the critical set, the newest not counted: of those that are new in the
     ranking's top the best enter, and the best of those held (held (L, B, G, C) int32: their positions, -1 for an empty
     slot) keep the other places. Not for a marginal tier, whose tokens would have to be limited too.
+
+    memory (L, B, G, S) fp32, with `--scores fused`: score is the SLM's newest row, and the ranking by decay * memory +
+    sum. Afterwards that is the memory of who is not critical (without the prior); the critical have decay * memory, and
+    wait for the LLM's own weights (kernels_memory.py). Beyond a length it is 0. Recent tokens must be critical.
     """
     L, B, G, S = tier.shape
     heads = score.shape[2]
     sequence = torch.arange(B, device=score.device)[:, None, None]
     total = score[index // heads, sequence, index % heads].view(B, L, G, -1, S).sum(3).transpose(0, 1)  # (L, B, G, S)
+    if memory is not None:
+        total = decay * memory + total
+    remembered = total
     if prior is not None:
         total = total + prior[:, None]
     token = torch.arange(S, device=score.device)
@@ -72,33 +79,74 @@ def plan_layers_torch(
     top = best(seen, critical)
     if moves is None:
         tier.copy_(CRITICAL * top + MARGINAL * (best(seen, critical + marginal) & ~top))
-        return
-    inside = torch.zeros(L, B, G, S + 1, dtype=torch.bool, device=score.device)
-    inside = inside.scatter_(-1, held.long().where(held >= 0, S), True)[..., :S]
-    enter = best(top & ~inside, torch.as_tensor(moves + 1))
-    stay = best(inside & seen, critical - enter.sum(-1, keepdim=True))
-    tier.copy_(CRITICAL * (enter | stay))
+    else:
+        inside = torch.zeros(L, B, G, S + 1, dtype=torch.bool, device=score.device)
+        inside = inside.scatter_(-1, held.long().where(held >= 0, S), True)[..., :S]
+        enter = best(top & ~inside, torch.as_tensor(moves + 1))
+        stay = best(inside & seen, critical - enter.sum(-1, keepdim=True))
+        tier.copy_(CRITICAL * (enter | stay))
+    if memory is not None:
+        memory.copy_((decay * memory).where(tier == CRITICAL, remembered).where(seen, 0))
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _bits(
-    token, length, recent, reach, score_ptr, prior_ptr, sources, GROUP: tl.constexpr, PRIOR: tl.constexpr
-):  # fmt: skip
-    """What tokens are ranked by, as int32 bits: the sums over the matched heads, recent tokens on top; -1 from `length`
-    on. Reads up to `reach`."""
-    there = token < reach
+def head_rows(index_ptr, score_layer, score_head, GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """Where the rows of the matched heads begin, one offset for each head of the group."""
+    rows = ()
+    for i in tl.static_range(GROUP):
+        head = tl.load(index_ptr + i)
+        rows = rows + ((head // HEADS) * score_layer + (head % HEADS) * score_head,)
+    return rows
+
+
+@triton.jit
+def head_sum(score_ptr, heads, token, reach, GROUP: tl.constexpr):
+    """Sums over the matched heads, up to `reach`."""
     total = tl.zeros(token.shape, tl.float32)
     for i in tl.static_range(GROUP):  # unrolled: the loads of all heads are under way together
-        total += tl.load(score_ptr + sources[i] + token, mask=there, other=0.0)
+        total += tl.load(score_ptr + heads[i] + token, mask=token < reach, other=0.0)
+    return total
+
+
+@triton.jit
+def whole_loads(length, ALIGNED: tl.constexpr):
+    """How far to read: a mask that ends anywhere would cut every load of 16 bytes into four."""
+    reach = length
+    if ALIGNED:
+        reach = tl.cdiv(length, 16) * 16
+    return reach
+
+
+@triton.jit
+def _bits(
+    token, length, recent, reach, score_ptr, heads, prior_ptr, memory_ptr, decay,
+    GROUP: tl.constexpr, PRIOR: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
+    """What tokens are ranked by, as int32 bits: the sums over the matched heads, recent tokens on top; -1 from `length`
+    on."""
+    total = head_sum(score_ptr, heads, token, reach, GROUP)
+    if MEMORY:
+        total = decay * tl.load(memory_ptr + token, mask=token < reach, other=0.0) + total
     if PRIOR:
-        total += tl.load(prior_ptr + token, mask=there, other=0.0)
+        total += tl.load(prior_ptr + token, mask=token < reach, other=0.0)
     bits = total.to(tl.int32, bitcast=True)
     bits = tl.where(token >= length - recent, 0x7F7FFFFF, bits)  # the largest finite number
     bits = tl.where(token == length - 1, 0x7F800000, bits)  # infinity
     return tl.where(token < length, bits, -1)
+
+
+@triton.jit
+def _remember(token, bits, critical, length, reach, prior_ptr, memory_ptr, decay, PRIOR: tl.constexpr):
+    """The memory after a plan: the score, or what fades where the LLM will see the token."""
+    score = bits.to(tl.float32, bitcast=True)
+    if PRIOR:
+        score -= tl.load(prior_ptr + token, mask=token < reach, other=0.0)
+    faded = decay * tl.load(memory_ptr + token, mask=token < reach, other=0.0)
+    memory = tl.where(token < length, tl.where(critical, faded, score), 0.0)
+    tl.store(memory_ptr + token, memory, mask=token < reach)
 
 
 @triton.jit
@@ -134,21 +182,11 @@ def _cut(rows, number, count, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _sources(index_ptr, score_layer, score_head, GROUP: tl.constexpr, HEADS: tl.constexpr):
-    """Where the rows of the matched heads begin, one offset for each head of the group."""
-    sources = ()
-    for i in tl.static_range(GROUP):
-        head = tl.load(index_ptr + i)
-        sources = sources + ((head // HEADS) * score_layer + (head % HEADS) * score_head,)
-    return sources
-
-
-@triton.jit
 def _row_kernel(
-    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, prior_ptr, held_ptr, index_batch, index_layer,
-    score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, B,
+    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, prior_ptr, held_ptr, memory_ptr, index_batch, index_layer,
+    score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, decay, B,
     G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ALIGNED: tl.constexpr, PRIOR: tl.constexpr, LIMITED: tl.constexpr,
+    ALIGNED: tl.constexpr, PRIOR: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one sequence and layer, its row in registers: CHUNKS tensors of CHUNK tokens."""
     line = tl.program_id(0)
@@ -159,15 +197,15 @@ def _row_kernel(
     tier_ptr += line.to(tl.int64) * capacity
     score_ptr += b.to(tl.int64) * score_batch
     prior_ptr += b * prior_batch
-    reach = length
-    if ALIGNED:  # to the end of a load of 16 bytes, which a mask that ends anywhere would cut into four
-        reach = tl.cdiv(length, 16) * 16
-    sources = _sources(index_ptr + b * index_batch + layer * index_layer + g * GROUP, score_layer, score_head,
-                       GROUP, HEADS)  # fmt: skip
+    memory_ptr += line.to(tl.int64) * capacity
+    reach = whole_loads(length, ALIGNED)
+    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, score_layer, score_head, GROUP,
+                      HEADS)  # fmt: skip
     rows = ()
     for i in tl.static_range(CHUNKS):
         token = i * CHUNK + tl.arange(0, CHUNK)
-        rows = rows + (_bits(token, length, recent, reach, score_ptr, prior_ptr, sources, GROUP, PRIOR),)
+        rows = rows + (_bits(token, length, recent, reach, score_ptr, heads, prior_ptr, memory_ptr, decay, GROUP,
+                             PRIOR, MEMORY),)  # fmt: skip
     low, last = _cut(rows, length, critical, CHUNK, CHUNKS)
     if LIMITED:
         for i in tl.static_range(CHUNKS):
@@ -197,6 +235,8 @@ def _row_kernel(
             enters = (coming[i] > low) | ((coming[i] == low) & (token <= last))
             stays = (staying[i] > low_stay) | ((staying[i] == low_stay) & (token <= last_stay))
             tl.store(tier_ptr + token, tl.where(enters | stays, 2, 0).to(tl.int8), mask=token < capacity)
+            if MEMORY:
+                _remember(token, rows[i], enters | stays, length, reach, prior_ptr, memory_ptr, decay, PRIOR)
     else:
         low_held, last_held = low, last
         marginal = tl.load(sizes_ptr + length * 3 + 2)
@@ -208,6 +248,8 @@ def _row_kernel(
             held = (rows[i] > low_held) | ((rows[i] == low_held) & (token <= last_held))
             tier = tl.where(top, 2, tl.where(held, 1, 0))
             tl.store(tier_ptr + token, tier.to(tl.int8), mask=token < capacity)
+            if MEMORY:
+                _remember(token, rows[i], top, length, reach, prior_ptr, memory_ptr, decay, PRIOR)
 
 
 @triton.jit
@@ -262,10 +304,10 @@ def _take(bits_ptr, tier_ptr, end, count, AMONG: tl.constexpr, TAKEN: tl.constex
 
 @triton.jit
 def _long_kernel(
-    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, prior_ptr, held_ptr, bits_ptr, index_batch, index_layer,
-    score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, B,
+    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, prior_ptr, held_ptr, memory_ptr, bits_ptr, index_batch,
+    index_layer, score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, decay, B,
     G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
-    PRIOR: tl.constexpr, LIMITED: tl.constexpr,
+    PRIOR: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """The same for a row of any length: sum the matched heads once, then take who belongs to each tier."""
     line = tl.program_id(0)
@@ -277,11 +319,13 @@ def _long_kernel(
     bits_ptr += line.to(tl.int64) * capacity
     score_ptr += b.to(tl.int64) * score_batch
     prior_ptr += b * prior_batch
-    sources = _sources(index_ptr + b * index_batch + layer * index_layer + g * GROUP, score_layer, score_head,
-                       GROUP, HEADS)  # fmt: skip
+    memory_ptr += line.to(tl.int64) * capacity
+    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, score_layer, score_head, GROUP,
+                      HEADS)  # fmt: skip
     for at in range(0, capacity, TOKENS):
         token = at + tl.arange(0, TOKENS)
-        bits = _bits(token, length, recent, length, score_ptr, prior_ptr, sources, GROUP, PRIOR)
+        bits = _bits(token, length, recent, length, score_ptr, heads, prior_ptr, memory_ptr, decay, GROUP, PRIOR,
+                     MEMORY)  # fmt: skip
         tl.store(bits_ptr + token, bits, mask=token < length)
         tl.store(tier_ptr + token, tl.zeros([TOKENS], tl.int8), mask=token < capacity)
     tl.debug_barrier()
@@ -302,6 +346,13 @@ def _long_kernel(
     else:
         _take(bits_ptr, tier_ptr, length, critical, 0, 2, BITS, TOKENS)
         _take(bits_ptr, tier_ptr, length, tl.load(sizes_ptr + length * 3 + 2), 0, 1, BITS, TOKENS)
+    if MEMORY:
+        tl.debug_barrier()
+        for at in range(0, length, TOKENS):
+            token = at + tl.arange(0, TOKENS)
+            bits = tl.load(bits_ptr + token, mask=token < length, other=0)
+            top = tl.load(tier_ptr + token, mask=token < length, other=0) == 2
+            _remember(token, bits, top, length, length, prior_ptr, memory_ptr, decay, PRIOR)
 
 
 # ---- The launcher ----------------------------------------------------------------------------------------------------
@@ -314,22 +365,23 @@ def row_warps(capacity: int) -> int:
 
 def plan_layers_triton(
     score: Tensor, index: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, prior: Tensor | None = None,
-    held: Tensor | None = None, moves: int | None = None,
+    held: Tensor | None = None, moves: int | None = None, memory: Tensor | None = None, decay: float = 0.0,
 ) -> None:  # fmt: skip
     L, B, G, S = tier.shape
     limited = moves is not None
     assert score.stride(3) == 1 and index.stride(2) == 1 and tier.is_contiguous()
-    assert not limited or held.is_contiguous()
+    assert (not limited or held.is_contiguous()) and (memory is None or memory.is_contiguous())
     tables = (
         score, index, length, sizes, tier, score if prior is None else prior, held if limited else tier,
+        score if memory is None else memory,
     )  # fmt: skip
     numbers = (
         *index.stride()[:2], *score.stride()[:3], 0 if prior is None else prior.stride(0), S,
-        held.shape[3] if limited else 0, moves or 0, B,
+        held.shape[3] if limited else 0, moves or 0, decay, B,
     )  # fmt: skip
     kind = {
         "G": G, "GROUP": index.shape[2] // G, "HEADS": score.shape[2],
-        "PRIOR": prior is not None, "LIMITED": limited,
+        "PRIOR": prior is not None, "MEMORY": memory is not None, "LIMITED": limited,
     }  # fmt: skip
     if S > ROW:
         bits = torch.empty_like(tier, dtype=torch.int32)

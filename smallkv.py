@@ -7,7 +7,8 @@ Where it sits: tokens -> SLM -> **scores -> tier plan** -> migration (cache.py) 
 - marginal compensation (Eq. 6): the tokens ranked below the critical ones keep V alone, and borrow the SLM's attention.
 
 Beyond the paper: the scores may forget (`score_decay`), because with a full SLM cache and a way back for every token
-nothing forces the ranking to be about the past. `Settings.paper` gives the paper's accumulation.
+nothing forces the ranking to be about the past; and the LLM's own attention may take the SLM's place in them where it
+sees a token (`scores="fused"`). `Settings.paper` gives the paper's accumulation.
 
 Shapes follow the legend in model.py.
 """
@@ -25,6 +26,7 @@ from kernels import column_sums
 from match import MATCHERS, WINDOW_MAX, WINDOW_MIN, HeadMap, match_heads
 from model import Config, Decoder, Span
 
+SCORES = ("slm", "fused")
 SMALL_BUDGET = 0.075  # below it the critical tokens stay as many as there (see Settings.sizes)
 
 
@@ -44,6 +46,10 @@ class Settings:
     budget: share of the full cache's bytes at the current length, in (0, 1].
     budget_tokens: instead of the share, bytes worth that many whole tokens (K and V), whatever the length.
     score_decay: d in `score = d * score + newest row`; 1 is the paper's accumulation, 0 the newest row alone.
+    scores: "slm" ranks by the SLM's score; "fused" by d * memory + the SLM's newest row, the memory being the LLM's own
+        attention where it can see: memory = d * memory + (own weight where held, the SLM's row elsewhere) after every
+        LLM step. It begins with the prompt, which the LLM saw whole. Its weights are over what it holds, a little too
+        large beside the SLM's: a pull to keep what is there. At decay 0 both are the same.
     matcher: how heads are compared, see match.py. marginal: keep a marginal tier; off, its bytes buy critical tokens.
     split: critical : recent : marginal in tokens, as "C:R:M"; a marginal token costs half.
     gate: KV heads whose matched similarity (mean over their query heads) is below it keep no marginal tier and spend
@@ -61,6 +67,7 @@ class Settings:
     budget: float = 0.2
     budget_tokens: int | None = None
     score_decay: float = 0.0
+    scores: str = "slm"
     matcher: str = "cosine"
     marginal: bool = False
     saliency_shift: bool = True
@@ -78,6 +85,10 @@ class Settings:
             raise ValueError(f"budget of {self.budget_tokens} tokens is too small; at least 1")
         if not 0 <= self.score_decay <= 1:
             raise ValueError(f"score decay {self.score_decay} is outside [0, 1]; 1 is the paper's accumulation")
+        if self.scores not in SCORES:
+            raise ValueError(f"unknown scores {self.scores!r}; supported: {', '.join(SCORES)}")
+        if self.fused and not self.saliency_shift:
+            raise ValueError("fused scores need the SLM's: saliency shift cannot be off")
         if self.matcher not in MATCHERS:
             raise ValueError(f"unknown matcher {self.matcher!r}; supported: {', '.join(MATCHERS)}")
         if self.refresh < 1:
@@ -96,6 +107,10 @@ class Settings:
     def paper(cls, **changes) -> "Settings":
         """The paper's setting: accumulated scores, Jaccard matcher, marginal tier."""
         return cls(**{"score_decay": 1.0, "matcher": "jaccard", "marginal": True, **changes})
+
+    @property
+    def fused(self) -> bool:
+        return self.scores == "fused"
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -238,7 +253,8 @@ class SmallKV:
         self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, head_map
         self.models, self.sums = [llm, slm], sums
         self.keep_row = settings.marginal  # the SLM's newest row is lent to marginal tokens
-        self.own_scores = not settings.saliency_shift  # the LLM's own attention on what it holds is remembered too
+        self.one_way = not settings.saliency_shift
+        self.own_scores = self.one_way or settings.fused  # the LLM's own attention on what it holds is remembered too
 
     # -- before the first token --
 
@@ -256,35 +272,44 @@ class SmallKV:
         own_decay = self.settings.score_decay if self.own_scores else None
         slots = pool_slots(self.settings, min(lengths), capacity)
         self.cache = self.tiers(
-            self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch, own_decay
-        )
+            self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch,
+            own_decay, self.one_way,
+        )  # fmt: skip
         return self.cache
 
     def make_slm_cache(self, batch: int, capacity: int) -> ScoredCache:
         settings = self.settings
         shape = (self.slm.config, batch, capacity, self.slm.device, self.slm.dtype)
-        scores = (settings.score_decay, self.sums, self.keep_row)
+        # With fused scores the memory is the LLM's; at decay 0 the SLM's score is its newest row.
+        scores = (0.0 if settings.fused else settings.score_decay, self.sums, self.keep_row)
         if settings.slm_budget < 1:
             return self.frugal(*shape, *scores, settings.slm_budget, settings.refresh)
         return self.scored(*shape, *scores)
 
     def predict(self, lengths: list[int], capacity: int, static: bool = False) -> dict[str, list]:
         """Ledgers of both caches before anything is allocated. static: as graph.py's steps hold them."""
-        device = self.llm.device.type
+        batch, device = len(lengths), self.llm.device.type
         slots = pool_slots(self.settings, min(lengths), capacity)
         llm: Config = self.llm.config
-        shape = (self.slm.config, len(lengths), capacity, device, self.slm.dtype, self.keep_row)
-        share, refresh = self.settings.slm_budget, self.settings.refresh
+        shape = (self.slm.config, batch, capacity, device, self.slm.dtype, self.keep_row)
+        share, refresh, own = self.settings.slm_budget, self.settings.refresh, (self.own_scores, self.one_way)
         return {
-            "LLM": TieredCache.predict(llm, len(lengths), capacity, *slots, device, self.llm.dtype, self.own_scores),
+            "LLM": TieredCache.predict(llm, batch, capacity, *slots, device, self.llm.dtype, *own),
             "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),
         }
 
     def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
-        """Run the SLM over the prompt of sequence b, in the given (start, end) chunks, and match the heads."""
+        """Run the SLM over the prompt of sequence b and match the heads.
+
+        chunks: (start, end) of the LLM's; the SLM takes several at once while its activations are no larger, since
+        launching its small kernels takes longer than running them.
+        """
+        together = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
+        groups = [chunks[i : i + together] for i in range(0, len(chunks), together)]
         staged = self.slm_cache.staging(b, len(tokens))
         ids = torch.tensor([tokens], device=self.slm.device)  # (1, n)
-        for start, end in chunks:
+        for group in groups:
+            start, end = group[0][0], group[-1][1]
             self.slm(ids[:, start:end], Span.block(start, end, self.slm.device), staged, logits="none")
         self.slm_cache.load(b, staged, len(tokens))
         self.tokens[b] = list(tokens)
@@ -336,7 +361,8 @@ class SmallKV:
         if self.settings.refresh > 1:
             self.kept[layer] = critical, marginal
         borrowed = self._matched(self.slm_cache.row, layer) if self.settings.marginal else None
-        return TierPlan(critical, marginal, borrowed)
+        gained = self._newest(layer).masked_fill(critical | marginal, 0) if self.settings.fused else None
+        return TierPlan(critical, marginal, borrowed, gained)
 
     def _choose(self, layer: int) -> tuple[Tensor, Tensor]:
         """Masks (B, G, n) of the critical and of the marginal tokens, ranked anew."""
@@ -363,6 +389,12 @@ class SmallKV:
 
     def _ranking(self, layer: int) -> Tensor:
         """What tokens are ranked by, (B, G, n): a_f(i), one token set for the query heads that share a KV head."""
+        if not self.settings.fused:
+            return self._newest(layer)
+        return self.settings.score_decay * self.cache.score[layer, :, :, : self.end] + self._newest(layer)
+
+    def _newest(self, layer: int) -> Tensor:
+        """The matched SLM heads' scores; with fused scores these are their newest rows: (B, G, n)."""
         return self._by_kv_head(self._matched(self.slm_cache.score, layer))
 
     def _by_kv_head(self, matched: Tensor) -> Tensor:

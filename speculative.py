@@ -102,6 +102,8 @@ class SpeculativeSmallKV(SmallKV):
             raise ValueError(f"a plan every {settings.refresh} steps: with drafts there is one a round; leave it out")
         if not settings.saliency_shift:
             raise ValueError("drafts need saliency shift: without it the tiers follow weights of tokens not yet kept")
+        if settings.fused:
+            raise ValueError("drafts need the SLM's scores: fused ones take in weights of tokens not yet kept")
         super().__init__(llm, slm, replace(settings, refresh=drafts + 1), head_map, sums)
         self.drafts, self.keep_row = drafts, False  # the waiting rows are what marginal tokens are lent
         self.tiers = partial(DraftedTiers, drafts)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from baselines import BASELINES, H2O, Fused, Oracle, PyramidInfer, SnapKV
+from baselines import BASELINES, H2O, Oracle, PyramidInfer, SnapKV
 from cache import FullCache
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Session, generate, strip_pads
@@ -257,12 +257,12 @@ def test_bad_input_is_named():
         SnapKV(llm, Budget(0.2), pooling="min")
 
 
-# ---- The rival with an SLM -------------------------------------------------------------------------------------------
+# ---- Fused scores -------------------------------------------------------------------------------------------
 
 
 def naive_fused(llm, slm, prompt, fed, settings, head_map):
     """Critical tokens of every step: the LLM's own weights on what it held, the SLM's rows on the rest."""
-    naive, d = Naive(llm), settings.score_decay
+    naive, d, held = Naive(llm), settings.score_decay, {}
     heads = list(itertools.product(range(llm.config.layers), range(llm.config.kv_heads)))
     naive.prompt(prompt)
     memory, history = {head: {j: 0.0 for j in range(len(prompt))} for head in heads}, []
@@ -272,15 +272,15 @@ def naive_fused(llm, slm, prompt, fed, settings, head_map):
                 memory[layer, g][j] += d ** (len(prompt) - 1 - query) * weights.sum().item()
     for i, token in enumerate(fed):
         n = len(prompt) + i + 1
-        size = settings.sizes(n)
+        size = settings.planned(n)
         rows = window_rows(slm, torch.tensor([prompt + fed[: i + 1]]))[:, -1][head_map]  # (L, H, n)
         rows = rows.view(*head_map.shape, n).unflatten(1, (llm.config.kv_heads, -1)).sum(2)
-        held = {}
+        before, held = held, {}
         for layer, g in heads:
             row, past = rows[layer, g].tolist(), memory[layer, g]
             past[n - 1] = 0.0
             score = {j: math.inf if j >= n - size.recent else d * past[j] + row[j] for j in range(n)}
-            held[layer, g] = top(score, size.critical)
+            held[layer, g] = before[layer, g] + [n - 1] if i % settings.refresh else top(score, size.critical)
         naive.token(token, lambda layer, g, n: held[layer, g])
         for layer, g in heads:
             for j in range(n):
@@ -291,16 +291,16 @@ def naive_fused(llm, slm, prompt, fed, settings, head_map):
     return history
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.5])
+@pytest.mark.parametrize("decay, refresh", [(1.0, 1), (0.5, 1), (0.5, 3)])
 @torch.inference_mode()
-def test_fused_equals_a_naive_loop(decay, device):
+def test_fused_equals_a_naive_loop(decay, refresh, device):
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = Settings(budget=0.2, score_decay=decay)
+    settings = Settings(budget=0.2, score_decay=decay, scores="fused", refresh=refresh)
     prompts, fed = random_prompts(110, 101), fed_tokens(2, 15)
     models = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     expected = [naive_fused(*models, *each, settings, head_map) for each in zip(prompts, fed)]
     models = tiny_decoder(device=device), tiny_decoder(heads=4, head_dim=8, seed=1, device=device)
-    session = Session(models[0], Fused(*models, settings, head_map=head_map), prompts, 16)
+    session = Session(models[0], SmallKV(*models, settings, head_map=head_map), prompts, 16)
     session.prefill()
     for i in range(15):
         session.step([tokens[i] for tokens in fed])
@@ -312,6 +312,6 @@ def test_fused_equals_a_naive_loop(decay, device):
 
 def test_fused_without_memory_is_smallkv():
     llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
-    settings, prompts = Settings(budget=0.1, score_decay=0.0), random_prompts(140, 110)
-    expected = generate(llm, SmallKV(llm, slm, settings), prompts, 30)
-    assert generate(llm, Fused(llm, slm, settings), prompts, 30) == expected
+    one, other = (Settings(budget=0.1, score_decay=0.0, scores=scores) for scores in ("slm", "fused"))
+    prompts = random_prompts(140, 110)
+    assert generate(llm, SmallKV(llm, slm, one), prompts, 30) == generate(llm, SmallKV(llm, slm, other), prompts, 30)

@@ -61,6 +61,8 @@ def test_bytes_of_a_step_are_those_of_the_caches():
     tiered = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True)
     assert tiered["LLM K, V"] == full["LLM K, V"] * 20 // 100  # 15 whole tokens and 10 halves
     assert tiered["scores"] == 3 * 2 * 4 * 100 * 4
+    fused = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True, fused=True)
+    assert fused == {**tiered, "scores": tiered["scores"] + 3 * 2 * 2 * 100 * 4}  # 2 layers of 2 KV heads
     packed = [module for module in bench.random_decoder(llm, torch.device("cpu"), torch.float32, True).layers.modules()]
     held = sum(module.packed.nbytes + module.scale.nbytes + module.zero.nbytes for module in packed
                if isinstance(module, Int4Linear))  # fmt: skip
@@ -111,6 +113,7 @@ def test_the_ring_moves_what_it_is_asked_to():
 
 
 @pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--marginal", "--score-decay", "0.5"], ["--refresh", "3"],
+                                   ["--scores", "fused", "--score-decay", "0.5", "--decode-only"],
                                    ["--quantize", "int4", "--slm-quantize", "int4"]])  # fmt: skip
 def test_the_command_measures_every_method(extra, capsys):
     """Rows, table and the last line; the turnover that is counted is the one asked for."""
@@ -160,6 +163,28 @@ def test_an_slm_that_costs_less_is_counted_so(filled, marginal, capsys):
 def test_an_slm_that_cannot_be_is_named(flags, said, capsys):
     assert bench.main(["--pair", "tiny", "--device", "cpu", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("acceptance", ["0", "0.6", "1"])
+def test_rounds_of_drafts_are_measured_with_the_acceptance_asked_for(acceptance, capsys):
+    command = ["--pair", "tiny", "--settings", "2x400+200", "--turnover", "0.02,0.2", "--steps", "12", "--table",
+               "--device", "cpu", "--speculate", "3", "--acceptance", acceptance, "--decode-only"]  # fmt: skip
+    assert bench.main(command) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["method"].split(",")[0] for row in report["rows"]] == ["full-graph", *["smallkv-graph"] * 2]
+    chance = float(acceptance)
+    for row in report["rows"]:
+        expected = 1 + sum(chance**draft for draft in (1, 2, 3))
+        assert row["tokens_round"] == pytest.approx(expected, rel=0.3 if 0 < chance < 1 else 1e-9)
+        assert row["tpot_s"] == pytest.approx(row["round_s"] / row["tokens_round"])
+    for row in report["rows"][1:]:
+        size = Settings(0.2, refresh=4).planned(row["length"])
+        assert row["turnover"] == pytest.approx(
+            row["turnover_asked"], abs=0.2 * row["turnover_asked"] + 4 / size.critical
+        )
+    with pytest.raises(SystemExit):
+        bench.main(["--speculate", "2", "--methods", "full-eager"])
+    assert "--speculate is for --methods full-graph,smallkv-graph alone" in capsys.readouterr().err
 
 
 def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):

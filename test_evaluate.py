@@ -193,7 +193,7 @@ def test_method_options():
     assert parse_method("full")[1] == {}
     told = parse_method("smallkv:split=1:1:4,marginal=yes,gate=0.9")[1]  # a split has colons of its own
     assert told == {"split": "1:1:4", "marginal": True, "gate": 0.9}
-    assert parse_method("fused:max_moves=8")[1] == {"max_moves": 8}
+    assert parse_method("smallkv:scores=fused,score_decay=0.5")[1] == {"scores": "fused", "score_decay": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,8 @@ def test_method_options():
     [
         (["--method", "h3o"], "unknown method 'h3o'; supported: full"),
         (["--method", "smallkv:decay=1"], "method 'smallkv:decay=1': "),
+        (["--method", "smallkv:scores=both"], "unknown scores 'both'; supported: slm, fused"),
+        (["--method", "fused"], "unknown method 'fused'; supported: full"),
         (["--method", "smallkv:split=1:2"], "split '1:2' is not C:R:M"),
         (["--method", "smallkv:max_moves=2,marginal=yes"], "2 moves: a limit is at least 0"),
         (["--method", "smallkv:marginal"], "'marginal' should look like option=value"),

@@ -341,13 +341,13 @@ def test_every_baseline_answers_one_prompt_and_several(method, run, tmp_path):
     assert ("dropped" in err) == (method != "oracle")
 
 
-def test_fused_answers_with_both_models(pair, run, tmp_path):
-    code, _, err = run(PROMPT, "--method", "fused", "--score-decay", 0.5, "--max-new-tokens", 8, "--json",
+def test_fused_scores_are_kept_beside_both_caches(pair, run, tmp_path):
+    code, _, err = run(PROMPT, "--scores", "fused", "--score-decay", 0.5, "--max-new-tokens", 8, "--json",
                        tmp_path / "r.json")  # fmt: skip
-    report = json.loads((tmp_path / "r.json").read_text())["fused"]["report"]
+    report = json.loads((tmp_path / "r.json").read_text())["smallkv"]["report"]
     assert code == 0 and {entry["model"] for entry in report["ledger"]} == {"LLM", "SLM"}
     assert sum(entry["what"] == "scores" for entry in report["ledger"]) == 2
-    code, _, err = run(PROMPT, "--method", "fused", "--no-saliency-shift")
+    code, _, err = run(PROMPT, "--scores", "fused", "--no-saliency-shift")
     assert (code, err.splitlines()[-1]) == (2, "error: fused scores need the SLM's: saliency shift cannot be off")
 
 
@@ -386,6 +386,7 @@ def test_a_smaller_slm(run, tmp_path):
     (("--speculate", 2, "--slm-layers", 1), "--speculate needs the SLM's words, and --slm-layers 1 stops before them"),
     (("--speculate", 2, "--refresh", 2), "a plan every 2 steps: with drafts there is one a round"),
     (("--speculate", 2, "--no-saliency-shift"), "drafts need saliency shift"),
+    (("--speculate", 2, "--scores", "fused"), "drafts need the SLM's scores"),
     (("--slm-budget", 0), "SLM budget 0.0 is outside (0, 1]"),
 ])  # fmt: skip
 def test_what_a_smaller_slm_and_drafts_do_not_go_with(run, arguments, message):

@@ -20,6 +20,9 @@ SETTINGS = {
     "split": Settings(marginal=True, split="1:1:6"),
     "moves": Settings(max_moves=1),
     "moves, refresh": Settings(max_moves=1, refresh=3),
+    "fused": Settings(scores="fused", score_decay=0.5),
+    "fused, sums": Settings(scores="fused", score_decay=1.0, max_moves=2),
+    "fused, marginal, refresh": Settings(scores="fused", score_decay=0.9, marginal=True, refresh=3),
 }
 LENGTHS = (130, 63, 97, 157)  # two of them meet the matching window, one while it decodes
 
@@ -50,6 +53,37 @@ def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
     pair = decoders(device)
     session = Session(pair[0], SmallKV(*pair, SETTINGS[name]), prompts, 14)
     assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected
+
+
+@pytest.mark.parametrize("name, backend", [
+    ("fused", "torch"), ("fused, sums", "torch"), ("fused, marginal, refresh", "torch"),
+    ("fused", "triton"), ("fused, marginal, refresh", "triton"),
+])  # fmt: skip
+def test_fused_scores_have_the_memory_of_the_eager_path(name, backend, device):
+    """After every step: the same tokens in the tiers, and the same memory of all of them."""
+    triton = backend == "triton"
+    if triton and device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU there")
+    prompts, new = (random_prompts(120, 97), 6) if triton else (random_prompts(*LENGTHS), 12)
+    sessions = []
+    for where in ("cpu", device):
+        pair = decoders(where, head_dim=32 if triton else 16)
+        policy = SmallKV(*pair, SETTINGS[name], sums=(TRITON if triton and where != "cpu" else TORCH).column_sums)
+        sessions.append(Session(pair[0], policy, prompts, new))
+    eager, session = sessions
+    tokens = eager.prefill().argmax(-1).tolist()
+    step = Step(session, session.prefill().argmax(-1), TRITON if triton or device == "cuda" else TORCH)
+    for number in range(new - 1):
+        assert step.tokens.tolist() == tokens
+        if number == step.warm and device == "cuda":
+            step.capture()
+        step.run()
+        tokens = eager.step(tokens).argmax(-1).tolist()
+        torch.testing.assert_close(session.cache.score.cpu(), eager.cache.score, atol=1e-5, rtol=1e-4)
+        for table in ("key_position", "value_position"):
+            held, expected = (getattr(one.cache, table).cpu().sort(-1).values for one in (session, eager))
+            assert torch.equal(held, expected)
+    assert (eager.cache.score.amin(-1) == 0).any() and (eager.cache.score.amax(-1) > 0.1).all()
 
 
 @pytest.mark.parametrize("name", ["full", "default", "marginal"])

@@ -165,7 +165,9 @@ def test_moved_bytes_are_the_rows_that_came_from_the_host(pair):
      ({"split": "3:1:0", "marginal": True}, "leaves the marginal tier nothing"),
      ({"gate": 0.8}, "gate 0.8 should be"), ({"gate": 1.5, "marginal": True}, "gate 1.5 should be"),
      ({"max_moves": -1}, "-1 moves"), ({"max_moves": 3, "marginal": True}, "3 moves: a limit"),
-     ({"max_moves": 3, "saliency_shift": False}, "3 moves: a limit")],
+     ({"max_moves": 3, "saliency_shift": False}, "3 moves: a limit"),
+     ({"scores": "llm"}, "unknown scores 'llm'; supported: slm, fused"),
+     ({"scores": "fused", "saliency_shift": False}, "fused scores need the SLM's")],
 )  # fmt: skip
 def test_settings_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):

@@ -1,10 +1,12 @@
 """The kernels of the plan and of the slots against their PyTorch twins: as test_kernels.py, equal to the last token."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
+import kernels_memory
 import kernels_move
 import kernels_plan
 import kernels_tiers
@@ -26,6 +28,11 @@ def rank(monkeypatch):
         kernels_plan.plan_layers_triton(*args, **options)
 
     return run
+
+
+def dyadic(*shape, seed, device):
+    """Multiples of 2^-10 below 1: sums and halves of them are exact in any order."""
+    return (torch.randint(1 << 10, shape, generator=torch.Generator().manual_seed(seed)) / 1024).to(device)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -77,6 +84,58 @@ def test_plan_tells_tiny_scores_apart(bits, rank, device, monkeypatch):
     kernels_plan.plan_layers_torch(score.to(device), index, length, sizes, tiers[0])
     rank(bits is not None, score.to(device), index, length, sizes, tiers[1])
     assert torch.equal(*tiers)
+
+
+@pytest.mark.parametrize("lengths, group, moves, added, long", cases(
+    ((1, 63), 3, None, False, False), ((109, 45), 1, None, True, False), ((111, 257), 3, 2, False, False),
+    ((111, 257), 3, None, True, True), ((109, 45), 1, 5, False, True),
+    gpu=itertools.product([(1, 63), (109, 45), (111, 257), (2049, 5)], (1, 7), (None, 2), (False, True), (False, True)),
+))  # fmt: skip
+def test_plan_with_a_memory_equals_its_twin(lengths, group, moves, added, long, rank, device):
+    """Who is critical, and what is remembered of everyone: to the bit, 0 beyond the length."""
+    score, index, length, sizes = plan_case(device, lengths, group, moves is None, ties=False)
+    B, S = len(lengths), score.shape[3]
+    prior = dyadic(B, S, seed=2, device=device) if added else None
+    held = torch.full((2, B, 2, 60), -1, dtype=torch.int32, device=device)
+    before = length[:, None, None] - 2 - torch.arange(20, device=device)  # recent tokens are held: they came one by one
+    held[..., 7:27] = before.clamp(min=-1)
+    late = torch.arange(S, device=device) >= length[:, None, None]
+    tiers, memories = [], []
+    for plan in (kernels_plan.plan_layers_torch, partial(rank, long)):
+        tier = torch.full((2, B, 2, S), 9, dtype=torch.int8, device=device)
+        memory = dyadic(2, B, 2, S, seed=3, device=device).masked_fill(late, 0)
+        given = score.nan_to_num(0) if plan is kernels_plan.plan_layers_torch else score
+        plan(given, index, length, sizes, tier, prior, held, moves, memory, 0.5)
+        tiers.append(tier), memories.append(memory)
+    assert torch.equal(*tiers) and torch.equal(*memories)
+    assert (memories[1].masked_select(late) == 0).all() and (memories[1] > 0).any()
+
+
+@pytest.mark.parametrize("lengths, group", cases(
+    ((1, 63), 7), ((109, 45), 1), ((111, 2049), 3), gpu=[((16893, 5), 7), ((2049, 5), 1)],
+))  # fmt: skip
+def test_a_memory_fades_as_its_twin_does(lengths, group, device):
+    row, index, length, sizes = plan_case(device, lengths, group, True, False)
+    B, S = len(lengths), row.shape[3]
+    tier = torch.randint(3, (2, B, 2, S), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
+    memories = [dyadic(2, B, 2, S, seed=3, device=device) for _ in range(2)]
+    kernels_memory.fade_memory_torch(row.nan_to_num(0), index, length, tier, memories[0], 0.5)
+    kernels_memory.fade_memory_triton(row, index, length, tier, memories[1], 0.5)
+    assert torch.equal(*memories)
+
+
+@pytest.mark.parametrize("slots, group", [(1, 1), (63, 7), (2049, 3)])
+def test_weights_are_added_as_by_the_twin(slots, group, device):
+    """Some slots are empty; what nobody holds stays as it is."""
+    S = slots + 30
+    position = torch.stack([torch.randperm(S, generator=torch.Generator().manual_seed(n))[:slots] for n in range(4)])
+    position = position.view(2, 2, slots).int()
+    position[..., 5::3] = -1
+    weight = dyadic(2, 2 * group, slots, seed=1, device=device)
+    memories = [dyadic(2, 2, S, seed=3, device=device) for _ in range(2)]
+    for add, memory in zip((kernels_memory.add_weights_torch, kernels_memory.add_weights_triton), memories):
+        add(weight, position.to(device), memory)
+    assert torch.equal(*memories) and not torch.equal(memories[0], dyadic(2, 2, S, seed=3, device=device))
 
 
 def test_twin_of_the_plan_is_the_plan_of_the_method(device):

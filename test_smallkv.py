@@ -264,12 +264,12 @@ def test_fp16_survives_large_products():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "marginal", "no shift"])
+@pytest.mark.parametrize("name", ["default", "marginal", "no shift", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ledger_is_what_is_allocated(pair, name, dtype, device):
     """Predicted from shapes = measured on the tensors, line by line; and no cache tensor is missing from it."""
     llm, slm = tiny_decoder().to(device, dtype), tiny_decoder(heads=4, head_dim=8, seed=1).to(device, dtype)
-    policy = SmallKV(llm, slm, VARIANTS[name])
+    policy = SmallKV(llm, slm, {**VARIANTS, "fused": Settings(scores="fused", score_decay=0.5)}[name])
     check_ledgers(policy, [150, 120], 300)
     full = FullPolicy(llm)
     assert full.make_cache([150, 120], 300).ledger() == full.predict([150, 120], 300)["LLM"]

@@ -31,6 +31,7 @@ VARIANTS = {
     "marginal": Settings(marginal=True, score_decay=0.5),
     "late": Settings(marginal=True, score_decay=0.9, prefetch=False),
     "tokens": Settings(budget_tokens=40),
+    "moves": Settings(max_moves=1),
     "frugal": Settings(slm_budget=0.4),
     "frugal, marginal": Settings(slm_budget=0.3, score_decay=0.7, marginal=True),
 }

@@ -25,7 +25,7 @@ def verify_case(device, dtype, lengths, group, tokens, head_dim, spare=3):
 
 
 SHAPES = cases(
-    ((1, 63), 1, 2), ((1, 63), 7, 5), ((111, 257), 3, 1), ((63, 5), 7, 11), ((111, 257), 3, 5),
+    ((1, 63), 1, 2), ((63, 1), 7, 11), ((257, 1), 7, 1), ((111, 257), 3, 5),
     gpu=[((257, 1), group, tokens) for group in (1, 3, 7) for tokens in (1, 2, 5, 41)],
 )  # fmt: skip
 
@@ -59,6 +59,8 @@ def test_verifying_on_the_tiers_equals_its_twin(lengths, group, tokens, device):
             seen = position.masked_fill(position >= lengths[0] + t, -1)
             alone = kernels_decode.tiered_attention_torch(*floats(query[:, t], key, value), seen, slot, borrowed[t])
             close(expected[:, t], alone)
+        if head_dim != 64:
+            continue
         # Without a marginal tier a value is at its key's slot; empty slots of the V pool hold NaN.
         value = randn(*key.shape, seed=7, dtype=dtype, device=device).masked_fill((position < 0)[..., None], torch.nan)
         expected = kernels_verify.verify_attention_torch(*floats(query, key, value), length, position)
