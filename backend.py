@@ -47,9 +47,8 @@ class Backend:
     add_norm: Callable
     rope_append: Callable
     gate: Callable
-    norm_product: Callable
-    norm_gate: Callable
-    product: Callable
+    gate_product: Callable
+    split_product: Callable
     verify_attention: Callable
     admit_drafts: Callable
     fold_rows: Callable
@@ -76,9 +75,8 @@ TORCH = Backend(
     add_norm=kernels_layer.add_norm_torch,
     rope_append=kernels_layer.rope_append_torch,
     gate=kernels_layer.gate_torch,
-    norm_product=kernels_product.norm_product_torch,
-    norm_gate=kernels_product.norm_gate_torch,
-    product=kernels_product.product_torch,
+    gate_product=kernels_product.gate_product_torch,
+    split_product=kernels_product.split_product_torch,
     verify_attention=kernels_verify.verify_attention_torch,
     admit_drafts=kernels_verify.admit_drafts_torch,
     fold_rows=kernels_verify.fold_rows_torch,
@@ -105,9 +103,8 @@ TRITON = Backend(
     add_norm=kernels_layer.add_norm_triton,
     rope_append=kernels_layer.rope_append_triton,
     gate=kernels_layer.gate_triton,
-    norm_product=kernels_product.norm_product_triton,
-    norm_gate=kernels_product.norm_gate_triton,
-    product=kernels_product.product_triton,
+    gate_product=kernels_product.gate_product_triton,
+    split_product=kernels_product.split_product_triton,
     verify_attention=kernels_verify.verify_attention_triton,
     admit_drafts=kernels_verify.admit_drafts_triton,
     fold_rows=kernels_verify.fold_rows_triton,

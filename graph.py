@@ -35,7 +35,7 @@ from decode import Session
 from graph_frugal import FrugalSide
 from kernels_move import Moves
 from kernels_plan import CRITICAL, MARGINAL, row_warps
-from kernels_product import suits
+from kernels_product import MAX_ROWS
 from kernels_tiers import admit_newest
 from model import Decoder
 from quantize import Int4Linear, join_int4, run_on
@@ -45,8 +45,8 @@ WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiproce
 
 
 class Layers:
-    """A decoder's layers for a step: qkv and gate-up as one matrix product each, the rest in fused kernels; in a small
-    decoder with few rows (`suits`) norms and gate go into the products.
+    """A decoder's layers for a step: qkv and gate-up as one matrix product each, the rest in fused kernels. With
+    up to MAX_ROWS rows gate-up and down are products of our own (kernels_product.py); qkv and o are the library's.
 
     The joined weights replace the decoder's own, which become views of them: nothing is held twice.
     """
@@ -64,10 +64,11 @@ class Layers:
             self.both.append(join([mlp.gate_proj, mlp.up_proj]))
             eps, normed = self.config.norm_eps, self.config.qk_norm
             self.norms.append((attention.q_norm.weight, attention.k_norm.weight, eps) if normed else None)
-        ends = [linear for layer in decoder.layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-        # Neither INT4, nor summed over ranks by a hook (parallel.py).
-        self.plain = all(type(linear) is torch.nn.Linear and not linear._forward_hooks for linear in ends) and not any(
-            isinstance(joined, Int4Linear) for joined in self.qkv + self.both
+        # Our products are of 16 or 32-bit weights without a bias (`mlp_bias` is that of all three), and no hook sums
+        # them over ranks (parallel.py).
+        self.plain = all(isinstance(joined, tuple) for joined in self.both) and all(
+            type(down) is torch.nn.Linear and down.bias is None and not down._forward_hooks
+            for down in (layer.mlp.down_proj for layer in decoder.layers)
         )
 
     def run(self, tokens: Tensor, attend) -> Tensor:
@@ -77,27 +78,17 @@ class Layers:
         """
         backend, eps = self.backend, self.config.norm_eps
         x, update = F.embedding(tokens, self.decoder.embed_tokens.weight), None  # (B, hidden)
-        if self.plain and suits(*x.shape):
-            return self._run_fused(x, attend)
+        few = self.plain and len(x) <= MAX_ROWS
         for number, layer in enumerate(self.decoder.layers):
             hidden = backend.add_norm(x, update, layer.input_layernorm.weight, eps)
             out = attend(number, multiply(hidden, self.qkv[number]), (self.cos, self.sin), self.norms[number])
             update = layer.self_attn.o_proj(out.flatten(1))  # (B, hidden)
             hidden = backend.add_norm(x, update, layer.post_attention_layernorm.weight, eps)
-            update = layer.mlp.down_proj(backend.gate(multiply(hidden, self.both[number])))
-        return backend.add_norm(x, update, self.decoder.norm.weight, eps)
-
-    def _run_fused(self, x: Tensor, attend) -> Tensor:
-        """`run` with norms and gate inside the products; `update` is the parts of a sum, (splits, B, hidden)."""
-        backend, eps, update = self.backend, self.config.norm_eps, None
-        for number, layer in enumerate(self.decoder.layers):
-            attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm.weight
-            qkv, x = backend.norm_product(x, update, norm, eps, *self.qkv[number])
-            out = attend(number, qkv, (self.cos, self.sin), self.norms[number])
-            update = backend.product(out.flatten(1), attention.o_proj.weight, attention.o_proj.bias)
-            norm = layer.post_attention_layernorm.weight
-            gated, x = backend.norm_gate(x, update, norm, eps, *self.both[number])
-            update = backend.product(gated, mlp.down_proj.weight, mlp.down_proj.bias)
+            if few:
+                gated = backend.gate_product(hidden, self.both[number][0])  # (B, inner)
+                update = backend.split_product(gated, layer.mlp.down_proj.weight)  # (splits, B, hidden)
+            else:
+                update = layer.mlp.down_proj(backend.gate(multiply(hidden, self.both[number])))
         return backend.add_norm(x, update, self.decoder.norm.weight, eps)
 
 

@@ -43,8 +43,15 @@ class Launch(NamedTuple):
     programs: int
 
 
-# 64 tokens at D = 128, 64 KB of shared memory; eight programs for each of the 132 multiprocessors of an H100
-FULL = SCORED = TIERED = MARGINAL = Launch(tile=8192, warps=4, stages=3, programs=1056)
+# On an H100, 132 multiprocessors, bf16. The last three were FULL as well; the new numbers took, in us,
+#   SCORED    4 x 16,896: 24.3 -> 23.5
+#   TIERED    4 x 3,379: 20.4 -> 17.1; 32 x 3,379: 91.6 -> 85.4; 64 x 460: 38.7 -> 31.3
+#   MARGINAL  4 x 3,379 and as many marginal: 61.0 -> 42.1
+# FULL was not measured at other numbers.
+FULL = Launch(tile=8192, warps=4, stages=3, programs=1056)  # 64 tokens at D = 128, 64 KB of shared memory
+SCORED = Launch(tile=4096, warps=4, stages=4, programs=1056)  # 64 tokens at D = 64
+TIERED = Launch(tile=8192, warps=4, stages=3, programs=264)
+MARGINAL = Launch(tile=4096, warps=4, stages=3, programs=528)
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------

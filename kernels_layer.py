@@ -1,7 +1,9 @@
 """The small work between the matrix products of a decode step, in Triton: norms, RoPE with the cache write, the gate.
 
 Where it sits: inside the layers of both models in a decode step (graph.py). None of it is the paper's; each is one
-launch instead of five, since a step of 52 layers has no time for launches. Twins (`..._torch`) as everywhere.
+launch instead of five, since a step of 52 layers has no time for launches. The norm also adds up the parts in which the
+product before it may come (kernels_product.py), which with few rows has the gate inside as well: the gate alone is for
+many rows and INT4. Twins (`..._torch`) as everywhere.
 
 Shapes follow the legend in model.py; decode drops the T dimension: activations are (B, hidden).
 """
@@ -23,7 +25,8 @@ GATE_BLOCK = 1024
 def add_norm_torch(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """x += update in place (if there is one), then RMSNorm of x (B, hidden), as model.RMSNorm.
 
-    update: (B, hidden), or the parts of a sum, (splits, B, hidden) fp32, as `product` of kernels_product.py leaves it.
+    update: (B, hidden), or the parts of a sum, (splits, B, hidden) fp32, that `split_product` leaves
+    (kernels_product.py).
     """
     if update is not None:
         x += update if update.dim() == 2 else update.sum(0).to(x.dtype)
