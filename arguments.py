@@ -92,8 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--score-decay", type=float, metavar="D", help="score = D * score + newest row (default: "
                         f"{Settings.score_decay}; 1 is the paper's accumulation)")  # fmt: skip
     method.add_argument("--scores", choices=SCORES, help="what tokens are ranked by: the LLM's own attention where "
-                        "it sees a token, the SLM's elsewhere (fused), or the SLM's alone (slm); default: fused, and slm "
-                        "with --paper, --speculate or --no-saliency-shift, which cannot have it")  # fmt: skip
+                        "it sees a token, elsewhere the SLM's (fused, the default), or the SLM's alone (slm; default "
+                        "with --paper, --speculate and --no-saliency-shift)")  # fmt: skip
     method.add_argument("--matcher", choices=MATCHERS, help=f"how heads are matched (default: {Settings.matcher})")
     switch = argparse.BooleanOptionalAction
     method.add_argument("--marginal", action=switch, help="marginal compensation (default: "

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined: before the m
     os.environ["TRITON_INTERPRET"] = "1"
 
 from model import Config, Decoder  # noqa: E402
+from smallkv import Settings  # noqa: E402
 
 torch.set_num_threads(1)  # the models here are tiny: threads that wait for each other cost more than they bring
 
@@ -80,3 +81,8 @@ def check_ledgers(policy, lengths, capacity):
     for owner in (cache, policy.slm_cache):
         held = sum(value.nbytes for value in vars(owner).values() if torch.is_tensor(value))
         assert held == sum(entry.size for entry in owner.ledger())
+
+
+def by_slm(**changes) -> Settings:
+    """Settings that rank by the SLM's newest row alone: what drafts and a ranking without saliency shift start from."""
+    return Settings(**{"scores": "slm", "score_decay": 0.0, **changes})

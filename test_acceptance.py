@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import random_prompts
+from conftest import by_slm, random_prompts
 from decode import FullPolicy, Sampler, Session
-from smallkv import Settings
 from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV
 from test_speculative import AtPoints, near_pair
 
@@ -48,7 +47,7 @@ def test_sampling_leaves_the_distribution_of_the_llm(method, sampler):
     (prompt,) = random_prompts(120 if method == "smallkv" else 20, vocab=13)
     copies, rounds, newest = *((250, 80) if method == "full" else (50, 80)), 3
     head_map = torch.zeros(2, 6, dtype=torch.long)
-    settings = Settings(budget=0.3, marginal=True)
+    settings = by_slm(budget=0.3, marginal=True)
 
     def policy():
         if method == "full":

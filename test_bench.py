@@ -150,7 +150,7 @@ def test_an_slm_that_costs_less_is_counted_so(filled, marginal, capsys):
         held = [vars(entry) | {"model": "SLM"} for entry in FrugalCache.predict(*shape)]
         assert [tier for tier in row["tiers"] if tier["model"] == "SLM"] == held
         size = settings.sizes(row["length"])
-        read = step_bytes(llm, slm, 2, row["length"], 4, size, report["marginal"], slm_budget=0.4)
+        read = step_bytes(llm, slm, 2, row["length"], 4, size, report["marginal"], fused=True, slm_budget=0.4)
         assert row["step_bytes"] == read and read["SLM K, V"] == 2 * 2 * 2 * 16 * 4 * int(0.4 * row["length"])
         assert row["prefill_flops"] == prefill_flops(llm, slm, 2, 400)
     eager, graph = (row["predicted_bytes"] for row in report["rows"])

@@ -10,13 +10,13 @@ import overhead
 from baselines import H2O
 from cache import FullCache, ScoredCache
 from checkpoint import weight_bytes
-from conftest import check_ledgers, random_prompts, tiny_decoder
+from conftest import by_slm, check_ledgers, random_prompts, tiny_decoder
 from decode import FullPolicy, Session, generate
 from evicting import Budget
 from frugal import FrugalCache, kept_tokens
 from match import match_heads
 from model import Decoder, Span
-from smallkv import Settings, SmallKV
+from smallkv import SmallKV
 from speculative import SpeculativeFull, SpeculativeSmallKV
 from test_experiments import N, dense, naive_cosine, naive_jaccard
 
@@ -39,7 +39,7 @@ def test_the_slm_keeps_what_h2o_would_keep(pair, share, device):
     """Token for token against the H2O baseline run on the SLM, whose K and V show what it attended to."""
     llm, slm = (tiny_decoder(device=device), tiny_decoder(heads=4, head_dim=8, seed=1, device=device))
     prompts = random_prompts(150, 97)
-    session = Session(llm, SmallKV(llm, slm, Settings(slm_budget=share, score_decay=0.5)), prompts, 30)
+    session = Session(llm, SmallKV(llm, slm, by_slm(slm_budget=share, score_decay=0.5)), prompts, 30)
     h2o = Session(slm, H2O(slm, Budget(share)), prompts, 30)
     session.prefill(), h2o.prefill()
     for step in range(25):
@@ -84,7 +84,7 @@ def test_what_the_slm_has_dropped_ranks_last(pair, decay, budget, slm_budget):
     """Critical sets against a naive ranking: a KV head's sum over its query heads of what they hold, 0 for the rest."""
     llm, slm = pair
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = Settings(budget=budget, score_decay=decay, slm_budget=slm_budget)
+    settings = by_slm(budget=budget, score_decay=decay, slm_budget=slm_budget)
     session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), random_prompts(140, 113), 10)
     session.prefill()
     by_nobody = 0  # critical tokens that no matched head has a score for
@@ -109,14 +109,14 @@ def test_what_the_slm_has_dropped_ranks_last(pair, decay, budget, slm_budget):
 @pytest.mark.parametrize("marginal", [True, False])
 @pytest.mark.parametrize("refresh", [1, 3])
 def test_a_batch_changes_nothing_and_the_budget_bites(pair, marginal, refresh):
-    settings = Settings(slm_budget=0.3, marginal=marginal, score_decay=0.5, refresh=refresh)
+    settings = by_slm(slm_budget=0.3, marginal=marginal, score_decay=0.5, refresh=refresh)
     prompts = random_prompts(*LENGTHS)
     together = generate(pair[0], SmallKV(*pair, settings), prompts, 30)
     assert together == [generate(pair[0], SmallKV(*pair, settings), [prompt], 30)[0] for prompt in prompts]
-    whole = Settings(marginal=marginal, score_decay=0.5, refresh=refresh)
+    whole = by_slm(marginal=marginal, score_decay=0.5, refresh=refresh)
     assert together != generate(pair[0], SmallKV(*pair, whole), prompts, 30)
     full = generate(pair[0], FullPolicy(pair[0]), prompts, 30)
-    assert generate(pair[0], SmallKV(*pair, Settings(budget=1.0, slm_budget=0.1)), prompts, 30) == full
+    assert generate(pair[0], SmallKV(*pair, by_slm(budget=1.0, slm_budget=0.1)), prompts, 30) == full
 
 
 def test_a_frugal_view_of_the_whole_cache_is_the_plain_one():
@@ -140,7 +140,7 @@ def test_a_frugal_view_of_the_whole_cache_is_the_plain_one():
     lambda pair, settings: SpeculativeSmallKV(*pair, settings, 3),
     lambda pair, settings: SpeculativeFull(*pair, 3),
 ], ids=["smallkv", "drafts", "full, drafts"])  # fmt: skip
-@pytest.mark.parametrize("settings", [Settings(slm_budget=0.4), Settings(slm_budget=0.4, marginal=True), Settings()],
+@pytest.mark.parametrize("settings", [by_slm(slm_budget=0.4), by_slm(slm_budget=0.4, marginal=True), by_slm()],
                          ids=["frugal", "frugal, marginal", "whole"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ledger_is_what_is_allocated(make, settings, dtype, device):
@@ -156,7 +156,7 @@ def test_the_paper_s_best_combination_takes_7_percent():
     with torch.device("meta"):
         models = [Decoder(config).to(torch.bfloat16) for config in (llm, slm)]
     length = 20_000
-    ledgers = SmallKV(*models, Settings(budget=0.2, slm_budget=0.4)).predict([length], length)
+    ledgers = SmallKV(*models, by_slm(budget=0.2, slm_budget=0.4)).predict([length], length)
     slm_bytes = {entry.what: entry.size for entry in ledgers["SLM"]}
     llm_bytes = {entry.what: entry.size for entry in ledgers["LLM"]}
     full = sum(entry.size for entry in FullCache.predict(llm, 1, length, "meta", torch.bfloat16))
@@ -195,7 +195,7 @@ def test_without_drafts_the_slm_computes_no_logits(pair, slm_budget, monkeypatch
 
     monkeypatch.setattr(slm.lm_head, "forward", forbidden)
     monkeypatch.setattr(slm.norm, "forward", forbidden)
-    settings = Settings(slm_budget=slm_budget)
+    settings = by_slm(slm_budget=slm_budget)
     answers = generate(llm, SmallKV(llm, slm, settings), random_prompts(150, 97), 10)
     assert [len(answer) for answer in answers] == [10, 10]
     with pytest.raises(AssertionError, match="computed logits"):
@@ -207,4 +207,4 @@ def test_without_drafts_the_slm_computes_no_logits(pair, slm_budget, monkeypatch
 @pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
 def test_a_budget_out_of_range(share):
     with pytest.raises(ValueError, match=f"SLM budget {share} is outside"):
-        Settings(slm_budget=share)
+        by_slm(slm_budget=share)

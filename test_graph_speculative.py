@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backend import TORCH, TRITON
-from conftest import random_prompts
+from conftest import by_slm, random_prompts
 from decode import Sampler
 from generate import Pair, make_session
 from graph_speculative import StaticSpeculativeSession
@@ -16,11 +16,11 @@ from test_speculative import near_pair
 LENGTHS = (150, 97, 260)  # one prompt passes the matching window on its way
 METHODS = {
     "full": None,
-    "default": Settings(),
+    "default": by_slm(),
     "paper": Settings.paper(),
-    "marginal": Settings(marginal=True, score_decay=0.5),
-    "late": Settings(score_decay=0.9),
-    "moves": Settings(max_moves=1),
+    "marginal": by_slm(marginal=True, score_decay=0.5),
+    "late": by_slm(score_decay=0.9),
+    "moves": by_slm(max_moves=1),
 }
 SAMPLED = Sampler(0.8, top_k=20, top_p=0.9, seed=5)
 
@@ -165,14 +165,14 @@ def test_the_command_takes_static_rounds_where_there_are_any():
     """By backend, head dim and settings; nothing is run."""
     for name, settings, head_dim, backend, static in (
         ("full", None, 32, TRITON, True), ("full", None, 16, TRITON, False), ("full", None, 32, TORCH, False),
-        ("smallkv", Settings.paper(), 64, TRITON, True), ("smallkv", Settings(slm_budget=0.5), 64, TRITON, False),
-        ("smallkv", Settings(marginal=True, gate=0.5), 64, TRITON, False),
+        ("smallkv", Settings.paper(), 64, TRITON, True), ("smallkv", by_slm(slm_budget=0.5), 64, TRITON, False),
+        ("smallkv", by_slm(marginal=True, gate=0.5), 64, TRITON, False),
     ):  # fmt: skip
         pair = near_pair(head_dim=head_dim)
         policy = SpeculativeFull(*pair, 2) if name == "full" else SpeculativeSmallKV(*pair, settings, 2)
         session = make_session(Pair(*pair, None), policy, random_prompts(30), 10, backend, None)
         assert type(session) is (StaticSpeculativeSession if static else SpeculativeSession)
-    cut = SpeculativeSmallKV(*pair, Settings(slm_budget=0.5), 2)
+    cut = SpeculativeSmallKV(*pair, by_slm(slm_budget=0.5), 2)
     session = StaticSpeculativeSession(TORCH, pair[0], cut, random_prompts(30), 10)
     with pytest.raises(ValueError, match="no graph of drafts with 0.5 of the SLM's cache"):
         session.round([1], [2], Sampler(), Sampler().generators(1))

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from conftest import played, random_prompts, tiny_decoder
+from conftest import by_slm, played, random_prompts, tiny_decoder
 from decode import Session, generate
 from match import match_heads, window_rows
 from smallkv import Settings, SmallKV, TierSizes
@@ -55,7 +55,7 @@ def test_a_gate_closes_the_heads_below_it(pair):
     prompts = random_prompts(140, 96)  # the second meets the matching window while it decodes
     found = match_heads(llm, slm, prompts[0], "cosine").similarity.view(2, 2, 3).mean(-1)
     gate = found.median().item() + 1e-6  # closes half of the first sequence's heads
-    settings = Settings(budget=0.3, marginal=True, score_decay=0.5, gate=gate, split="1:1:2")
+    settings = by_slm(budget=0.3, marginal=True, score_decay=0.5, gate=gate, split="1:1:2")
     session = Session(llm, SmallKV(llm, slm, settings), prompts, 10)
     session.prefill()
     kinds = set()
@@ -106,7 +106,7 @@ def test_moves_are_limited_as_in_a_loop_over_sets(pair, moves, refresh):
     """Every KV head by itself: of those who are wanted and not held the best enter, the best of those held stay."""
     llm, slm = pair
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = Settings(budget=0.2, max_moves=moves, refresh=refresh)
+    settings = by_slm(budget=0.2, max_moves=moves, refresh=refresh)
     prompts = random_prompts(140, 113)
     session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), prompts, 12)
     session.prefill()
@@ -165,7 +165,7 @@ def test_moved_bytes_are_the_rows_that_came_from_the_host(pair):
      ({"split": "3:1:0", "marginal": True}, "leaves the marginal tier nothing"),
      ({"gate": 0.8}, "gate 0.8 should be"), ({"gate": 1.5, "marginal": True}, "gate 1.5 should be"),
      ({"max_moves": -1}, "-1 moves"), ({"max_moves": 3, "marginal": True}, "3 moves: a limit"),
-     ({"max_moves": 3, "saliency_shift": False}, "3 moves: a limit"),
+     ({"max_moves": 3, "scores": "slm", "saliency_shift": False}, "3 moves: a limit"),
      ({"scores": "llm"}, "unknown scores 'llm'; supported: slm, fused"),
      ({"scores": "fused", "saliency_shift": False}, "fused scores need the SLM's")],
 )  # fmt: skip

@@ -389,5 +389,5 @@ def test_the_benchmark_measures_one_rank_s_part(tmp_path, capsys):
     assert part["step_bytes"]["SLM K, V"] == whole["step_bytes"]["SLM K, V"]
     ranks = Ranks(2, tmp_path, [*flags, "--largest", "1x200+20"], main=bench.main)
     assert ranks.codes() == [2, 2] and ranks.text("err") == (
-        "error: --largest and the method transformers are for one process; leave them out under torchrun\n"
+        "error: --largest, --speculate and the method transformers are for one process; leave them out under torchrun\n"
     )

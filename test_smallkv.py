@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from cache import FullCache, ScoredCache, TieredCache
-from conftest import check_ledgers, played, random_prompts, tiny_decoder
+from conftest import by_slm, check_ledgers, played, random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, strip_pads
 from match import accumulated_scores, window_rows
 from model import Span
@@ -18,20 +18,22 @@ from smallkv import Settings, SmallKV, TierSizes
 LENGTHS = (150, 97, 260, 101)
 VARIANTS = {
     "default": Settings(),
+    "slm alone": by_slm(),
     "paper": Settings.paper(),
-    "newest row": Settings(score_decay=0.0, marginal=True),
-    "jaccard": Settings(matcher="jaccard"),
-    "marginal": Settings(marginal=True, score_decay=0.5),
-    "no shift": Settings(saliency_shift=False, score_decay=1.0, marginal=True),
-    "no shift, decay": Settings(saliency_shift=False),
-    "neither": Settings(saliency_shift=False, marginal=False),
-    "5 %": Settings(budget=0.05, marginal=True),
-    "tokens": Settings(budget_tokens=40),
-    "refresh": Settings(refresh=3),
-    "refresh, marginal": Settings(marginal=True, score_decay=0.5, refresh=4),
-    "split": Settings(marginal=True, split="1:1:6"),
-    "gate": Settings(marginal=True, gate=0.6),
-    "moves": Settings(max_moves=2),
+    "newest row": by_slm(score_decay=0.0, marginal=True),
+    "jaccard": by_slm(matcher="jaccard"),
+    "marginal": by_slm(marginal=True, score_decay=0.5),
+    "no shift": by_slm(saliency_shift=False, score_decay=1.0, marginal=True),
+    "no shift, decay": by_slm(saliency_shift=False),
+    "neither": by_slm(saliency_shift=False, marginal=False),
+    "5 %": by_slm(budget=0.05, marginal=True),
+    "tokens": by_slm(budget_tokens=40),
+    "refresh": by_slm(refresh=3),
+    "refresh, marginal": by_slm(marginal=True, score_decay=0.5, refresh=4),
+    "split": by_slm(marginal=True, split="1:1:6"),
+    "gate": by_slm(marginal=True, gate=0.6),
+    "moves": by_slm(max_moves=2),
+    "fused, all of it": Settings(score_decay=0.9, marginal=True, gate=0.6, refresh=2),
 }
 
 
@@ -54,7 +56,7 @@ def test_full_cache_equals_one_pass(pair, full_answers):
 @pytest.mark.parametrize("marginal", [True, False])
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_whole_budget_equals_full_cache(pair, full_answers, decay, marginal):
-    policy = SmallKV(*pair, Settings(budget=1.0, score_decay=decay, marginal=marginal))
+    policy = SmallKV(*pair, by_slm(budget=1.0, score_decay=decay, marginal=marginal))
     assert generate(pair[0], policy, random_prompts(*LENGTHS), 30) == full_answers
 
 
@@ -65,7 +67,7 @@ def test_a_batch_changes_nothing(pair, full_answers, name):
     together = generate(pair[0], SmallKV(*pair, VARIANTS[name]), prompts, 30)
     alone = [generate(pair[0], SmallKV(*pair, VARIANTS[name]), [prompt], 30)[0] for prompt in prompts]
     assert together == alone
-    late = Settings(**{**vars(VARIANTS[name]), "prefetch": False})
+    late = by_slm(**{**vars(VARIANTS[name]), "prefetch": False})
     assert generate(pair[0], SmallKV(*pair, late), prompts, 30) == together
     assert together != full_answers  # the budget must bite, or this test shows nothing
 
@@ -73,7 +75,7 @@ def test_a_batch_changes_nothing(pair, full_answers, name):
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_prefetch_and_device_change_nothing(prefetch, device):
     """On a GPU: the side stream, pinned memory and all, against the same run on the CPU."""
-    settings = Settings(budget=0.2, score_decay=0.5, marginal=True, prefetch=prefetch)
+    settings = by_slm(budget=0.2, score_decay=0.5, marginal=True, prefetch=prefetch)
     prompts = random_prompts(*LENGTHS)
     cpu = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     expected = generate(cpu[0], SmallKV(*cpu, settings), prompts, 20)
@@ -158,7 +160,7 @@ def test_host_keeps_what_was_made(pair):
     """The host's K and V after a run are those of a full cache fed by the same tokens, where attention was full."""
     llm, slm = (model.to("cpu") for model in pair)
     prompts = random_prompts(130)
-    whole = Session(llm, SmallKV(llm, slm, Settings(budget=1.0)), prompts, 10)
+    whole = Session(llm, SmallKV(llm, slm, by_slm(budget=1.0)), prompts, 10)
     full = Session(llm, FullPolicy(llm), prompts, 10)
     whole.prefill(), full.prefill()
     for token in range(8):
@@ -193,7 +195,7 @@ def test_without_saliency_shift_the_ranking_is_the_llms_own(pair):
     """The LLM's own scores against a naive loop that replays its weights: prefill rows, then what each step saw."""
     llm, slm = (model.to("cpu") for model in pair)
     (prompt,) = random_prompts(120)
-    policy = SmallKV(llm, slm, Settings(budget=0.2, marginal=False, saliency_shift=False, score_decay=1.0))
+    policy = SmallKV(llm, slm, by_slm(budget=0.2, marginal=False, saliency_shift=False, score_decay=1.0))
     session = Session(llm, policy, [prompt], 20)
     session.prefill()
     rows = window_rows(llm, torch.tensor([prompt])).view(2, 2, 3, 120, 120)
@@ -213,7 +215,7 @@ def test_plan_ranks_by_the_matched_heads_and_sums_a_group(pair, decay):
     """Critical tokens of every layer, KV head and step against a naive top-k of sum_h sum_q d^age A_f(h)[q, j]."""
     llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = Settings(budget=0.2, score_decay=decay, marginal=True)
+    settings = by_slm(budget=0.2, score_decay=decay, marginal=True)
     prompts = random_prompts(140, 113)
     session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), prompts, 10)
     session.prefill()
@@ -233,7 +235,7 @@ def test_plan_ranks_by_the_matched_heads_and_sums_a_group(pair, decay):
 @pytest.mark.parametrize("budget", [0.2, 0.6, 0.7])
 def test_without_saliency_shift_what_is_dropped_is_gone(budget):
     llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
-    settings = Settings(budget=budget, saliency_shift=False, marginal=True)
+    settings = by_slm(budget=budget, saliency_shift=False, marginal=True)
     session = Session(llm, SmallKV(llm, slm, settings), random_prompts(150), 30)
     session.prefill()
     gone = torch.zeros(2, 2, 180, dtype=torch.bool)
@@ -264,12 +266,12 @@ def test_fp16_survives_large_products():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "marginal", "no shift", "fused"])
+@pytest.mark.parametrize("name", ["default", "slm alone", "marginal", "no shift"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ledger_is_what_is_allocated(pair, name, dtype, device):
     """Predicted from shapes = measured on the tensors, line by line; and no cache tensor is missing from it."""
     llm, slm = tiny_decoder().to(device, dtype), tiny_decoder(heads=4, head_dim=8, seed=1).to(device, dtype)
-    policy = SmallKV(llm, slm, {**VARIANTS, "fused": Settings(scores="fused", score_decay=0.5)}[name])
+    policy = SmallKV(llm, slm, VARIANTS[name])
     check_ledgers(policy, [150, 120], 300)
     full = FullPolicy(llm)
     assert full.make_cache([150, 120], 300).ledger() == full.predict([150, 120], 300)["LLM"]
@@ -279,7 +281,7 @@ def test_slots_follow_the_budget_not_the_context():
     llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     full = FullCache.predict(llm.config, 1, 2000, "cpu", torch.float32)[0].size
     for budget in (0.05, 0.1, 0.2, 0.5):
-        cache = SmallKV(llm, slm, Settings(budget=budget, marginal=True)).make_cache([1000], 2000)
+        cache = SmallKV(llm, slm, by_slm(budget=budget, marginal=True)).make_cache([1000], 2000)
         assert isinstance(cache, TieredCache)
         one_row = 2 * 2 * 16 * 4  # in each layer and KV head: two lengths may round in favour of different tiers
         assert cache.key.nbytes + cache.value.nbytes <= budget * full + one_row
@@ -305,7 +307,7 @@ def test_no_tensor_as_large_as_the_prompt_squared(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", mask)
     llm, slm = tiny_decoder(kv_heads=6), tiny_decoder(heads=4, head_dim=8, seed=1)
     n = 3000
-    for settings in (Settings(score_decay=1.0), Settings(saliency_shift=False, score_decay=1.0)):
+    for settings in (by_slm(score_decay=1.0), by_slm(saliency_shift=False, score_decay=1.0)):
         with Largest() as largest:
             Session(llm, SmallKV(llm, slm, settings), random_prompts(n), 5, chunk=256).prefill()
         assert 256 * n < largest.elements < n * n / 1.5  # 6 heads x 256 queries x 3,000 keys, against 9,000,000
@@ -326,7 +328,7 @@ def test_sampler_keeps_the_right_tokens():
 
 def test_sampling_depends_on_the_seed_alone(pair):
     prompts = random_prompts(120, 130)
-    policy = SmallKV(*pair, Settings())
+    policy = SmallKV(*pair, by_slm())
     first = generate(pair[0], policy, prompts, 20, sampler=Sampler(1.0, seed=3))
     assert generate(pair[0], policy, prompts[1:], 20, sampler=Sampler(1.0, seed=3)) == first[1:]
     assert generate(pair[0], policy, prompts, 20, sampler=Sampler(1.0, seed=4)) != first

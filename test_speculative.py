@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import speculative
-from conftest import random_prompts, tiny_decoder
+from conftest import by_slm, random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, check_positions, generate, generate_ids
 from drafts import DraftedScores
 from kernels import full_attention_block, full_attention_step, tiered_attention, tiered_attention_block
@@ -26,14 +26,14 @@ from speculative import (
 
 LENGTHS = (150, 97, 260, 101)
 VARIANTS = {
-    "default": Settings(),
+    "default": by_slm(),
     "paper": Settings.paper(),
-    "marginal": Settings(marginal=True, score_decay=0.5),
-    "late": Settings(marginal=True, score_decay=0.9, prefetch=False),
-    "tokens": Settings(budget_tokens=40),
-    "moves": Settings(max_moves=1),
-    "frugal": Settings(slm_budget=0.4),
-    "frugal, marginal": Settings(slm_budget=0.3, score_decay=0.7, marginal=True),
+    "marginal": by_slm(marginal=True, score_decay=0.5),
+    "late": by_slm(marginal=True, score_decay=0.9, prefetch=False),
+    "tokens": by_slm(budget_tokens=40),
+    "moves": by_slm(max_moves=1),
+    "frugal": by_slm(slm_budget=0.4),
+    "frugal, marginal": by_slm(slm_budget=0.3, score_decay=0.7, marginal=True),
 }
 
 
@@ -407,8 +407,8 @@ def test_a_drafter_never_passes_the_end(pair, full_answers):
 @pytest.mark.parametrize(
     "make, message",
     [(lambda pair: SpeculativeFull(*pair, 0), "0 drafts a step are too few"),
-     (lambda pair: SpeculativeSmallKV(*pair, Settings(refresh=2), 3), "a plan every 2 steps"),
-     (lambda pair: SpeculativeSmallKV(*pair, Settings(saliency_shift=False), 3), "drafts need saliency shift")],
+     (lambda pair: SpeculativeSmallKV(*pair, by_slm(refresh=2), 3), "a plan every 2 steps"),
+     (lambda pair: SpeculativeSmallKV(*pair, by_slm(saliency_shift=False), 3), "drafts need saliency shift")],
 )  # fmt: skip
 def test_what_drafts_do_not_go_with(pair, make, message):
     with pytest.raises(ValueError, match=message):
