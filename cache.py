@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import causal_attention, column_sums, full_attention_block, move_rows, tiered_attention
+from kernels import NEGLIGIBLE, causal_attention, column_sums, full_attention_block, move_rows, tiered_attention
 from model import Config, Span
 
 
@@ -118,6 +118,8 @@ class ScoredCache(FullCache):
     that makes the scores of a prefill, `kernels.column_sums` or its Triton version.
     """
 
+    prompt: int | None = None  # tokens of the prompt that is being prefilled, where that is known
+
     def __init__(
         self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float,
         sums: Callable = column_sums, keep_row: bool = False,
@@ -135,11 +137,18 @@ class ScoredCache(FullCache):
         T, end = query.shape[2], span.end
         seen_key, seen_value = self.key[layer, :, :, :end], self.value[layer, :, :, :end]
         if T > 1:
-            self.score[layer, :, :, :end].mul_(self.decay**T).add_(self.sums(query, seen_key, self.decay))
+            coming = 0 if self.prompt is None else self.prompt - end
+            if self.decay**coming >= NEGLIGIBLE:  # or nothing of this chunk is left at the prompt's end
+                self.score[layer, :, :, :end].mul_(self.decay**T).add_(self.sums(query, seen_key, self.decay))
             return causal_attention(query, seen_key, seen_value)
         out, rows = full_attention_block(query, seen_key, seen_value, span.positions)
         self._remember(layer, rows[:, :, 0])
         return out
+
+    def staging(self, b: int, length: int) -> "ScoredCache":
+        view = super().staging(b, length)
+        view.prompt = length
+        return view
 
     def _remember(self, layer: int | slice, row: Tensor) -> None:
         """The newest query's attention (..., B, H, end), of one layer or of all."""
@@ -210,9 +219,11 @@ class TieredCache:
     def __init__(
         self, config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device,
         dtype: torch.dtype, prefetch: bool = True, own_decay: float | None = None, one_way: bool = False,
+        sums: Callable = column_sums,
     ):  # fmt: skip
         device = torch.device(device)
-        self.config, self.prefetch, self.own_decay, self.one_way = config, prefetch, own_decay, one_way
+        self.config, self.prefetch, self.sums = config, prefetch, sums
+        self.own_decay, self.one_way = own_decay, one_way
         base = (config.layers, batch, config.kv_heads)
         self.key = torch.empty(*base, critical_slots, config.head_dim, device=device, dtype=dtype)
         self.value = torch.empty(*base, value_slots, config.head_dim, device=device, dtype=dtype)
@@ -236,7 +247,11 @@ class TieredCache:
     def staging(self, b: int, length: int) -> FullCache:
         """A full cache of one sequence for its prefill, given up once `load` has taken it over."""
         shape = (self.config, 1, length, self.key.device, self.key.dtype)
-        return FullCache(*shape) if self.own_decay is None else ScoredCache(*shape, self.own_decay)
+        if self.own_decay is None:
+            return FullCache(*shape)
+        staged = ScoredCache(*shape, self.own_decay, self.sums)
+        staged.prompt = length
+        return staged
 
     def load(self, b: int, staged: FullCache, length: int) -> None:
         """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants."""

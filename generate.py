@@ -264,7 +264,7 @@ def run(args) -> int:
     elif args.compare:
         methods = {"full": ("full", 0), "smallkv": ("smallkv", 0)}
     for name, (method, drafts) in methods.items():
-        policy = make_policy(method, pair, settings, drafts)
+        policy = make_policy(method, pair, settings, drafts, backend)
         console.print(backend_line(pair, policy, backend), style="dim", highlight=False, soft_wrap=True)
         stream = pair.text.stream()
         live = len(prompts) == 1 and not args.compare  # several answers at once cannot be streamed into one column
@@ -289,16 +289,16 @@ def run(args) -> int:
     return 130 if interrupted else 0
 
 
-def make_policy(method: str, pair: Pair, settings: Settings, drafts: int = 0):
+def make_policy(method: str, pair: Pair, settings: Settings, drafts: int = 0, backend: Backend = TORCH):
     """The policy of one --method; a baseline takes the budget from the settings, and the rest means nothing to it."""
     if drafts:
         if method == "full":
             return SpeculativeFull(pair.llm, pair.slm, drafts)
-        return SpeculativeSmallKV(pair.llm, pair.slm, settings, drafts)
+        return SpeculativeSmallKV(pair.llm, pair.slm, settings, drafts, sums=backend.column_sums)
     if method == "full":
         return FullPolicy(pair.llm)
     if method == "smallkv":
-        return SmallKV(pair.llm, pair.slm, settings)
+        return SmallKV(pair.llm, pair.slm, settings, sums=backend.column_sums)
     return BASELINES[method](pair.llm, Budget(settings.budget, settings.budget_tokens))
 
 

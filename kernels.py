@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEGLIGIBLE = 1e-9  # weights below it are beyond fp32's resolution
 SCORE_BLOCK = 256  # query rows whose attention is held at once when scores are summed
 
 
@@ -67,7 +68,7 @@ def column_sums(query: Tensor, key: Tensor, decay: float) -> Tensor:
     scores = torch.zeros(B, H, S, dtype=torch.float32, device=query.device)
     block = SCORE_BLOCK if decay > 0 else 1
     for end in range(T, 0, -block):
-        if decay ** (T - end) < 1e-9:  # python: 0.0 ** 0 == 1, so decay 0 keeps the newest row alone
+        if decay ** (T - end) < NEGLIGIBLE:  # python: 0.0 ** 0 == 1, so decay 0 keeps the newest row alone
             break
         start = max(0, end - block)
         age = torch.arange(T - start - 1, T - end - 1, -1, device=query.device, dtype=torch.float32)  # (block,)

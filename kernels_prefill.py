@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import NEGLIGIBLE
+
 QUERIES, KEYS = 64, 64  # one tile
-NEGLIGIBLE = 1e-9  # weights below it are beyond fp32's resolution, as in the twin
 
 
 @triton.jit

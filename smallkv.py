@@ -274,7 +274,7 @@ class SmallKV:
         slots = pool_slots(self.settings, min(lengths), capacity)
         self.cache = self.tiers(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch,
-            own_decay, self.one_way,
+            own_decay, self.one_way, self.sums,
         )  # fmt: skip
         return self.cache
 

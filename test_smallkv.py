@@ -171,7 +171,7 @@ def test_host_keeps_what_was_made(pair):
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.0])
-@pytest.mark.parametrize("chunk", [1024, 50])
+@pytest.mark.parametrize("chunk", [1024, 50, 10])
 def test_scores_are_the_decayed_sum_of_attention_rows(decay, chunk):
     """Prefill in chunks plus decode steps against full attention matrices: score[j] = sum d^(age of q) A[q, j]."""
     slm = tiny_decoder(heads=4, head_dim=8, seed=1)
@@ -179,7 +179,7 @@ def test_scores_are_the_decayed_sum_of_attention_rows(decay, chunk):
     cache = ScoredCache(slm.config, 1, 140, "cpu", torch.float32, decay, keep_row=True)
     for start in range(0, 130, chunk):
         end = min(130, start + chunk)
-        slm(torch.tensor([tokens[start:end]]), Span.block(start, end, "cpu"), cache)
+        slm(torch.tensor([tokens[start:end]]), Span.block(start, end, "cpu"), cache.staging(0, 130))
     for i in range(130, 140):
         slm(torch.tensor([tokens[i : i + 1]]), Span.step([i], "cpu"), cache)
     rows = window_rows(slm, torch.tensor([tokens]))  # (L * H, 140, 140)
