@@ -82,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
     models.add_argument("--quantize", choices=("int4",), help="round the LLM's weights to INT4 while loading")
     models.add_argument("--slm-quantize", choices=("int4",), help="the SLM's too")
-    models.add_argument("--backend", default="torch", choices=NAMES, help="of the decode steps; auto: triton on CUDA, "
-                        "as static steps in a CUDA graph (default: torch)")  # fmt: skip
+    models.add_argument("--backend", default="auto", choices=NAMES, help="of the decode steps: plain PyTorch or Triton "
+                        "kernels in a CUDA graph; auto (default): triton on CUDA, torch elsewhere")  # fmt: skip
     method = parser.add_argument_group("method")
     method.add_argument("--method", default="smallkv", choices=("full", "smallkv", *BASELINES))
     method.add_argument("--compare", action="store_true", help="answer with the full cache too, side by side")

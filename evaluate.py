@@ -339,8 +339,8 @@ def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
-    models.add_argument("--backend", choices=NAMES, default="torch", help="of decode steps: plain PyTorch (default) or "
-                        "Triton in a CUDA graph, for full and smallkv; auto takes that on a GPU")  # fmt: skip
+    models.add_argument("--backend", choices=NAMES, default="auto", help="of decode steps: plain PyTorch or Triton "
+                        "in a CUDA graph, for full and smallkv; auto (default): that on a GPU")  # fmt: skip
     models.add_argument("--quantize", choices=("int4",), help="round the LLM's weights to INT4 while loading")
     models.add_argument("--slm-quantize", choices=("int4",), help="the SLM's too")
     what = parser.add_argument_group("methods")

@@ -237,8 +237,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="name", required=True, metavar="EXPERIMENT")
     commands.add_parser("list", help="what there is")
     for name, experiment in EXPERIMENTS.items():
-        about = experiment.ran.replace("%", "%%")
-        own = commands.add_parser(name, help=about.split(":")[0], description=about, allow_abbrev=False,
+        short = experiment.ran.split(":")[0].replace("%", "%%")  # argparse formats a help, and no description
+        own = commands.add_parser(name, help=short, description=experiment.ran, allow_abbrev=False,
                                   epilog="Other flags go to the task: evaluate.py TASK --help.")  # fmt: skip
         add_common(own, name, experiment)
     args, args.rest = parser.parse_known_args(argv)

@@ -15,11 +15,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64  # rows that a program brings at once
+ROWS = 64  # rows that a program stores, or brings from short lists, at once
 STORERS = 16  # programs that write to the host: a multiprocessor whose writes wait for PCIe holds up its neighbours'
 # kernels. With 448 programs the SLM's first kernel lasted as long as they did (0.5 ms at 64 x 2,048)
-BRINGERS = 16  # programs that bring keys, and as many for values: with the rows of 16 they fill PCIe, and the LLM's
-# matrix products wait less for a free multiprocessor than with 64 (10 % moved at 4 x 16,384: 8.46 against 8.83 ms)
+LONG = 2048  # slots of a KV head from which a list is long
+
+
+class Movers(NamedTuple):
+    """A launch of bring_rows: programs that bring keys (and as many for values), their rows at once, their warps.
+
+    Together 1,024 rows of each are under way, which fills PCIe. Few programs with many rows leave more multiprocessors
+    to the LLM's matrix products, whose blocks fill one and wait for it; but a program goes through its KV heads one
+    after another, so many short lists need many programs. At 32 x 16,384 with 2 % moved a step took 15.7 ms with the
+    long lists' launch, 18.4 with the short ones' (10 %: 20.3, 19.8); at 4 x 16,384 with 10 % 7.72 and 7.94 (H100).
+    """
+
+    programs: int
+    rows: int
+    warps: int
+
+
+def pick_movers(slots: int) -> Movers:
+    return Movers(2, 512, 32) if slots >= LONG else Movers(16, ROWS, 4)
 
 
 class Moves(NamedTuple):
@@ -67,7 +84,7 @@ def _bring(
     pool_ptr, host_ptr, token_ptr, slot_ptr, count_ptr, slots, capacity, pairs, PARTS: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Every BRINGERS-th of the work's items: a KV head of a sequence, or one of PARTS interleaved parts of its list."""
+    """Every so many-th of the work's items: a KV head of a sequence, or one of PARTS interleaved parts of its list."""
     dim = tl.arange(0, D)
     for item in range(tl.program_id(0), pairs * PARTS, tl.num_programs(0)):
         pair = item // PARTS
@@ -121,9 +138,10 @@ def bring_rows_triton(
 ) -> None:
     B, G, C, D = key.shape
     pairs = B * G
-    _bring_kernel[(BRINGERS, 2)](
+    movers = pick_movers(C)
+    _bring_kernel[(movers.programs, 2)](
         key, value, host_key, host_value, *key_moves, *value_moves, C, value.shape[2], host_key.shape[2], pairs,
-        PARTS=triton.cdiv(BRINGERS, pairs), D=D, ROWS=ROWS, num_warps=4, num_stages=1,
+        PARTS=triton.cdiv(movers.programs, pairs), D=D, ROWS=movers.rows, num_warps=movers.warps, num_stages=1,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -118,7 +119,7 @@ def test_same_arguments_same_files_and_a_killed_run_goes_on(run, tmp_path, monke
     assert sorted((tmp_path / "c" / "results.jsonl").read_bytes().split(b"\n")) == sorted(one_missing)
     about = json.loads((tmp_path / "c" / "run.json").read_text())
     assert len(about["invocations"]) == 3 and about["invocations"][0]["seconds"] is None
-    assert about["versions"]["torch"] == torch.__version__ and about["token_bytes"]["LLM"] == 2 * 2 * 2 * 16 * 4
+    assert about["versions"]["torch"] == metadata.version("torch") and about["token_bytes"]["LLM"] == 2 * 2 * 2 * 16 * 4
 
 
 def test_more_methods_and_budgets_join_a_run(run, tmp_path):

@@ -158,9 +158,10 @@ def pinned(tensor, device):
     return tensor.pin_memory() if device == "cuda" else tensor
 
 
-@pytest.mark.parametrize("head_dim", [32, 128])
-def test_movement_equals_its_twin_to_the_bit(head_dim, device):
-    """Rows gathered from (pinned) host memory by the kernel; slots that nothing comes to keep what they had."""
+@pytest.mark.parametrize("head_dim, long", [(32, 2048), (128, 2048), (128, 17)])
+def test_movement_equals_its_twin_to_the_bit(head_dim, long, device, monkeypatch):
+    """Rows gathered from (pinned) host memory by either launch; slots that nothing comes to keep what they had."""
+    monkeypatch.setattr(kernels_move, "LONG", long)
     dtype = HALF[device][0]
     host = [pinned(randn(2, 2, 99, head_dim, seed=seed, dtype=dtype), device) for seed in (0, 1)]
     moves = []

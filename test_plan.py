@@ -96,9 +96,10 @@ def test_plan_with_a_memory_equals_its_twin(lengths, group, moves, added, long, 
     score, index, length, sizes = plan_case(device, lengths, group, moves is None, ties=False)
     B, S = len(lengths), score.shape[3]
     prior = dyadic(B, S, seed=2, device=device) if added else None
-    held = torch.full((2, B, 2, 60), -1, dtype=torch.int32, device=device)
-    before = length[:, None, None] - 2 - torch.arange(20, device=device)  # recent tokens are held: they came one by one
-    held[..., 7:27] = before.clamp(min=-1)
+    recent = sizes[length.long()][:, 1].max().item() + 8
+    held = torch.full((2, B, 2, recent + 40), -1, dtype=torch.int32, device=device)
+    before = length[:, None, None] - 2 - torch.arange(recent, device=device)  # recent tokens are held: all came in turn
+    held[..., 7 : 7 + recent] = before.clamp(min=-1)
     late = torch.arange(S, device=device) >= length[:, None, None]
     tiers, memories = [], []
     for plan in (kernels_plan.plan_layers_torch, partial(rank, long)):
