@@ -19,6 +19,8 @@ Queries are scaled before the product, not after: unscaled products of fp16 can 
 Shapes follow the legend in model.py.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,21 +63,25 @@ def column_sums(query: Tensor, key: Tensor, decay: float) -> Tensor:
     """Scores that T queries, the last T of S tokens, leave on the keys (Eq. 1): (B, H, S) fp32.
 
     sum over queries q of decay^(last - q) * A[q, j], by blocks of SCORE_BLOCK queries, so that memory is O(S).
-    decay = 1 is the paper's plain sum. With decay < 1 the blocks whose weights are below fp32's resolution are skipped.
+    decay = 1 is the paper's plain sum. With decay < 1 queries whose weights are below fp32's resolution are skipped.
     """
     B, H, T, _ = query.shape
     S = key.shape[2]
     scores = torch.zeros(B, H, S, dtype=torch.float32, device=query.device)
-    block = SCORE_BLOCK if decay > 0 else 1
-    for end in range(T, 0, -block):
-        if decay ** (T - end) < NEGLIGIBLE:  # python: 0.0 ** 0 == 1, so decay 0 keeps the newest row alone
-            break
-        start = max(0, end - block)
+    for start in range(T - queries_that_count(decay, T), T, SCORE_BLOCK):
+        end = min(start + SCORE_BLOCK, T)
         age = torch.arange(T - start - 1, T - end - 1, -1, device=query.device, dtype=torch.float32)  # (block,)
         weight = torch.as_tensor(decay, dtype=torch.float32, device=query.device) ** age
         rows = attention_rows(query[:, :, start:end], key[:, :, : S - T + end], first=S - T + start)
         scores[:, :, : S - T + end] += (weight[:, None] * rows).sum(2)
     return scores
+
+
+def queries_that_count(decay: float, queries: int) -> int:
+    """How many of the last `queries` have a weight, decay^age, worth the work; decay 0 keeps the newest alone."""
+    if decay == 1:
+        return queries
+    return 1 if decay == 0 else min(queries, 1 + math.ceil(math.log(NEGLIGIBLE) / math.log(decay)))
 
 
 def full_attention_step(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import NEGLIGIBLE
+from kernels import queries_that_count
 
 QUERIES, KEYS = 64, 64  # one tile
 
@@ -80,9 +80,7 @@ def column_sums_triton(query: Tensor, key: Tensor, decay: float) -> Tensor:
     """`kernels.column_sums`: query (B, H, T, D), the last T of S tokens, key (B, G, S, D) -> (B, H, S) fp32."""
     B, H, T, D = query.shape
     G, S = key.shape[1], key.shape[2]
-    count = T  # queries whose weight is worth the work
-    if decay < 1:
-        count = 1 if decay == 0 else min(T, 1 + math.ceil(math.log(NEGLIGIBLE) / math.log(decay)))
+    count = queries_that_count(decay, T)
     query = query[:, :, T - count :]
     if query.stride()[2:] != (D, 1):
         query = query.contiguous()

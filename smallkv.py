@@ -197,10 +197,20 @@ def plan_tiers(scores: Tensor, sizes: list[TierSizes], lengths: list[int]) -> tu
     scores (B, G, n) fp32, sizes and lengths one for each sequence. Returns critical and marginal masks (B, G, n).
     Recent tokens rank first; equal scores rank by position, so that the outcome does not depend on the batch.
     """
-    rank = ranks(recent_first(scores, sizes, lengths))
-    critical = rank < column([size.critical for size in sizes], scores.device)
-    covered = rank < column([size.critical + size.marginal for size in sizes], scores.device)
+    scores = recent_first(scores, sizes, lengths)
+    critical = best(scores, [size.critical for size in sizes])
+    covered = best(scores, [size.critical + size.marginal for size in sizes])
     return critical, covered & ~critical
+
+
+def best(scores: Tensor, counts: list[int]) -> Tensor:
+    """Mask (B, G, n): the counts[b] best tokens of each row of scores (B, G, n), equal ones by position."""
+    n = scores.shape[-1]
+    count = column(counts, scores.device).clamp(1, n)  # (B, 1, 1)
+    top = scores.topk(min(max(counts), n)).values  # (B, G, most), largest first
+    least = top.gather(-1, (count - 1).expand(*scores.shape[:2], 1))  # (B, G, 1), the last one that is in
+    above, equal = scores > least, scores == least
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def ranks(scores: Tensor) -> Tensor:
