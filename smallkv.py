@@ -199,6 +199,8 @@ def plan_tiers(scores: Tensor, sizes: list[TierSizes], lengths: list[int]) -> tu
     """
     scores = recent_first(scores, sizes, lengths)
     critical = best(scores, [size.critical for size in sizes])
+    if not any(size.marginal for size in sizes):
+        return critical, torch.zeros_like(critical)
     covered = best(scores, [size.critical + size.marginal for size in sizes])
     return critical, covered & ~critical
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import demo
+import evaluate
 import generate as command
 from baselines import Window
 from decode import FullPolicy, Session, generate
@@ -14,6 +15,7 @@ from distill import figures_of, similarity
 from evicting import Budget
 from recall import document_ids
 from smallkv import Settings, SmallKV
+from tasks import read_results
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +119,12 @@ def test_only_what_was_piped_in_is_a_prompt(content, waits, monkeypatch, tmp_pat
     with path.open() as file:
         monkeypatch.setattr("sys.stdin", file)
         assert command.input_waits() is waits
+
+
+def test_recall_of_fifty_documents(tmp_path):
+    """`evaluate.py recall --limit 50` for SmallKV, two of the four questions each, so that it takes less than two minutes
+    beside another test: as many right answers as when this was written, give or take two."""
+    flags = ["--limit", "50", "--turns", "2", "--method", "smallkv", "--device", "cpu", "--out", str(tmp_path)]
+    assert evaluate.main(["recall", *flags]) == 0
+    answers = [turn["exact"] for line in read_results(tmp_path / "results.jsonl") for turn in line["turns"]]
+    assert len(answers) == 100 and abs(sum(answers) - 92) <= 2
