@@ -122,8 +122,8 @@ def test_only_what_was_piped_in_is_a_prompt(content, waits, monkeypatch, tmp_pat
 
 
 def test_recall_of_fifty_documents(tmp_path):
-    """`evaluate.py recall --limit 50` for SmallKV, two of the four questions each, so that it takes less than two minutes
-    beside another test: as many right answers as when this was written, give or take two."""
+    """`evaluate.py recall --limit 50` for SmallKV, two questions each, so that it takes less than two minutes beside
+    another test: as many right answers as when this was written, give or take two."""
     flags = ["--limit", "50", "--turns", "2", "--method", "smallkv", "--device", "cpu", "--out", str(tmp_path)]
     assert evaluate.main(["recall", *flags]) == 0
     answers = [turn["exact"] for line in read_results(tmp_path / "results.jsonl") for turn in line["turns"]]
