@@ -13,7 +13,7 @@ from backend import NAMES
 from baselines import BASELINES
 from checkpoint import DTYPES
 from match import MATCHERS
-from smallkv import SCORES, Settings
+from settings import SCORES, Settings
 
 DTYPE_CHOICES = {"auto": None, **DTYPES}
 

@@ -26,7 +26,6 @@ steps is for evaluate.py to say: more than after one, and less than r times that
 import argparse
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -36,147 +35,21 @@ import torch
 
 import bench_overhead
 import parallel
-from backend import NAMES, TORCH, Backend, pick_backend
-from baselines import BASELINES
+from backend import NAMES, TORCH, pick_backend
 from bench_clock import Clock, ceilings, profile, random_decoder
 from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
+from bench_sessions import RIVALS, DrivenStep, fill, largest, make_session, moved_rows, ring_shift, weights_of
 from bench_transformers import time_transformers
-from cache import FullCache
-from decode import FullPolicy, Session
+from decode import Session
 from evicting import Budget
-from frugal import Prompt
 from graph import Step
-from match import HeadMap
 from model import Decoder
-from quantize import int4_modules, run_on
-from smallkv import SCORES, Settings, SmallKV, TierSizes
+from quantize import int4_modules
+from settings import SCORES, Settings, TierSizes
 
-RIVALS = ("h2o", "pyramidinfer", "streaming", "snapkv")  # h2o-published: with the n x n matrix of its prefill
 METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph",
            *(f"{name}-eager" for name in RIVALS), "h2o-published")  # fmt: skip
 STEPS = {"eager": 5, "graph": 30}  # timed steps
-
-
-# ---- Sessions --------------------------------------------------------------------------------------------------------
-
-
-class Driven:
-    """The turning ring: ranks (B, S) of all positions, moved on by `shift` positions before each plan."""
-
-    def __init__(self, batch: int, capacity: int, device):
-        generator = torch.Generator().manual_seed(0)
-        rank = torch.stack([torch.randperm(capacity, generator=generator) for _ in range(batch)])
-        self.rank = rank.float().add_(8).to(device)  # above any sum of the 7 probabilities of a group
-        self.low, self.capacity = 8, capacity
-        self.shift = torch.zeros((), device=device)
-
-    def turn(self) -> torch.Tensor:
-        return self.rank.sub_(self.low).add_(self.shift).remainder_(self.capacity).add_(self.low)
-
-
-class DrivenStep(Step):
-    """The static step whose plan follows the ring."""
-
-    def body(self, plan: bool) -> None:
-        if self.slm is not None and plan:
-            self.side.prior = self.driven.turn()
-        super().body(plan)
-
-
-class DrivenSmallKV(SmallKV):
-    """The eager policy whose plan follows the ring."""
-
-    def observe(self, tokens, span) -> None:
-        super().observe(tokens, span)
-        if self.refreshing:
-            self.ring = self.driven.turn()[:, None, : self.end]  # (B, 1, n)
-
-    def _ranking(self, layer: int) -> torch.Tensor:
-        return super()._ranking(layer) + self.ring
-
-
-def rival(method: str, llm: Decoder, settings: Settings):
-    """The policy of a method that evicts, at the same budget; None for the full cache and SmallKV."""
-    name, _, path = method.partition("-")
-    options = {"eager": True} if path == "published" else {}
-    return BASELINES[name](llm, Budget(settings.budget), **options) if name in RIVALS else None
-
-
-def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
-    llm, slm = models
-    for model in models:
-        run_on(model, backend)
-    known = min(llm.config.vocab_size, slm.config.vocab_size)  # those of one series are padded differently
-    prompts = torch.randint(known, (setting.batch, setting.prompt)).tolist()
-    if method.startswith("full"):
-        return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
-    if policy := rival(method, llm, settings):
-        return Session(llm, policy, prompts, setting.new, chunk)
-    heads = slm.config.layers * slm.config.query_heads
-    head_map = torch.randint(heads, (llm.config.layers, llm.config.query_heads))
-    policy = DrivenSmallKV(llm, slm, settings, head_map, backend.column_sums)
-    session = Session(llm, policy, prompts, setting.new, chunk)
-    policy.driven = Driven(setting.batch, session.capacity, llm.device)
-    return session
-
-
-@torch.inference_mode()
-def fill(session: Session) -> torch.Tensor:
-    """Random K and V in every cache, as if prefilled; first tokens (B,)."""
-    cache, policy = session.cache, session.policy
-    batch, device = len(session.prompts), session.llm.device
-    if isinstance(cache, FullCache):
-        cache.key.normal_(), cache.value.normal_()
-    else:
-        for b, length in enumerate(session.lengths):
-            staged = policy.slm_cache.staging(b, length)
-            staged.key.normal_(), staged.value.normal_(), staged.score.zero_()
-            if isinstance(staged, Prompt):
-                staged.gathered.uniform_()  # who stays in a cut cache: the newest, and others at random
-            policy.slm_cache.load(b, staged, length)
-        if policy.own_scores:
-            cache.score.zero_()
-        some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
-        for host in (*cache.host_key, *cache.host_value):
-            host.copy_(some, non_blocking=True)
-        policy.index.copy_(policy.given_map.to(device).expand_as(policy.index))
-        policy.maps = [HeadMap(policy.given_map, torch.full(policy.given_map.shape, torch.nan))] * batch
-        policy.tokens = [list(prompt) for prompt in session.prompts]
-    return torch.zeros(batch, dtype=torch.long, device=device)
-
-
-def ring_shift(turnover: float, session: Session) -> float:
-    """Ring positions a plan, so that `turnover` of the critical set changes; recent tokens stay, in any case."""
-    length = session.lengths[0]
-    size = session.policy.settings.planned(length)
-    return round(turnover * size.critical * session.capacity / (length - size.recent))
-
-
-def largest(method: str, models, prompt: int, new: int, settings: Settings) -> Setting:
-    """The largest batch whose predicted caches fit: 92 % of the GPU beside the weights, 85 % of the host's free memory.
-
-    PyTorch rounds each pinned tensor up to a power of two, so K and V on the host are counted so.
-    """
-    llm, slm = models
-    policy = FullPolicy(llm) if method.startswith("full") else rival(method, llm, settings)
-    policy = policy or SmallKV(llm, slm, settings)
-    options = {"static": True} if method == "smallkv-graph" else {}
-    one = [entry for entries in policy.predict([prompt], prompt + new, **options).values() for entry in entries]
-    device = sum(entry.size for entry in one if entry.device == llm.device.type)
-    host = sum(entry.size for entry in one if entry.device != llm.device.type)
-    room = 0.92 * torch.cuda.mem_get_info()[1] - sum(weights_of(model) for model in models)
-    batch = int(room // device)
-    free = 0.85 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    while host and 2 << (batch * host // 2 - 1).bit_length() > free:
-        batch -= 1
-    return Setting(batch, prompt, new)
-
-
-def moved_rows(method: str, session: Session, step) -> tuple[int, int]:
-    if method == "smallkv-eager":
-        return session.cache.keys_moved, session.cache.values_moved
-    keys, values = step.side.moved.flatten().tolist()
-    return keys, values if session.policy.settings.marginal else keys
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
@@ -288,11 +161,6 @@ def tiers(session: Session) -> list[dict]:
     if hasattr(session.policy, "slm_cache"):
         ledgers["SLM"] = session.policy.slm_cache.ledger()
     return [vars(entry) | {"model": model} for model, entries in ledgers.items() for entry in entries]
-
-
-def weights_of(model: Decoder) -> int:
-    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    return sum({held.data_ptr(): held.nbytes() for held in storages}.values())  # views of one tensor count once
 
 
 def idle_bytes(method: str, models) -> int:

@@ -10,8 +10,8 @@ from frugal import kept_tokens
 from model import Config
 from overhead import cache_bytes, early
 from quantize import int4_bytes
+from settings import TierSizes
 from shapes import SHAPES
-from smallkv import TierSizes
 
 TINY = {
     "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 6,

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 import bench
+import bench_sessions
 from backend import pick_backend
 from bench_clock import Clock, profile
 from bench_count import Setting, step_bytes
 from decode import Sampler
 from graph_speculative import Round
 from quantize import int4_modules, run_on
-from smallkv import Settings
+from settings import Settings
 from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV
 
 METHODS = ("full-graph", "smallkv-graph")
@@ -65,7 +66,7 @@ def make_session(method: str, models, setting: Setting, settings: Settings, args
     head_map = torch.randint(heads, (llm.config.layers, llm.config.query_heads))
     policy = SpeculativeSmallKV(llm, slm, settings, args.speculate, head_map, backend.column_sums)
     session = SpeculativeSession(llm, policy, prompts, setting.new, chunk=args.chunk)
-    policy.driven = bench.Driven(setting.batch, session.capacity, llm.device)
+    policy.driven = bench_sessions.Driven(setting.batch, session.capacity, llm.device)
     return session
 
 
@@ -92,7 +93,7 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     session = make_session(method, models, setting, settings, args, backend)
     logits: list[Tensor] = []
     ttft = None if args.decode_only else clock.once(lambda: logits.append(session.prefill()))
-    tokens = bench.fill(session) if args.decode_only else logits[0].argmax(-1)
+    tokens = bench_sessions.fill(session) if args.decode_only else logits[0].argmax(-1)
     if args.decode_only:
         slm_cache = session.policy.slm_cache
         slm_cache.key.normal_(), slm_cache.value.normal_()
@@ -107,7 +108,7 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     rows, turnovers = [], args.turnover if tiered else [None]
     for number, turnover in enumerate(turnovers):
         if tiered:
-            session.policy.driven.shift.fill_(bench.ring_shift(turnover, session))
+            session.policy.driven.shift.fill_(bench_sessions.ring_shift(turnover, session))
         clock.laps(rounds.run, 2)
         before, moved = rounds.length.tolist(), moved_rows(rounds)
         room = (session.capacity - max(before)) // (args.speculate + 1) - 1

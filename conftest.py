@@ -12,7 +12,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined: before the m
     os.environ["TRITON_INTERPRET"] = "1"
 
 from model import Config, Decoder  # noqa: E402
-from smallkv import Settings  # noqa: E402
+from settings import Settings  # noqa: E402
 
 torch.set_num_threads(1)  # the models here are tiny: threads that wait for each other cost more than they bring
 

@@ -24,7 +24,8 @@ from decode import FullPolicy, Session, Timing
 from evicting import Budget
 from recall import Document, exact
 from report import make_report, print_report
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 
 PAIR = Path(__file__).parent / "pair"  # the embedded pair, and prose that it has not seen
 SEED, LENGTH, TURNS = "evaluation-6", 1000, 4  # a document of `evaluate.py recall` whose facts all come early

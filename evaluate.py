@@ -38,7 +38,8 @@ from generate import Pair, backend_line, load_pair
 from hub import fetch
 from model import Config
 from overhead import cache_bytes
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from tables import CELLS, print_tables, read_about
 from tasks import Sample, Task, read_results
 

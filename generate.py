@@ -45,7 +45,8 @@ from kernels import SCORE_BLOCK
 from model import Decoder
 from quantize import int4_modules
 from report import make_report, print_comparison, print_report
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV, speculate_ids
 from text import Text, check_same_tokenizer
 

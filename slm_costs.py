@@ -11,7 +11,7 @@ import measures
 import overhead
 from checkpoint import read_config, resolve
 from evaluate import parse_method
-from smallkv import Settings
+from settings import Settings
 from studies import Rows, curves, draw, evaluated, load, mean, one_slm, progress, show, texts, title
 from tables import print_rows
 

@@ -44,7 +44,8 @@ from drafts import DraftedFrugal, DraftedScores, DraftedTiers
 from frugal import kept_tokens
 from kernels import column_sums
 from model import Decoder, Span
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 
 
 def check_drafts(drafts: int) -> None:

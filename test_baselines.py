@@ -14,7 +14,8 @@ from evicting import Budget
 from match import window_rows
 from naive_baselines import NAIVE, Naive, naive_h2o, naive_snapkv, top
 from pyramid import answer_shares, contexts, cosine, solve_pyramid
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 
 LENGTHS, STEPS = (150, 61, 9), 45
 BUDGETS = (0.05, 0.2, 0.5, 1.0)

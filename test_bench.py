@@ -7,6 +7,7 @@ import torch
 
 import bench
 import bench_int4
+import bench_sessions
 from bench_count import (
     PAIRS,
     Setting,
@@ -22,7 +23,7 @@ from cache import FullCache
 from frugal import FrugalCache
 from model import Decoder
 from quantize import Int4Linear
-from smallkv import Settings, TierSizes
+from settings import Settings, TierSizes
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -102,7 +103,7 @@ def test_paper_throughput_is_one_sequence():
 
 def test_the_ring_moves_what_it_is_asked_to():
     """Ranks stay a permutation above every score, and `shift` of them change sides at any cut."""
-    driven = bench.Driven(2, 50, "cpu")
+    driven = bench_sessions.Driven(2, 50, "cpu")
     driven.shift.fill_(7)
     top = [set(driven.rank[0].topk(20).indices.tolist())]
     for _ in range(9):
@@ -188,7 +189,7 @@ def test_rounds_of_drafts_are_measured_with_the_acceptance_asked_for(acceptance,
 
 
 def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
-    methods = [f"{name}-eager" for name in bench.RIVALS] + ["h2o-published"]
+    methods = [f"{name}-eager" for name in bench_sessions.RIVALS] + ["h2o-published"]
     command = ["--pair", "tiny", "--settings", "2x400+60", "--steps", "4", "--table", "--device", "cpu",
                "--budget", "0.1", "--decode-only", "--methods", ",".join(methods)]  # fmt: skip
     assert bench.main(command) == 0

@@ -18,7 +18,8 @@ from checkpoint import weight_bytes
 from conftest import by_slm, tiny_decoder
 from decode import FullPolicy, Session, generate
 from report import first_difference, print_comparison
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from text import Text
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs far away from the old grey house by the sea " * 4

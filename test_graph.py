@@ -9,7 +9,8 @@ from backend import TORCH, TRITON
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, generate_ids
 from graph import StaticSession, Step
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 
 SETTINGS = {
     "default": Settings(),

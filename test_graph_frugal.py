@@ -14,7 +14,8 @@ from frugal import kept_tokens
 from generate import has_static_step
 from graph import StaticSession, Step
 from report import make_report
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from test_graph import LENGTHS, decoders, generate_static
 from test_kernels import FINE, HERE, close, floats, kinds, randn
 

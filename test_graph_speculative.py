@@ -8,7 +8,7 @@ from conftest import by_slm, random_prompts
 from decode import Sampler
 from generate import Pair, make_session
 from graph_speculative import StaticSpeculativeSession
-from smallkv import Settings
+from settings import Settings
 from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV, speculate_ids
 from test_kernels import HERE, cases
 from test_speculative import near_pair

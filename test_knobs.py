@@ -9,7 +9,8 @@ import torch
 from conftest import by_slm, played, random_prompts, tiny_decoder
 from decode import Session, generate
 from match import match_heads, window_rows
-from smallkv import Settings, SmallKV, TierSizes
+from settings import Settings, TierSizes
+from smallkv import SmallKV
 
 
 @pytest.fixture(scope="module")

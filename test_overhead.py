@@ -12,7 +12,8 @@ from bench_overhead import Use, break_even, costs, shape, token_bytes, uses, wei
 from cache import ScoredCache, TieredCache
 from checkpoint import weight_bytes
 from overhead import MODELS, PAPER_PAIRS
-from smallkv import Settings, pool_slots
+from settings import Settings
+from smallkv import pool_slots
 from test_generate import write_checkpoint
 
 SEVEN, HALF = MODELS["Qwen2-7B"], MODELS["Qwen2-0.5B"]

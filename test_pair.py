@@ -14,7 +14,8 @@ from decode import FullPolicy, Session, generate
 from distill import figures_of, similarity
 from evicting import Budget
 from recall import document_ids
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from tasks import read_results
 
 

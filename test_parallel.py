@@ -33,7 +33,8 @@ from graph import StaticSession
 from model import Decoder
 from parallel import COLUMNS, ROWS, Team
 from report import make_report
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from test_generate import PROMPT, write_checkpoint
 
 HERE = Path(__file__).parent

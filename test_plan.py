@@ -10,7 +10,8 @@ import kernels_memory
 import kernels_move
 import kernels_plan
 import kernels_tiers
-from smallkv import TierSizes, plan_tiers
+from settings import TierSizes
+from smallkv import plan_tiers
 from test_kernels import HERE, cases, randn
 
 

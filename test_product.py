@@ -13,8 +13,8 @@ import kernels_layer
 import kernels_product
 from backend import TORCH, TRITON
 from conftest import tiny_decoder
-from graph import Layers
 from kernels_product import MAX_ROWS
+from layers import Layers
 from test_kernels import FINE, HALF, HERE, cases, close, randn
 
 

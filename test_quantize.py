@@ -16,10 +16,11 @@ from backend import TORCH, TRITON
 from checkpoint import CheckpointError, load_decoder, read_config, read_scheme, weight_bytes
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Session, generate
-from graph import Layers
+from layers import Layers
 from model import Config, Decoder
 from quantize import Int4Linear, Scheme, int4_bytes, int4_modules, join_int4, put_int4, round_to_int4, run_on
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from test_generate import write_checkpoint
 from test_graph import generate_static
 from test_kernels import HALF, HERE, TOLERANCE, cases, close, randn

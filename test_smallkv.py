@@ -11,7 +11,8 @@ from conftest import by_slm, check_ledgers, played, random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, strip_pads
 from match import accumulated_scores, window_rows
 from model import Span
-from smallkv import Settings, SmallKV, TierSizes
+from settings import Settings, TierSizes
+from smallkv import SmallKV
 
 # ---- the method, end to end ------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from decode import FullPolicy, Sampler, Session, check_positions, generate, gene
 from drafts import DraftedScores
 from kernels import full_attention_block, full_attention_step, tiered_attention, tiered_attention_block
 from model import Span
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from speculative import (
     SpeculativeFull,
     SpeculativeSession,

@@ -15,7 +15,8 @@ from conftest import random_prompts
 from decode import FullPolicy, Session
 from evaluate import Cell
 from generate import Pair, load_pair
-from smallkv import Settings, SmallKV
+from settings import Settings
+from smallkv import SmallKV
 from tasks import RecallTask, Sample, Wikitext, converse
 from test_generate import write_checkpoint
 from test_recall import TEXT

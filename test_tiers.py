@@ -10,7 +10,8 @@ from cache import assign_slots
 from conftest import random_prompts, tiny_decoder
 from decode import Session
 from match import jaccard_similarity, match_heads
-from smallkv import SMALL_BUDGET, Settings, SmallKV, TierSizes, plan_tiers
+from settings import SMALL_BUDGET, Settings, TierSizes
+from smallkv import SmallKV, plan_tiers
 
 # ---- slots and tiers -------------------------------------------------------------------------------------------------
 
