@@ -1,6 +1,6 @@
 """What generate.py is asked: its flags, and the prompts and settings that are made of them.
 
-Where it sits: under generate.py, which runs what is read here. `--paper` is the paper's setting (smallkv.Settings).
+Where it sits: under generate.py, which runs what is read here. `--paper` is the paper's setting (settings.py).
 """
 
 import argparse
@@ -106,7 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--gate", type=float, metavar="X", help="no marginal tier below this similarity of the heads")
     method.add_argument("--slm-budget", type=float, metavar="SHARE", help="of the SLM's own cache that stays, by H2O's "
                         "rule (default: 1, all)")  # fmt: skip
-    method.add_argument("--paper", action="store_true", help="the paper's setting: decay 1, Jaccard, marginal tier")
+    method.add_argument("--paper", action="store_true", help="the paper's setting: the SLM's scores, "
+                        "decay 1, Jaccard, marginal tier")  # fmt: skip
     prompt = parser.add_argument_group("prompts")
     prompt.add_argument("prompt", nargs="*", help="prompts; with none, and no file, standard input is read")
     prompt.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")

@@ -12,9 +12,9 @@ the SLM cheaper; each is a line, and so is the paper's best combination, 40 % of
 - `--slm-budget`: the SLM keeps a share of its own cache (and of the scores, which lie beside it).
 - `--slm-layers`: the SLM stops early. It goes with the second, not with drafts, which need its last layer.
 
-Bytes are K, V and weights of `--value-bytes` each and fp32 scores. Held: what lies on the device. Read: what a decode
-step cannot avoid to read there; rows that come over PCIe travel beside it and are not in it. Break-even: where the
-bytes of the LLM's cache that SmallKV saves exceed what the SLM adds.
+Bytes are K, V and weights of `--value-bytes` each and fp32 scores, without the memory of fused ones. Held: what lies on
+the device. Read: what a decode step cannot avoid to read there; rows that come over PCIe travel beside it and are not in
+it. Break-even: where the bytes of the LLM's cache that SmallKV saves exceed what the SLM adds.
 """
 
 import argparse

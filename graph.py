@@ -15,9 +15,9 @@ newest token takes a slot that the plan has left free (`Settings.planned`), so t
 steps are a second graph.
 
 The rows to move are known once the SLM is done, so PCIe can hide behind the LLM alone: a step takes at least the SLM's
-time plus the larger of the LLM's and PCIe's. At 32 x 16,384 (Qwen2-7B, 20 %, H100, floor 9.3 ms, bar 1.4 x = 13.1 ms)
-10 % of the critical set are 11 ms of PCIe behind 3.5 ms of SLM and first plan: over the bar whatever the kernels do.
-Within it, by this estimate: a turnover up to 8 % (`--max-moves` 256 of 3,288), or a plan every other step.
+time plus the larger of the LLM's and PCIe's. At 32 x 16,384 (Qwen2-7B, 20 %, H100, floor 9.4 ms, bar 1.4 x = 13.2 ms)
+10 % of the critical set are 11 ms of PCIe behind 4.2 ms of SLM: over the bar whatever the kernels do. Measured are 14.2
+ms with nothing moved, 15.7 with 2 % and 19.8 to 20.3 with 10 % (README, "Speed").
 
 What changes from step to step (lengths, tokens, tiers) lives in device tensors that the step itself updates. Capacity
 is fixed at the start. `FullPolicy` gives the graphed full cache: the rival, with the same layers.

@@ -70,7 +70,7 @@ class VerifyFull(FullSide):
 
 
 class VerifyTiers(TieredSide):
-    """The LLM on its tiers, T tokens a sequence: the plan is that of the newest token, its drafts come in beside it."""
+    """The LLM on its tiers, T tokens a sequence: planned by what the whole round foresees, the drafts in free slots."""
 
     def __init__(self, policy, backend: Backend, length: Tensor, tokens: int):
         if policy.settings.slm_budget < 1:

@@ -44,7 +44,7 @@ class Layers:
         )
 
     def run(self, tokens: Tensor, attend) -> Tensor:
-        """tokens (B,) through all layers and the last norm: (B, hidden).
+        """tokens (B,), or (B * T,) in a round of drafts, through all layers and the last norm: (B, hidden).
 
         attend(layer, qkv (B, (H + 2G) D), rope tables, norms of the heads) -> (B, H, D).
         """

@@ -7,8 +7,8 @@ Where it sits: tokens -> SLM -> **scores -> tier plan** -> migration (cache.py) 
 - marginal compensation (Eq. 6): the tokens ranked below the critical ones keep V alone, and borrow the SLM's attention.
 
 Beyond the paper: the scores may forget (`score_decay`), because with a full SLM cache and a way back for every token
-nothing forces the ranking to be about the past; and the LLM's own attention may take the SLM's place in them where it
-sees a token (`scores="fused"`). `Settings.paper` gives the paper's accumulation.
+nothing forces the ranking to be about the past; and the LLM's own attention takes the SLM's place in them where it
+sees a token (`scores="fused"`). Both are the default; `Settings.paper` gives the paper's accumulation.
 
 Shapes follow the legend in model.py.
 """
