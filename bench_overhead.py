@@ -13,8 +13,8 @@ the SLM cheaper; each is a line, and so is the paper's best combination, 40 % of
 - `--slm-layers`: the SLM stops early. It goes with the second, not with drafts, which need its last layer.
 
 Bytes are K, V and weights of `--value-bytes` each and fp32 scores, without the memory of fused ones. Held: what lies on
-the device. Read: what a decode step cannot avoid to read there; rows that come over PCIe travel beside it and are not in
-it. Break-even: where the bytes of the LLM's cache that SmallKV saves exceed what the SLM adds.
+the device. Read: what a decode step cannot avoid to read there; rows that come over PCIe travel beside it and are not
+in it. Break-even: where the bytes of the LLM's cache that SmallKV saves exceed what the SLM adds.
 """
 
 import argparse
