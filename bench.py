@@ -26,26 +26,34 @@ steps is for evaluate.py to say: more than after one, and less than r times that
 import argparse
 import gc
 import json
-import statistics
 import sys
 import time
-from dataclasses import replace
 
 import torch
 
 import bench_overhead
+import bench_speculative
 import parallel
 from backend import NAMES, TORCH, pick_backend
 from bench_clock import Clock, ceilings, profile, random_decoder
-from bench_count import PAIRS, Setting, pair_configs, paper_throughput, prefill_flops, step_bytes, table
-from bench_sessions import RIVALS, DrivenStep, fill, largest, make_session, moved_rows, ring_shift, weights_of
+from bench_count import PAIRS, Setting, pair_configs, table
+from bench_sessions import (
+    RIVALS,
+    DrivenStep,
+    fill,
+    largest,
+    make_session,
+    moved_rows,
+    ring_shift,
+    row,
+    tiers,
+    weights_of,
+)
 from bench_transformers import time_transformers
 from decode import Session
-from evicting import Budget
 from graph import Step
 from model import Decoder
-from quantize import int4_modules
-from settings import SCORES, Settings, TierSizes
+from settings import SCORES, Settings
 
 METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph",
            *(f"{name}-eager" for name in RIVALS), "h2o-published")  # fmt: skip
@@ -130,39 +138,6 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
     return rows
 
 
-def row(method, models, setting, settings, length, laps, ttft, turnover, moved) -> dict:
-    """The numbers of one method in one setting, all in seconds and bytes."""
-    llm, slm = (model.config for model in models)
-    llm = replace(llm, vocab_size=models[0].lm_head.out_features)  # a rank's part of the output projection
-    slm = slm if method.startswith("smallkv") else None
-    size = settings.sizes(length) if slm else None
-    if method.partition("-")[0] in RIVALS:
-        size = TierSizes(Budget(settings.budget).kept(length), 1, 0)
-    tpot = statistics.median(laps)
-    cuts = statistics.quantiles(laps, n=10) if len(laps) > 1 else [tpot]
-    row_bytes = llm.head_dim * models[0].dtype.itemsize
-    per_plan = settings.planned(length).critical * setting.batch * llm.layers * llm.kv_heads
-    out = {
-        "method": method, "setting": setting.name, "length": length, "tpot_s": tpot,
-        "tpot_p10_p90": [cuts[0], cuts[-1]],
-        "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
-        "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
-        "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
-                                 tuple(bool(int4_modules(model)) for model in models), settings.fused,
-                                 settings.slm_budget),
-        "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
-    }  # fmt: skip
-    out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
-    return out
-
-
-def tiers(session: Session) -> list[dict]:
-    ledgers = {"LLM": session.cache.ledger()}
-    if hasattr(session.policy, "slm_cache"):
-        ledgers["SLM"] = session.policy.slm_cache.ledger()
-    return [vars(entry) | {"model": model} for model, entries in ledgers.items() for entry in entries]
-
-
 def idle_bytes(method: str, models) -> int:
     """The SLM's weights stay where they are while the full cache is measured: not its own."""
     return 0 if method.startswith("smallkv") else weights_of(models[1])
@@ -220,8 +195,6 @@ def run(args) -> int:
         work += [(largest(method, models, setting.prompt, setting.new, settings), method) for method in args.methods]
     measured = measure
     if args.speculate:
-        import bench_speculative  # here, for it uses this module
-
         measured = bench_speculative.measure
     for setting, method in work:
         begin = time.perf_counter()

@@ -5,12 +5,14 @@ turned before each plan outweighs every score: the turnover is the one asked for
 """
 
 import os
+import statistics
+from dataclasses import replace
 
 import torch
 
 from backend import Backend
 from baselines import BASELINES
-from bench_count import Setting
+from bench_count import Setting, paper_throughput, prefill_flops, step_bytes
 from cache import FullCache
 from decode import FullPolicy, Session
 from evicting import Budget
@@ -18,8 +20,8 @@ from frugal import Prompt
 from graph import Step
 from match import HeadMap
 from model import Decoder
-from quantize import run_on
-from settings import Settings
+from quantize import int4_modules, run_on
+from settings import Settings, TierSizes
 from smallkv import SmallKV
 
 RIVALS = ("h2o", "pyramidinfer", "streaming", "snapkv")  # h2o-published: with the n x n matrix of its prefill
@@ -147,3 +149,39 @@ def moved_rows(method: str, session: Session, step) -> tuple[int, int]:
 def weights_of(model: Decoder) -> int:
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     return sum({held.data_ptr(): held.nbytes() for held in storages}.values())  # views of one tensor count once
+
+
+# ---- Rows of the table -----------------------------------------------------------------------------------------------
+
+
+def row(method, models, setting, settings, length, laps, ttft, turnover, moved) -> dict:
+    """The numbers of one method in one setting, all in seconds and bytes."""
+    llm, slm = (model.config for model in models)
+    llm = replace(llm, vocab_size=models[0].lm_head.out_features)  # a rank's part of the output projection
+    slm = slm if method.startswith("smallkv") else None
+    size = settings.sizes(length) if slm else None
+    if method.partition("-")[0] in RIVALS:
+        size = TierSizes(Budget(settings.budget).kept(length), 1, 0)
+    tpot = statistics.median(laps)
+    cuts = statistics.quantiles(laps, n=10) if len(laps) > 1 else [tpot]
+    row_bytes = llm.head_dim * models[0].dtype.itemsize
+    per_plan = settings.planned(length).critical * setting.batch * llm.layers * llm.kv_heads
+    out = {
+        "method": method, "setting": setting.name, "length": length, "tpot_s": tpot,
+        "tpot_p10_p90": [cuts[0], cuts[-1]],
+        "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
+        "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
+        "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
+                                 tuple(bool(int4_modules(model)) for model in models), settings.fused,
+                                 settings.slm_budget),
+        "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
+    }  # fmt: skip
+    out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None
+    return out
+
+
+def tiers(session: Session) -> list[dict]:
+    ledgers = {"LLM": session.cache.ledger()}
+    if hasattr(session.policy, "slm_cache"):
+        ledgers["SLM"] = session.policy.slm_cache.ledger()
+    return [vars(entry) | {"model": model} for model, entries in ledgers.items() for entry in entries]

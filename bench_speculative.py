@@ -16,7 +16,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import bench
 import bench_sessions
 from backend import pick_backend
 from bench_clock import Clock, profile
@@ -121,7 +120,7 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
         length = (before[0] + after[0]) // 2
         tpot = [seconds / given for seconds in laps]
         moved = [rows / count for rows in moved]
-        row = bench.row(method, models, setting, settings, length, tpot, ttft, turnover, moved)
+        row = bench_sessions.row(method, models, setting, settings, length, tpot, ttft, turnover, moved)
         if tiered:
             planned = session.policy.settings.planned(length).critical
             heads = setting.batch * models[0].config.layers * models[0].config.kv_heads
@@ -133,8 +132,8 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
             "method": f"{method}, {args.speculate} drafts, {given:.2f} tokens in {1e3 * taken:.2f} ms",
             "drafts": args.speculate, "tokens_round": given, "round_s": taken,
             "acceptance": (given - 1) / args.speculate, "step_bytes": {kind: n / given for kind, n in floor.items()},
-            "first_step_s": first, "predicted_bytes": None, "tiers": bench.tiers(session), "peak_prefill_bytes": None,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "first_step_s": first, "predicted_bytes": None, "tiers": bench_sessions.tiers(session),
+            "peak_prefill_bytes": None, "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         })  # fmt: skip
         if args.profile:
             profile(rounds.run, f"{args.profile}.{method}.{setting.name}.drafts.txt")

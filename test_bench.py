@@ -196,7 +196,7 @@ def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = json.loads(lines[-1])["rows"]
     assert [row["method"] for row in rows] == methods and sum(line.startswith("| 2x400+60 |") for line in lines) == 5
-    full = bench.step_bytes(*pair_configs("tiny")[1], 2, 400, 4, None, False)
+    full = step_bytes(*pair_configs("tiny")[1], 2, 400, 4, None, False)
     for row in rows:
         assert row["ttft_s"] > 0 and row["turnover"] is None and row["pcie_bytes_step"] == 0
         assert row["step_bytes"].keys() == full.keys() and row["step_bytes"]["LLM weights"] == full["LLM weights"]
