@@ -193,9 +193,7 @@ def run(args) -> int:
     work = [(setting, method) for setting in args.settings for method in args.methods]
     for setting in args.largest:
         work += [(largest(method, models, setting.prompt, setting.new, settings), method) for method in args.methods]
-    measured = measure
-    if args.speculate:
-        measured = bench_speculative.measure
+    measured = bench_speculative.measure if args.speculate else measure
     for setting, method in work:
         begin = time.perf_counter()
         try:

@@ -142,8 +142,7 @@ def largest(method: str, models, prompt: int, new: int, settings: Settings) -> S
 def moved_rows(method: str, session: Session, step) -> tuple[int, int]:
     if method == "smallkv-eager":
         return session.cache.keys_moved, session.cache.values_moved
-    keys, values = step.side.moved.flatten().tolist()
-    return keys, values if session.policy.settings.marginal else keys
+    return step.side.moved_rows()
 
 
 def weights_of(model: Decoder) -> int:

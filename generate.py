@@ -122,10 +122,11 @@ def load_pair(
     return Pair(decoders[0], decoders[1] if slm else None, texts[0], team)
 
 
-def check_caches_fit(policy, lengths: list[int], capacity: int, static: bool = False) -> None:
-    """The caches, before they are allocated; on a GPU the host's share is checked against the host. static: SmallKV's,
-    as graph.py's steps hold them."""
+def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend = TORCH) -> None:
+    """The caches, as the steps of this backend hold them, before they are allocated; on a GPU the host's share is
+    checked against the host."""
     device = policy.llm.device
+    static = backend.name == "triton" and type(policy) is SmallKV and has_static_step(policy)
     ledgers = policy.predict(lengths, capacity, **{"static": True} if static else {})
     entries = [(f"{model} {entry.what}", entry) for model, ledger in ledgers.items() for entry in ledger]
     on_device = {name: entry.size for name, entry in entries if entry.device == device.type}
@@ -179,8 +180,7 @@ def answer(
     """
     lengths = [len(prompt) for prompt in prompts]
     check_positions(policy, lengths, max_new_tokens)
-    static = backend.name == "triton" and type(policy) is SmallKV and has_static_step(policy)
-    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts_of(policy), static)
+    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts_of(policy), backend)
     total = sum(lengths)
     bar = tqdm(total=total, desc="prefill", unit="token", leave=False, disable=None if total >= PROGRESS_FROM else True)
     session = make_session(pair, policy, prompts, max_new_tokens, backend, bar.update)

@@ -4,7 +4,7 @@ Where it sits: in place of `Session.step` (decode.py), after the same prefill, o
 ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captured once and replayed:
 
     SLM layers, their attention rows into the scores                          kernels_decode.py, graph_frugal.py
-    first side stream, groups of LLM layers in one launch: plan -> slots      kernels_tiers.py
+    first side stream, groups of LLM layers in one launch: plan -> slots      kernels_plan.py, kernels_tiers.py
     second side stream, layer by layer: rows from the host                    kernels_move.py
     LLM layers, each after its rows arrived: attention on the tiers (Eq. 6)   kernels_decode.py
     with fused scores: the attention's weights into the memory                kernels_memory.py
@@ -133,6 +133,19 @@ class TieredSide:
         held = [value for value in vars(self).values() if torch.is_tensor(value)]
         held += [*self.key_moves, *self.value_moves]
         return list({tensor.data_ptr(): tensor for tensor in held}.values())
+
+    def moved_rows(self) -> tuple[int, int]:
+        """Keys and values that came from the host so far; without a marginal tier they come together."""
+        keys, values = self.moved.flatten().tolist()
+        return keys, values if self.marginal else keys
+
+    def report(self, steps: int) -> None:
+        """Write into the cache what the eager one counts itself, after `steps` steps or rounds."""
+        cache = self.cache
+        cache.keys_moved, cache.values_moved = self.moved_rows()
+        cache.steps = steps
+        if steps == 1:
+            cache.filled = cache.keys_moved + cache.values_moved
 
     @property
     def ranking(self) -> Tensor:
@@ -350,15 +363,11 @@ class StaticSession(Session):
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> Tensor:
-        static, cache = self.static, self.cache
+        static = self.static
         static.tokens.copy_(torch.tensor(tokens))  # the step fed itself its own choice; what counts is the sampler's
         if static.steps == static.warm and static.tokens.is_cuda:
             static.capture()
         static.run()
-        if static.slm is not None:  # for the report
-            cache.keys_moved, values = static.side.moved.flatten().tolist()
-            cache.values_moved = values if self.policy.settings.marginal else cache.keys_moved
-            cache.steps = static.steps
-            if static.steps == 1:
-                cache.filled = cache.keys_moved + cache.values_moved
+        if static.slm is not None:
+            static.side.report(static.steps)
         return static.logits

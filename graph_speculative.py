@@ -289,15 +289,6 @@ class StaticSpeculativeSession(SpeculativeSession):
         answers = [row[:count] for row, count in zip(static.answer.tolist(), kept)]
         if static.tiered:
             policy.settle(static.fed.tolist(), kept)
-            self._report()
+            static.side.report(static.rounds)
         self._count(allowed, kept)
         return answers
-
-    def _report(self) -> None:
-        """What the eager cache counts itself."""
-        cache, static = self.cache, self.static
-        cache.keys_moved, values = static.side.moved.flatten().tolist()
-        cache.values_moved = values if self.policy.settings.marginal else cache.keys_moved
-        cache.steps = static.rounds
-        if static.rounds == 1:
-            cache.filled = cache.keys_moved + cache.values_moved

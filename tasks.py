@@ -169,7 +169,7 @@ def converse(
     """The answers of each sample, one a turn, without what ended them. Greedy: the paper's setting."""
     prompts = [sample.prompt for sample in samples]
     room = max(sample.new_tokens for sample in samples)
-    check_caches_fit(policy, [len(prompt) for prompt in prompts], max(map(len, prompts)) + room)
+    check_caches_fit(policy, [len(prompt) for prompt in prompts], max(map(len, prompts)) + room, backend)
     session = make_session(pair, policy, prompts, room, backend)
     voices = [_Voice(sample, pair.text, stops) for sample in samples]
     logits = session.prefill()
@@ -263,7 +263,7 @@ class Wikitext(Task):
         llm, steps = pair.llm, len(samples[0].turns[0])
         given = [sample.turns[0] for sample in samples]
         prompts = [sample.prompt for sample in samples]
-        check_caches_fit(policy, [len(prompt) for prompt in prompts], len(prompts[0]) + steps)
+        check_caches_fit(policy, [len(prompt) for prompt in prompts], len(prompts[0]) + steps, backend)
         session = make_session(pair, policy, prompts, steps, backend)
         session.prefill()
         full = self.full_logits(pair, samples)  # (B, steps, V)
