@@ -79,12 +79,16 @@ def make_session(method: str, models, setting: Setting, settings: Settings, chun
         return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
     if policy := rival(method, llm, settings):
         return Session(llm, policy, prompts, setting.new, chunk)
-    heads = slm.config.layers * slm.config.query_heads
-    head_map = torch.randint(heads, (llm.config.layers, llm.config.query_heads))
-    policy = DrivenSmallKV(llm, slm, settings, head_map, backend.column_sums)
+    policy = DrivenSmallKV(llm, slm, settings, random_map(llm, slm, settings), backend.column_sums)
     session = Session(llm, policy, prompts, setting.new, chunk)
     policy.driven = Driven(setting.batch, session.capacity, llm.device)
     return session
+
+
+def random_map(llm: Decoder, slm: Decoder, settings: Settings) -> torch.Tensor:
+    """A head map (L, H) within the settings' reach."""
+    near = SmallKV(llm, slm, settings).needed
+    return torch.stack([torch.randint(n * slm.config.query_heads, (llm.config.query_heads,)) for n in near])
 
 
 @torch.inference_mode()

@@ -3,9 +3,9 @@
 Where it sits: in place of `Session.step` (decode.py), after the same prefill, on the same caches. The step is an
 ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captured once and replayed:
 
-    SLM layers, their attention rows into the scores                          kernels_decode.py, graph_frugal.py
-    first side stream, groups of LLM layers in one launch: plan -> slots      kernels_plan.py, kernels_tiers.py
-    second side stream, layer by layer: rows from the host                    kernels_move.py
+    first side stream: SLM layers, their attention rows into the scores       kernels_decode.py, graph_frugal.py
+    second side stream, groups of LLM layers in one launch: plan -> slots     kernels_plan.py, kernels_tiers.py
+    third side stream, layer by layer: rows from the host                     kernels_move.py
     LLM layers, each after its rows arrived: attention on the tiers (Eq. 6)   kernels_decode.py
     with fused scores: the attention's weights into the memory                kernels_memory.py
     logits -> the next token                                                  greedy, or Gumbel noise drawn beforehand
@@ -14,10 +14,9 @@ With `Settings.refresh` r the plan and the movement run in every r-th step. In t
 newest token takes a slot that the plan has left free (`Settings.planned`), so the recent ones are always there; those
 steps are a second graph.
 
-The rows to move are known once the SLM is done, so PCIe can hide behind the LLM alone: a step takes at least the SLM's
-time plus the larger of the LLM's and PCIe's. At 32 x 16,384 (Qwen2-7B, 20 %, H100, floor 9.4 ms, bar 1.4 x = 13.2 ms)
-10 % of the critical set are 11 ms of PCIe behind 4.2 ms of SLM: over the bar whatever the kernels do. Measured are 14.2
-ms with nothing moved, 15.7 with 2 % and 19.8 to 20.3 with 10 % (README, "Speed").
+The SLM runs beside the LLM: what an LLM layer is matched with lies within `Settings.reach`, so its plan needs the SLM's
+first few layers and not all of them. The SLM's small kernels fill what the LLM's leave of the GPU, and rows come over
+PCIe from the step's beginning on.
 
 What changes from step to step (lengths, tokens, tiers) lives in device tensors that the step itself updates. Capacity
 is fixed at the start. `FullPolicy` gives the graphed full cache: the rival, with the same layers.
@@ -40,6 +39,18 @@ from quantize import run_on
 
 WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiprocessors, a long row's program. More would
 # fill it better, but the LLM waits for the first launch
+
+
+def plan_groups(needed: list[int], together: int) -> list[slice]:
+    """LLM layers whose plans share a launch: at most `together`, all with the same need of SLM layers (L,)."""
+    groups = [slice(0, 1)]
+    for layer in range(1, len(needed)):
+        first = groups[-1].start
+        if needed[layer] == needed[first] and layer - first < together:
+            groups[-1] = slice(first, layer + 1)
+        else:
+            groups.append(slice(layer, layer + 1))
+    return groups
 
 
 class FullSide:
@@ -121,8 +132,8 @@ class TieredSide:
             heads, slots = self.policy.llm.config.query_heads, self.cache.key_position.shape[3]
             self.weight = torch.empty(B, heads, slots, device=device)
         self.stored = torch.zeros(B, dtype=torch.int32, device=device)  # position of the token in `newest`
-        together = max(1, WARPS // (B * G * row_warps(S)))  # layers; the LLM waits for the first group alone
-        self.groups = [slice(first, min(first + together, L)) for first in range(0, L, together)]
+        together = max(1, WARPS // (B * G * row_warps(S)))  # layers
+        self.groups = plan_groups(policy.needed, together)
         # First in the queue: the LLM's layer waits for them, and they leave room for the LLM's kernels beside them.
         cuda = device.type == "cuda"
         self.planner, self.mover = (torch.cuda.Stream(device, priority=-1) if cuda else None for _ in range(2))
@@ -152,17 +163,24 @@ class TieredSide:
         """What the plan ranks by, (L', B, H', S)."""
         return self.policy.slm_cache.score
 
-    def begin(self, plan: bool) -> None:
-        """The SLM is done: plan and move every layer, on the side streams where there are any; or take in the newest
-        token alone."""
+    def begin(self, plan: bool, done: list[torch.cuda.Event] | None = None) -> None:
+        """Plan and move every layer, on the side streams where there are any; or take in the newest token alone.
+
+        done: by SLM layer, when its rows are there, if the SLM runs beside; None: it is through.
+        """
         self.arrived = []
         if not plan:
+            if self.mover is not None:
+                torch.cuda.current_stream().wait_stream(self.mover)  # `newest` is stored before a layer overwrites it
+                torch.cuda.current_stream().wait_event(done[-1])
             self._admit()
             return
         if self.planner is not None:
             self.planner.wait_stream(torch.cuda.current_stream())
             self.mover.wait_stream(torch.cuda.current_stream())  # the last step read the slots there
         for layers in self.groups:
+            if done is not None:
+                self.planner.wait_event(done[self.policy.needed[layers.start] - 1])
             with torch.cuda.stream(self.planner):  # None: where we are
                 self._plan(layers)
             if self.mover is not None:
@@ -275,6 +293,8 @@ class Step:
             self.side = TieredSide(policy, backend, self.length)
             self.moves, self.refresh = policy.settings.max_moves, policy.settings.refresh
             self._hand_over()
+            # First in the queue too: the LLM waits for it, and its kernels are small.
+            self.beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         # Eager steps before a capture: the first plan fills the pools without a limit on moves, the second has it.
         self.warm = self.refresh + 1
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with a plan, and without: and its logits
@@ -293,18 +313,37 @@ class Step:
     def body(self, plan: bool) -> None:
         """One step: everything on the device, nothing returned; the same function is run eagerly and captured."""
         self.length += 1
-        if self.slm is not None:
+        if self.slm is None:
+            self.side.begin(plan)
+        else:
             self.side.store()
-            self.scored.begin(plan)
-            self.slm.run(self.tokens, self.scored.attend)
-        self.side.begin(plan)
+            self.side.begin(plan, self._observe(plan))
         hidden = self.llm.run(self.tokens, self.side.attend)
         logits = self.session.llm.lm_head(hidden)[:, : self.session.vocab]
         self.logits = logits
         if self.noise is not None:
             logits = logits.float() / self.temperature + self.noise
-        self.tokens.copy_(logits.argmax(-1))
         self.side.join()
+        if self.slm is not None and self.beside is not None:
+            torch.cuda.current_stream().wait_stream(self.beside)
+        self.tokens.copy_(logits.argmax(-1))
+
+    def _observe(self, plan: bool) -> list[torch.cuda.Event] | None:
+        """The SLM's step, on a stream of its own where there is one: when the rows of each of its layers are there."""
+        if self.beside is not None:
+            self.beside.wait_stream(torch.cuda.current_stream())
+        done = []
+
+        def attend(*layer) -> Tensor:
+            out = self.scored.attend(*layer)
+            if self.beside is not None:
+                done.append(self.beside.record_event())
+            return out
+
+        with torch.cuda.stream(self.beside):  # None: where we are
+            self.scored.begin(plan)
+            self.slm.run(self.tokens, attend, output=False)
+        return done if self.beside is not None else None
 
     def run(self) -> None:
         """One step, replayed if it was captured; `tokens` holds the next tokens afterwards, on the device."""

@@ -43,8 +43,10 @@ class Layers:
             for down in (layer.mlp.down_proj for layer in decoder.layers)
         )
 
-    def run(self, tokens: Tensor, attend) -> Tensor:
+    def run(self, tokens: Tensor, attend, output: bool = True) -> Tensor | None:
         """tokens (B,), or (B * T,) in a round of drafts, through all layers and the last norm: (B, hidden).
+
+        output False ends with the last layer's attention, all that is asked of an SLM without drafts: None.
 
         attend(layer, qkv (B, (H + 2G) D), rope tables, norms of the heads) -> (B, H, D).
         """
@@ -54,6 +56,8 @@ class Layers:
         for number, layer in enumerate(self.decoder.layers):
             hidden = backend.add_norm(x, update, layer.input_layernorm.weight, eps)
             out = attend(number, multiply(hidden, self.qkv[number]), (self.cos, self.sin), self.norms[number])
+            if not output and number == self.config.layers - 1:
+                return None
             update = layer.self_attn.o_proj(out.flatten(1))  # (B, hidden)
             hidden = backend.add_norm(x, update, layer.post_attention_layernorm.weight, eps)
             if few:

@@ -10,8 +10,12 @@ Two ways to compare:
 - `jaccard`: the paper's, Jaccard similarity of the top-k index sets of the accumulated scores (Eq. 1-2);
 - `cosine`: cosine of the whole attention rows, the sink column dropped. It uses every row, not a set of k indices,
   so it is less noisy at the same cost (README, "Differences from the paper").
+
+Beyond the paper: the layers that an LLM layer may be matched with can be those that the SLM has done by the time the
+LLM comes to it (`layers_within`), so that the SLM need not be through before the LLM begins (graph.py).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +28,14 @@ MATCHERS = ("jaccard", "cosine")
 WINDOW_MIN, WINDOW_MAX = 100, 200  # tokens: shorter waits, longer is cut (Section 4, "Method Details")
 TOP_SHARE = 0.1  # k of Eq. 2 as a share of the window; the paper does not give k, README says how this was chosen
 SINKS = 4  # first tokens left out of a reported similarity: every head looks at them, which would flatter it
+
+
+def layers_within(reach: float, layer: int, llm_layers: int, slm_layers: int) -> int:
+    """How many of the SLM's layers, the first ones, an LLM layer may be matched with: ceil(reach (l + 1) L' / L).
+
+    reach 1 keeps both models in step, 2 lets the SLM be twice as fast, math.inf is every layer, as in the paper.
+    """
+    return min(slm_layers, math.ceil(min(reach * (layer + 1) * slm_layers / llm_layers, slm_layers) - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -74,8 +86,8 @@ def window_rows(decoder: Decoder, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str) -> HeadMap:
-    """Match every LLM head on a window of WINDOW_MIN..WINDOW_MAX token ids.
+def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str, reach: float = math.inf) -> HeadMap:
+    """Match every LLM head on a window of WINDOW_MIN..WINDOW_MAX token ids, with SLM layers `layers_within` reach.
 
     The SLM's matrices are held (L' * H' * W * W fp32), the LLM's only for one layer at a time.
     """
@@ -95,7 +107,8 @@ def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str) -> 
             pairwise = unit_rows(row_features(rows)) @ slm_features.T  # (H, L' * H')
         else:
             pairwise = jaccard_similarity(scores, slm_scores, top_k)
-        best = pairwise.argmax(-1)  # Eq. 3, (H,)
+        near = layers_within(reach, layer, llm.config.layers, slm.config.layers)
+        best = pairwise[:, : near * slm.config.query_heads].argmax(-1)  # Eq. 3, (H,)
         index.append(best)
         matched = slm_scores[best]
         similarity.append(torch.cosine_similarity(scores[:, SINKS:], matched[:, SINKS:], dim=-1))

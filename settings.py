@@ -5,6 +5,7 @@ evaluate.py. The budget split is the paper's Section 4 (2:1:2 of critical : rece
 leaves open at small and at large budgets is decided in `Settings.sizes`.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from match import MATCHERS, WINDOW_MIN
@@ -34,6 +35,8 @@ class Settings:
         LLM step. It begins with the prompt, which the LLM saw whole. Its weights are over what it holds, a little too
         large beside the SLM's: a pull to keep what is there. At decay 0 both are the same.
     matcher: how heads are compared, see match.py. marginal: keep a marginal tier; off, its bytes buy critical tokens.
+    reach: which SLM layers an LLM layer is matched with, from 1 (those of its own depth) to math.inf (all, as in the
+        paper); see `match.layers_within`. Within a finite reach graph.py runs the SLM beside the LLM.
     split: critical : recent : marginal in tokens, as "C:R:M"; a marginal token costs half.
     gate: KV heads whose matched similarity (mean over their query heads) is below it keep no marginal tier and spend
         its bytes on critical tokens. The pools are then allocated for either kind of head; the budget is what is used.
@@ -53,6 +56,7 @@ class Settings:
     score_decay: float = 0.5
     scores: str = "fused"
     matcher: str = "cosine"
+    reach: float = 2.0
     marginal: bool = False
     saliency_shift: bool = True
     prefetch: bool = True
@@ -75,6 +79,8 @@ class Settings:
             raise ValueError("fused scores need the SLM's: without saliency shift, ask for scores slm")
         if self.matcher not in MATCHERS:
             raise ValueError(f"unknown matcher {self.matcher!r}; supported: {', '.join(MATCHERS)}")
+        if not self.reach >= 1:
+            raise ValueError(f"reach {self.reach} is below 1: no SLM layer is as early as that; inf matches with all")
         if self.refresh < 1:
             raise ValueError(f"a plan every {self.refresh} steps is impossible; 1 plans in every step")
         if self.shares[2] == 0 and self.marginal:
@@ -89,8 +95,9 @@ class Settings:
 
     @classmethod
     def paper(cls, **changes) -> "Settings":
-        """The paper's setting: accumulated scores, Jaccard matcher, marginal tier."""
-        return cls(**{"score_decay": 1.0, "scores": "slm", "matcher": "jaccard", "marginal": True, **changes})
+        """The paper's setting: accumulated scores, Jaccard matcher over all layers, marginal tier."""
+        theirs = {"score_decay": 1.0, "scores": "slm", "matcher": "jaccard", "reach": math.inf, "marginal": True}
+        return cls(**{**theirs, **changes})
 
     @property
     def fused(self) -> bool:

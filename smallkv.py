@@ -22,7 +22,7 @@ from torch import Tensor
 from cache import ScoredCache, TieredCache, TierPlan, column
 from frugal import FrugalCache
 from kernels import column_sums
-from match import WINDOW_MAX, WINDOW_MIN, HeadMap, match_heads
+from match import WINDOW_MAX, WINDOW_MIN, HeadMap, layers_within, match_heads
 from model import Config, Decoder, Span
 from settings import Settings, TierSizes
 
@@ -106,12 +106,24 @@ class SmallKV:
         self, llm: Decoder, slm: Decoder, settings: Settings, head_map: Tensor | None = None,
         sums: Callable = column_sums,
     ):  # fmt: skip
-        """head_map (L, H) int64 replaces the matching, for experiments and tests. sums: see ScoredCache."""
+        """head_map (L, H) int64 replaces the matching, for experiments and tests (ValueError if it passes the settings'
+        reach). sums: see ScoredCache."""
         self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, head_map
+        if head_map is not None:
+            deepest = head_map.amax(1) // slm.config.query_heads
+            if any(found >= near for found, near in zip(deepest.tolist(), self.needed)):
+                raise ValueError(f"head map: its SLM layers {deepest.tolist()} are not all among the first "
+                                 f"{self.needed} that reach {settings.reach} lets the LLM's layers have")  # fmt: skip
         self.models, self.sums = [llm, slm], sums
         self.keep_row = settings.marginal  # the SLM's newest row is lent to marginal tokens
         self.one_way = not settings.saliency_shift
         self.own_scores = self.one_way or settings.fused  # the LLM's own attention on what it holds is remembered too
+
+    @property
+    def needed(self) -> list[int]:
+        """How many of the SLM's layers, the first ones, each LLM layer's plan needs."""
+        layers = self.llm.config.layers
+        return [layers_within(self.settings.reach, n, layers, self.slm.config.layers) for n in range(layers)]
 
     # -- before the first token --
 
@@ -179,7 +191,8 @@ class SmallKV:
         if self.given_map is not None:
             self.maps[b] = HeadMap(self.given_map, torch.full(self.given_map.shape, torch.nan))
         elif len(self.tokens[b]) >= WINDOW_MIN:
-            self.maps[b] = match_heads(self.llm, self.slm, self.tokens[b][:WINDOW_MAX], self.settings.matcher)
+            window, settings = self.tokens[b][:WINDOW_MAX], self.settings
+            self.maps[b] = match_heads(self.llm, self.slm, window, settings.matcher, settings.reach)
         else:
             return
         self.index[b] = self.maps[b].index.to(self.index.device)

@@ -1,5 +1,6 @@
 """The static step against the eager path (decode.Session): the same tokens, with either backend, captured on a GPU."""
 
+import math
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from backend import TORCH, TRITON
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, generate_ids
-from graph import StaticSession, Step
+from graph import ScoredSide, StaticSession, Step, plan_groups
 from settings import Settings
 from smallkv import SmallKV
 
@@ -85,6 +86,35 @@ def test_fused_scores_have_the_memory_of_the_eager_path(name, backend, device):
             held, expected = (getattr(one.cache, table).cpu().sort(-1).values for one in (session, eager))
             assert torch.equal(held, expected)
     assert (eager.cache.score.amin(-1) == 0).any() and (eager.cache.score.amax(-1) > 0.1).all()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
+@pytest.mark.parametrize("reach", [1.0, 2.0, math.inf])
+def test_the_slm_runs_beside_the_llm(reach, late, device, monkeypatch):
+    """More layers than two, so that the LLM begins before the SLM is through; on a GPU with rows that come late too."""
+    if late and device == "cpu":
+        pytest.skip("nothing is late on one thread")
+    sizes = {"layers": 6}, {"layers": 4, "heads": 4, "seed": 1}
+    attend = ScoredSide.attend
+
+    def attend_late(*call):
+        torch.cuda._sleep(500_000)  # cycles, a third of a millisecond
+        return attend(*call)
+
+    if late:
+        monkeypatch.setattr(ScoredSide, "attend", attend_late)
+    prompts, settings = random_prompts(*LENGTHS), Settings(reach=reach)
+    cpu = [tiny_decoder(**size) for size in sizes]
+    expected = generate(cpu[0], SmallKV(*cpu, settings), prompts, 14)
+    pair = [tiny_decoder(device=device, **size) for size in sizes]
+    session = Session(pair[0], SmallKV(*pair, settings), prompts, 14)
+    assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected
+
+
+def test_plans_share_a_launch_where_they_need_the_same_layers():
+    assert plan_groups([1, 2, 2, 2, 3, 3, 3, 3, 3], 2) == [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6),
+                                                           slice(6, 8), slice(8, 9)]  # fmt: skip
+    assert plan_groups([4] * 5, 8) == [slice(0, 5)]
 
 
 @pytest.mark.parametrize("name", ["full", "default", "marginal"])
