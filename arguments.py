@@ -95,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "it sees a token, elsewhere the SLM's (fused, the default), or the SLM's alone (slm; default "
                         "with --paper, --speculate and --no-saliency-shift)")  # fmt: skip
     method.add_argument("--matcher", choices=MATCHERS, help=f"how heads are matched (default: {Settings.matcher})")
-    method.add_argument("--reach", type=float, metavar="X", help="SLM layers that an LLM layer is matched with: 1, as "
-                        f"deep as it; 2, twice that; inf, all (default: {Settings.reach}; inf with --paper)")  # fmt: skip
+    method.add_argument("--reach", type=float, metavar="X", help="SLM layers an LLM layer is matched with: 1, as "
+                        f"deep as it; 2, twice that; inf, all (default: {Settings.reach}, --paper: inf)")  # fmt: skip
     switch = argparse.BooleanOptionalAction
     method.add_argument("--marginal", action=switch, help="marginal compensation (default: "
                         f"{'on' if Settings.marginal else 'off'})")  # fmt: skip

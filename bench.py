@@ -175,7 +175,8 @@ def run(args) -> int:
     backend = pick_backend(args.backend, device)
     scores = args.scores or ("slm" if args.speculate else Settings.scores)
     settings = Settings(args.budget, score_decay=args.score_decay, scores=scores, marginal=args.marginal,
-                        refresh=args.refresh, max_moves=args.max_moves, slm_budget=args.slm_budget)  # fmt: skip
+                        refresh=args.refresh, max_moves=args.max_moves, slm_budget=args.slm_budget,
+                        reach=args.reach)  # fmt: skip
     raws, configs = pair_configs(args.pair, args.slm_layers)
     rounded = args.quantize, args.slm_quantize
     models = [random_decoder(config, device, dtype, kind == "int4", each)
@@ -186,6 +187,7 @@ def run(args) -> int:
               "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
               "scores": scores, "max_moves": args.max_moves, "refresh": args.refresh,
+              "reach": args.reach,
               "slm_layers": configs[1].layers, "slm_budget": args.slm_budget, "decode_only": args.decode_only,
               "ranks": team.size, "speculate": args.speculate, "ceilings": ceilings(clock), "rows": []}  # fmt: skip
     slm = f"SLM of {configs[1].layers} layers with {args.slm_budget:.0%} of its cache"
@@ -231,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scores", choices=SCORES, help=f"default: {Settings.scores}, slm with --speculate")
     parser.add_argument("--marginal", action="store_true")
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
+    parser.add_argument("--reach", type=float, default=Settings.reach, help="of the LLM's layers into the SLM's; inf: "
+                        "into all, so that the SLM runs before the LLM and not beside it")  # fmt: skip
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")
     parser.add_argument("--slm-layers", type=int, metavar="N", help="the SLM's first N layers alone (A.3)")
     parser.add_argument("--slm-budget", type=float, default=1.0, metavar="SHARE",
