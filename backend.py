@@ -43,7 +43,7 @@ class Backend:
     fade_memory: Callable
     add_weights: Callable
     bring_rows: Callable
-    store_newest: Callable
+    store_rows: Callable
     add_norm: Callable
     rope_append: Callable
     gate: Callable
@@ -52,7 +52,6 @@ class Backend:
     verify_attention: Callable
     admit_drafts: Callable
     fold_rows: Callable
-    store_block: Callable
     int4_matmul: Callable
     dequantize: Callable
     column_sums: Callable
@@ -71,7 +70,7 @@ TORCH = Backend(
     fade_memory=kernels_memory.fade_memory_torch,
     add_weights=kernels_memory.add_weights_torch,
     bring_rows=kernels_move.bring_rows_torch,
-    store_newest=kernels_move.store_newest_torch,
+    store_rows=kernels_move.store_rows_torch,
     add_norm=kernels_layer.add_norm_torch,
     rope_append=kernels_layer.rope_append_torch,
     gate=kernels_layer.gate_torch,
@@ -80,7 +79,6 @@ TORCH = Backend(
     verify_attention=kernels_verify.verify_attention_torch,
     admit_drafts=kernels_verify.admit_drafts_torch,
     fold_rows=kernels_verify.fold_rows_torch,
-    store_block=kernels_verify.store_block_torch,
     int4_matmul=kernels_int4.int4_matmul_torch,
     dequantize=kernels_int4.dequantize_torch,
     column_sums=kernels.column_sums,
@@ -99,7 +97,7 @@ TRITON = Backend(
     fade_memory=kernels_memory.fade_memory_triton,
     add_weights=kernels_memory.add_weights_triton,
     bring_rows=kernels_move.bring_rows_triton,
-    store_newest=kernels_move.store_newest_triton,
+    store_rows=kernels_move.store_rows_triton,
     add_norm=kernels_layer.add_norm_triton,
     rope_append=kernels_layer.rope_append_triton,
     gate=kernels_layer.gate_triton,
@@ -108,7 +106,6 @@ TRITON = Backend(
     verify_attention=kernels_verify.verify_attention_triton,
     admit_drafts=kernels_verify.admit_drafts_triton,
     fold_rows=kernels_verify.fold_rows_triton,
-    store_block=kernels_verify.store_block_triton,
     int4_matmul=kernels_int4.int4_matmul_triton,
     dequantize=kernels_int4.dequantize_triton,
     column_sums=kernels_prefill.column_sums_triton,

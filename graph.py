@@ -37,6 +37,7 @@ from kernels_tiers import admit_newest
 from layers import Layers
 from quantize import run_on
 
+STORE = 4  # layers whose newest rows go to the host in one launch
 WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiprocessors, a long row's program. More would
 # fill it better, but the LLM waits for the first launch
 
@@ -122,6 +123,7 @@ class TieredSide:
         self.key_moves = Moves.none(self.cache.key_position)
         self.value_moves = Moves.none(self.cache.value_position) if self.marginal else self.key_moves
         self.moved = torch.zeros(2, 1, dtype=torch.int64, device=device)  # keys and values brought from the host
+        self.newest = self.cache.newest.unsqueeze(3)  # (2, L, B, 1, G, D)
         self.borrowed = None
         if not self.marginal:
             self.cache.value_position = self.cache.key_position  # both pools hold the same tokens in the same slots
@@ -131,7 +133,6 @@ class TieredSide:
         if self.fused:  # of the layer that attends: what each K slot weighs
             heads, slots = self.policy.llm.config.query_heads, self.cache.key_position.shape[3]
             self.weight = torch.empty(B, heads, slots, device=device)
-        self.stored = torch.zeros(B, dtype=torch.int32, device=device)  # position of the token in `newest`
         together = max(1, WARPS // (B * G * row_warps(S)))  # layers
         self.groups = plan_groups(policy.needed, together)
         # First in the queue: the LLM's layer waits for them, and they leave room for the LLM's kernels beside them.
@@ -170,8 +171,7 @@ class TieredSide:
         """
         self.arrived = []
         if not plan:
-            if self.mover is not None:
-                torch.cuda.current_stream().wait_stream(self.mover)  # `newest` is stored before a layer overwrites it
+            if done is not None:
                 torch.cuda.current_stream().wait_event(done[-1])
             self._admit()
             return
@@ -191,13 +191,18 @@ class TieredSide:
                     if self.mover is not None:
                         self.arrived.append(self.mover.record_event())
 
-    def store(self) -> None:
-        """The last step's token goes to the host, beside the SLM; it was a recent token since: nobody has asked yet."""
-        if self.mover is not None:
-            self.mover.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.mover):
+    def store(self, layer: int) -> None:
+        """The newest rows up to this layer go to the host, STORE layers at a time, after all plans of the step."""
+        layers = slice(layer // STORE * STORE, layer + 1)
+        if layer + 1 < len(self.cache.key) and layers.stop - layers.start < STORE:
+            return
+        if self.planner is not None:
+            self.planner.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.planner):
             cache = self.cache
-            self.backend.store_newest(cache.newest, cache.host_key, cache.host_value, self.stored)
+            self.backend.store_rows(
+                self.newest[:, layers], cache.host_key[layers], cache.host_value[layers], self.length
+            )
 
     def _plan(self, layers: slice) -> None:
         """Tiers and slots of these layers, and what their marginal slots borrow."""
@@ -248,6 +253,7 @@ class TieredSide:
         query = self.backend.rope_append(
             qkv, *rope, self.length, norms, key, value, *slots, newest=cache.newest[:, layer]
         )
+        self.store(layer)
         lent = (cache.value_slot[layer], self.borrowed[layer]) if self.marginal else (None, None)
         out = self.backend.tiered_attention(query, key, value, position, *lent, self.weight)
         if self.fused:
@@ -257,10 +263,9 @@ class TieredSide:
     def join(self) -> None:
         """The side streams' last work belongs to this step: a captured graph must end on one stream."""
         if self.mover is not None:
-            torch.cuda.current_stream().wait_stream(self.mover)
+            torch.cuda.current_stream().wait_stream(self.planner)
             if self.arrived:
-                torch.cuda.current_stream().wait_stream(self.planner)
-        self.stored.copy_(self.length - 1)
+                torch.cuda.current_stream().wait_stream(self.mover)
 
 
 class Step:
@@ -292,22 +297,11 @@ class Step:
                 self.scored = ScoredSide(*scored, policy.settings.marginal)
             self.side = TieredSide(policy, backend, self.length)
             self.moves, self.refresh = policy.settings.max_moves, policy.settings.refresh
-            self._hand_over()
             # First in the queue too: the LLM waits for it, and its kernels are small.
             self.beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         # Eager steps before a capture: the first plan fills the pools without a limit on moves, the second has it.
         self.warm = self.refresh + 1
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with a plan, and without: and its logits
-
-    def _hand_over(self) -> None:
-        """The eager cache keeps no newest row before its first step; ours is the prompt's last token, stored twice."""
-        cache, lengths = self.session.cache, self.session.lengths
-        if self.tokens.is_cuda:
-            torch.cuda.synchronize()  # the prompt's copies to the host, which nobody has waited for
-        for b, n in enumerate(lengths):
-            cache.newest[0, :, b] = cache.host_key[:, b, :, n - 1].to(cache.newest.device)
-            cache.newest[1, :, b] = cache.host_value[:, b, :, n - 1].to(cache.newest.device)
-        self.side.stored.copy_(self.length - 1)
 
     @torch.inference_mode()
     def body(self, plan: bool) -> None:
@@ -316,7 +310,6 @@ class Step:
         if self.slm is None:
             self.side.begin(plan)
         else:
-            self.side.store()
             self.side.begin(plan, self._observe(plan))
         hidden = self.llm.run(self.tokens, self.side.attend)
         logits = self.session.llm.lm_head(hidden)[:, : self.session.vocab]

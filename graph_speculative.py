@@ -59,9 +59,6 @@ class VerifyFull(FullSide):
         super().__init__(cache, backend, length)
         self.tokens = tokens
 
-    def store(self) -> None:
-        """No host."""
-
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:
         key, value = self.cache.key[layer], self.cache.value[layer]
         query = self.backend.rope_append(qkv, *rope, self.length, norms, key, value, tokens=self.tokens)
@@ -85,7 +82,6 @@ class VerifyTiers(TieredSide):
         self.value_slots = torch.zeros_like(self.key_slots) if self.marginal else self.key_slots
         # The bytes of the eager table in the order in which the rows come: a sequence's tokens, then KV heads.
         self.newest = self.cache.newest.view(2, L, B, tokens, G, -1).zero_()
-        self.stored.copy_(length - 1)  # nothing is made yet: what is stored there now is overwritten by the first round
         if self.marginal:
             self.borrowed = torch.zeros(tokens, *self.borrowed.shape, device=device)  # (T, L, B, H, N)
 
@@ -105,13 +101,6 @@ class VerifyTiers(TieredSide):
         end = (self.length - 1 + kept)[:, None, None]  # (B, 1, 1)
         for table in (self.cache.key_position, self.cache.value_position)[: 1 + self.marginal]:
             table.masked_fill_(table >= end, -1)
-
-    def store(self) -> None:
-        """The last round's tokens go to the host, beside the SLM; those kept are in slots: nobody has asked yet."""
-        if self.mover is not None:
-            self.mover.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.mover):
-            self.backend.store_block(self.newest, self.cache.host_key, self.cache.host_value, self.stored)
 
     def _plan(self, layers: slice) -> None:
         super()._plan(layers)
@@ -145,6 +134,7 @@ class VerifyTiers(TieredSide):
             qkv, *rope, self.length, norms, key, value, *slots, newest=self.newest[:, layer].flatten(1, 2),
             tokens=self.tokens,
         )  # fmt: skip
+        self.store(layer)
         tables = (cache.value_slot[layer], self.borrowed[:, layer]) if self.marginal else ()
         query = query.unflatten(0, (-1, self.tokens))  # (B, T, H, D)
         position = cache.key_position[layer]
@@ -191,7 +181,6 @@ class Round:
     def body(self) -> None:
         """One round: everything on the device, nothing returned; the same function is run eagerly and captured."""
         self.at.copy_(self.length + 1 + self.place[:, None])
-        self.side.store()
         believed = self._draft()
         if self.tiered:
             self.side.foresee(self.allowed.clamp(min=0) + 1)

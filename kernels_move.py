@@ -1,6 +1,6 @@
-"""Rows that move between the tiers, in Triton: straight out of pinned host memory into slots, and the newest row back.
+"""Rows that move between the tiers, in Triton: straight out of pinned host memory into slots, and the newest rows back.
 
-Where it sits: slots (kernels_tiers.py) -> **movement** -> LLM, on the side stream of the decode step (graph.py). The
+Where it sits: slots (kernels_tiers.py) -> **movement** -> LLM, on side streams of the decode step (graph.py). The
 kernels read and write pinned memory themselves, so a captured graph moves whatever the tables on the device say
 (Algorithm 1, line 9); the bytes arrive as they left. Each function exists twice with one signature, `..._torch` (the
 twin) and `..._triton`.
@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64  # rows that a program stores, or brings from short lists, at once
-STORERS = 16  # programs that write to the host: a multiprocessor whose writes wait for PCIe holds up its neighbours'
-# kernels. With 448 programs the SLM's first kernel lasted as long as they did (0.5 ms at 64 x 2,048)
+STORED = 512  # rows that a program stores at once. There are two, each with all threads of a multiprocessor: one whose
+# writes wait for PCIe holds up every other kernel that has a block on it
 LONG = 2048  # slots of a KV head from which a list is long
 
 
@@ -36,7 +35,7 @@ class Movers(NamedTuple):
 
 
 def pick_movers(slots: int) -> Movers:
-    return Movers(2, 512, 32) if slots >= LONG else Movers(16, ROWS, 4)
+    return Movers(2, 512, 32) if slots >= LONG else Movers(16, 64, 4)
 
 
 class Moves(NamedTuple):
@@ -67,13 +66,17 @@ def bring_rows_torch(
         pool[b, g, moves.slot[b, g, i].long()] = host[there[0], there[1], token].to(pool.device)
 
 
-def store_newest_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, position: Tensor) -> None:
-    """K and V of one token a sequence, newest (2, L, B, G, D), to its place on the host, (L, B, G, S, D)."""
-    index = (
-        position.long().to(host_key.device)[None, :, None, None, None].expand(*newest.shape[1:4], 1, newest.shape[4])
-    )
-    for host, row in zip((host_key, host_value), newest.to(host_key.device)):
-        host.scatter_(3, index, row[..., None, :])
+def store_rows_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
+    """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S, D).
+
+    length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous.
+    """
+    newest = newest.to(host_key.device).transpose(3, 4)  # (2, L, B, G, T, D)
+    place = torch.arange(newest.shape[4], device=host_key.device)
+    position = length.long().to(host_key.device)[:, None] - 1 + place  # (B, T)
+    index = position[None, :, None, :, None].expand(newest.shape[1:])
+    for host, rows in zip((host_key, host_value), newest):
+        host.scatter_(3, index, rows)
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -113,21 +116,30 @@ def _bring_kernel(
 
 
 @triton.jit
-def _store_kernel(
-    newest_ptr, host_key_ptr, host_value_ptr, position_ptr, lines, capacity, B: tl.constexpr, G: tl.constexpr,
+def _store(
+    host_ptr, newest_ptr, length_ptr, lines, capacity, B: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     dim = tl.arange(0, D)
-    for at in range(tl.program_id(0) * ROWS, lines, tl.num_programs(0) * ROWS):
-        line = at + tl.arange(0, ROWS)  # counts layers, sequences and KV heads
+    for at in range(0, lines, ROWS):
+        line = at + tl.arange(0, ROWS)  # counts layers, sequences, tokens and KV heads
         inside = line < lines
-        position = tl.load(position_ptr + (line // G) % B, mask=inside, other=0)
-        cell = (line.to(tl.int64) * capacity + position)[:, None] * D + dim
-        source = line.to(tl.int64)[:, None] * D + dim
-        key = tl.load(newest_ptr + source, mask=inside[:, None])
-        value = tl.load(newest_ptr + lines * D + source, mask=inside[:, None])
-        tl.store(host_key_ptr + cell, key, mask=inside[:, None])
-        tl.store(host_value_ptr + cell, value, mask=inside[:, None])
+        sequence = line // (T * G)  # counts over the layers
+        position = tl.load(length_ptr + sequence % B, mask=inside, other=1) - 1 + line // G % T
+        cell = ((sequence.to(tl.int64) * G + line % G) * capacity + position)[:, None] * D + dim
+        row = tl.load(newest_ptr + line[:, None] * D + dim, mask=inside[:, None])
+        tl.store(host_ptr + cell, row, mask=inside[:, None])
+
+
+@triton.jit
+def _store_kernel(
+    newest_ptr, host_key_ptr, host_value_ptr, length_ptr, half, lines, capacity, B: tl.constexpr, G: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) == 0:
+        _store(host_key_ptr, newest_ptr, length_ptr, lines, capacity, B, G, T, D, ROWS)
+    else:
+        _store(host_value_ptr, newest_ptr + half, length_ptr, lines, capacity, B, G, T, D, ROWS)
 
 
 # ---- The launchers ---------------------------------------------------------------------------------------------------
@@ -145,9 +157,12 @@ def bring_rows_triton(
     )  # fmt: skip
 
 
-def store_newest_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, position: Tensor) -> None:
-    _, L, B, G, D = newest.shape
-    lines = L * B * G
-    _store_kernel[(min(STORERS, triton.cdiv(lines, ROWS)),)](
-        newest, host_key, host_value, position, lines, host_key.shape[3], B=B, G=G, D=D, ROWS=ROWS, num_warps=4
-    )
+def store_rows_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
+    _, L, B, T, G, D = newest.shape
+    assert newest[0].is_contiguous() and host_key.is_contiguous() and host_value.is_contiguous()
+    lines = L * B * T * G
+    rows = min(STORED, triton.next_power_of_2(lines))
+    _store_kernel[(2,)](
+        newest, host_key, host_value, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D, ROWS=rows,
+        num_warps=max(4, rows // 16), num_stages=1,
+    )  # fmt: skip

@@ -10,7 +10,6 @@ with one signature, `..._torch` (the twin) and `..._triton`.
 | `fold_rows`        | the SLM's rows of a round -> scores: to plan by, and those that stay              | Eq. 1      |
 | `admit_drafts`     | the plan has placed the newest token; its drafts take the slots left free         | -          |
 | `verify_attention` | LLM: T queries on the full cache or on the tiers, each with its own row to borrow | Eq. 6      |
-| `store_block`      | K and V of the round -> host                                                      | Algorithm 1 |
 
 The T queries of the heads that share a KV head are the rows of one matrix, so that K and V are read once for all of
 them: 5 tokens of 7 heads are 35 rows, padded to 64. Where they are more than 64, each block of 64 reads K and V again.
@@ -25,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
-from kernels_move import ROWS, STORERS
 
 TILE, BLOCK_MAX = 8192, 128  # numbers in a tile of K, and tokens: 64 at D = 128, as in kernels_decode.py
 ROWS_MAX = 64  # query rows of a program: with 64 tokens and D = 128 the sums fill a half of the registers
@@ -99,16 +97,6 @@ def fold_rows_torch(
         last = after.where(t < count, last)
         best = best.maximum(after.where(t < count, 0))
     out.copy_((best if largest else last).where((token < end - 1 + T) & (count > 0), out))
-
-
-def store_block_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, start: Tensor) -> None:
-    """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S, D), from
-    start (B,) int32 on."""
-    newest = newest.to(host_key.device).transpose(3, 4)  # (2, L, B, G, T, D)
-    place = torch.arange(newest.shape[4], device=host_key.device)
-    index = (start.long().to(host_key.device)[:, None] + place)[None, :, None, :, None].expand(newest.shape[1:])
-    for host, rows in zip((host_key, host_value), newest):
-        host.scatter_(3, index, rows)
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -256,25 +244,6 @@ def _fold_kernel(
         tl.store(out_ptr + cell, last, mask=written)
 
 
-@triton.jit
-def _store_block_kernel(
-    newest_ptr, host_key_ptr, host_value_ptr, start_ptr, lines, capacity, B: tl.constexpr, G: tl.constexpr,
-    T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    dim = tl.arange(0, D)
-    for at in range(tl.program_id(0) * ROWS, lines, tl.num_programs(0) * ROWS):
-        line = at + tl.arange(0, ROWS)  # counts layers, sequences, tokens and KV heads
-        inside = line < lines
-        sequence = line // (T * G)  # counts over the layers
-        position = tl.load(start_ptr + sequence % B, mask=inside, other=0) + line // G % T
-        cell = ((sequence.to(tl.int64) * G + line % G) * capacity + position)[:, None] * D + dim
-        source = line.to(tl.int64)[:, None] * D + dim
-        key = tl.load(newest_ptr + source, mask=inside[:, None])
-        value = tl.load(newest_ptr + lines * D + source, mask=inside[:, None])
-        tl.store(host_key_ptr + cell, key, mask=inside[:, None])
-        tl.store(host_value_ptr + cell, value, mask=inside[:, None])
-
-
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
@@ -332,12 +301,3 @@ def fold_rows_triton(
         score, rows, length, count, out, S, decay, B, H=H, T=T, OLD=decay != 0, LARGEST=largest, CHUNK=CHUNK,
         num_warps=4,
     )  # fmt: skip
-
-
-def store_block_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, start: Tensor) -> None:
-    _, L, B, T, G, D = newest.shape
-    assert newest.is_contiguous()
-    lines = L * B * T * G
-    _store_block_kernel[(min(STORERS, triton.cdiv(lines, ROWS)),)](
-        newest, host_key, host_value, start, lines, host_key.shape[3], B=B, G=G, T=T, D=D, ROWS=ROWS, num_warps=4
-    )

@@ -182,21 +182,23 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, long, device, monkeypatch
         assert torch.equal(ours, twins)
 
 
-@pytest.mark.parametrize("storers", [1, 16])
-def test_newest_rows_reach_the_host(storers, device, monkeypatch):
-    monkeypatch.setattr(kernels_move, "STORERS", storers)
-    newest = randn(2, 7, 2, 2, 32, device=device)
-    position = torch.tensor([4, 98], dtype=torch.int32, device=device)
-    results = []
-    for store in (kernels_move.store_newest_torch, kernels_move.store_newest_triton):
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("at_once", [16, 512])
+def test_newest_rows_reach_the_host(tokens, at_once, device, monkeypatch):
+    """Of some layers, one token a sequence or a round of them; to the bit, and nothing beside."""
+    monkeypatch.setattr(kernels_move, "STORED", at_once)
+    newest, layers = randn(2, 7, 2, tokens, 2, 32, device=device), slice(2, 6)
+    length = torch.tensor([5, 95], dtype=torch.int32, device=device)
+    for store in (kernels_move.store_rows_torch, kernels_move.store_rows_triton):
         host = [pinned(randn(7, 2, 2, 99, 32, seed=seed), device) for seed in (1, 2)]
-        store(newest, *host, position)
+        store(newest[:, layers], *(table[layers] for table in host), length)
         if device == "cuda":
             torch.cuda.synchronize()
-        results.append(host)
-    for ours, twins in zip(results[1], results[0]):
-        assert torch.equal(ours, twins)
-    assert torch.equal(results[1][1][2, 1, 0, 98], newest[1, 2, 1, 0].cpu())
+        for kind, made in enumerate(host):
+            expected = randn(7, 2, 2, 99, 32, seed=kind + 1)
+            for b, at in enumerate((4, 94)):
+                expected[layers, b, :, at : at + tokens] = newest[kind, layers, b].cpu().transpose(1, 2)
+            assert torch.equal(made, expected)
 
 
 # ---- prefill ---------------------------------------------------------------------------------------------------------

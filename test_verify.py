@@ -173,22 +173,3 @@ def test_rows_fold_into_scores_as_in_a_loop(lengths, tokens, decay, device):
                 expected = torch.full_like(last, 7.0)
             torch.testing.assert_close(results[0][:, b, :, :stop], expected[..., :stop], atol=1e-6, rtol=1e-6)
             assert (results[0][:, b, :, stop:] == (7.0 if largest else 0.0)).all()
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 5])
-def test_a_block_reaches_the_host(tokens, device):
-    newest = randn(2, 7, 2, tokens, 2, 32, device=device)
-    start = torch.tensor([4, 90], dtype=torch.int32, device=device)
-    results = []
-    for store in (kernels_verify.store_block_torch, kernels_verify.store_block_triton):
-        host = [randn(7, 2, 2, 99, 32, seed=seed) for seed in (1, 2)]
-        host = [table.pin_memory() if device == "cuda" else table for table in host]
-        store(newest, *host, start)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        results.append(host)
-    for kind in range(2):
-        expected = randn(7, 2, 2, 99, 32, seed=kind + 1)
-        for b, at in enumerate(start.tolist()):
-            expected[:, b, :, at : at + tokens] = newest[kind, :, b].cpu().transpose(1, 2)
-        assert torch.equal(results[0][kind], expected) and torch.equal(results[1][kind], expected)
