@@ -16,8 +16,8 @@ a digit of BITS bits by a histogram (radix select).
 Bytes, for Qwen2-7B with Qwen2-0.5B: the floor is every SLM score once, 4 * 24 * 14 a token and sequence (88 MB, 0.03 ms
 of an H100 at 4 x 16,384; 0.71 GB, 0.24 ms at 32 x 16,384). The gather reads a row for each of the LLM's 28 * 28 heads
 (0.21 and 1.64 GB), some of them from L2. Fused scores, the default, read and write the LLM's memory besides: 4 * 28 * 4
-a token and sequence each way (30 MB and 0.24 GB). The SLM's scores are then logits beside the log of each head's sum
-(`lse`): no kernel reads and writes them in between, but here each number that the gather reads costs an exp2.
+a token and sequence each way (30 MB and 0.24 GB). Scores may come as logits, with the log of each head's sum (`lse`,
+see kernels_decode.py): the bytes are the same, and each number that the gather reads costs an exp2.
 
 Shapes follow the legend in model.py. Lengths and sizes are device tensors; `sizes` (S + 1, 3) int32 is the table of
 critical, recent and marginal tokens by length. L is the number of layers at hand.
