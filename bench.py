@@ -149,7 +149,8 @@ def session_bytes(session: Session, step: Step | None, models) -> int:
     total = sum(entry["size"] for entry in tiers(session) if entry["device"] == device)
     total += sum(weights_of(model) for model in session.policy.models)
     if step is not None and step.slm is not None:
-        total += sum(tensor.nbytes for side in (step.side, step.scored) for tensor in side.tensors())
+        held = {tensor.data_ptr(): tensor.nbytes for side in (step.side, step.scored) for tensor in side.tensors()}
+        total += sum(held.values())  # a table that both sides name counts once
     batch, llm = len(session.prompts), session.llm.config
     total += 2 * batch * llm.vocab_size * session.llm.dtype.itemsize  # logits, of the step run eagerly and captured
     return total

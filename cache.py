@@ -113,9 +113,10 @@ class FullCache:
 class ScoredCache(FullCache):
     """A full cache that also remembers what attention says of every token; the SLM's.
 
-    score (L, B, H, S) fp32: the score memory, score = decay * score + newest row; decay 1 is Eq. 1's accumulation.
-    row (L, B, H, S) fp32, with keep_row: the newest query's attention, which marginal tokens borrow. sums: the function
-    that makes the scores of a prefill, `kernels.column_sums` or its Triton version.
+    score (L, B, H, S) fp32: the score memory, score = decay * score + newest row; decay 1 is Eq. 1's accumulation (a
+    static step may keep logits there, see graph.ScoredSide). row (L, B, H, S) fp32, with keep_row: the newest query's
+    attention, which marginal tokens borrow. sums: what makes the scores of a prefill, `kernels.column_sums` or its
+    Triton version.
     """
 
     prompt: int | None = None  # tokens of the prompt that is being prefilled, where that is known

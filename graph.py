@@ -73,14 +73,21 @@ class FullSide:
 
 
 class ScoredSide:
-    """The SLM on its full cache: append, attend, and the row goes into the scores."""
+    """The SLM on its full cache: append, attend, and the row goes into the scores.
+
+    With decay 0 and no rows to lend (the default: fused scores) the score of the cache holds logits from the first step
+    on, up to each length, and the attention row is 2 ** (score - lse), lse (L', B, H') fp32: the plan and the memory
+    are handed both. Else lse is None, and the score is what ScoredCache says.
+    """
 
     def __init__(self, cache, backend: Backend, length: Tensor, keep_row: bool):
         self.cache, self.backend, self.length, self.keep_row = cache, backend, length, keep_row
+        logits = cache.decay == 0 and not keep_row
+        self.lse = torch.zeros(cache.score.shape[:3], device=cache.score.device) if logits else None
 
     def tensors(self) -> list[Tensor]:
-        """Nothing is held beside the cache."""
-        return []
+        """What this object holds beside the cache, for the ledger."""
+        return [] if self.lse is None else [self.lse]
 
     def begin(self, plan: bool) -> None:
         """Nobody leaves."""
@@ -89,8 +96,9 @@ class ScoredSide:
         key, value = self.cache.key[layer], self.cache.value[layer]
         query = self.backend.rope_append(qkv, *rope, self.length, norms, key, value)
         row = self.cache.row[layer] if self.keep_row else None
+        lse = None if self.lse is None else self.lse[layer]
         return self.backend.scored_attention(
-            query, key, value, self.length, self.cache.score[layer], self.cache.decay, row
+            query, key, value, self.length, self.cache.score[layer], self.cache.decay, row, lse
         )
 
 
@@ -99,15 +107,15 @@ class TieredSide:
 
     moves: at most that many tokens enter a critical set at a plan (`--max-moves`); None is no limit, and what the first
     plan has, which fills the pools. `prior` (B, S) fp32, if set, is added to the scores: bench.py drives the turnover
-    of the tiers with it.
+    of the tiers with it. lse (L', B, H') fp32: the SLM's scores are logits, see ScoredSide; None: they are scores.
     """
 
-    def __init__(self, policy, backend: Backend, length: Tensor):
+    def __init__(self, policy, backend: Backend, length: Tensor, lse: Tensor | None = None):
         settings = policy.settings
         if not settings.static:
             raise ValueError("no graph without saliency shift (its plan needs the weights of the step before) nor with "
                              "a gate: use the plain steps")  # fmt: skip
-        self.policy, self.cache, self.backend, self.length = policy, policy.cache, backend, length
+        self.policy, self.cache, self.backend, self.length, self.lse = policy, policy.cache, backend, length, lse
         self.marginal, self.fused, self.decay = settings.marginal, settings.fused, settings.score_decay
         self.moves, self.prior = None, None
         L, B, G, _ = self.cache.key_position.shape
@@ -161,7 +169,7 @@ class TieredSide:
 
     @property
     def ranking(self) -> Tensor:
-        """What the plan ranks by, (L', B, H', S)."""
+        """What the plan ranks by, (L', B, H', S); logits if there is an lse."""
         return self.policy.slm_cache.score
 
     def begin(self, plan: bool, done: list[torch.cuda.Event] | None = None) -> None:
@@ -209,7 +217,7 @@ class TieredSide:
         position, tier, slot = self.cache.key_position[layers], self.tier[layers], self.key_slot[layers]
         self.backend.plan_layers(
             self.ranking, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior, position, self.moves,
-            self.cache.score[layers] if self.fused else None, self.decay,
+            self.cache.score[layers] if self.fused else None, self.decay, self.lse,
         )  # fmt: skip
         moves = Moves(*(table[layers] for table in self.key_moves))
         self.backend.assign_slots(position, tier, CRITICAL, self.length, moves, slot, self.moved[0])
@@ -228,7 +236,7 @@ class TieredSide:
             newest = (self.length - 1).long()[:, None, None].expand(*self.tier.shape[:3], 1)  # (L, B, G, 1)
             self.tier.scatter_(-1, newest, CRITICAL)
             row, index = self.policy.slm_cache.score, self.policy.index
-            self.backend.fade_memory(row, index, self.length, self.tier, self.cache.score, self.decay)
+            self.backend.fade_memory(row, index, self.length, self.tier, self.cache.score, self.decay, self.lse)
 
     def _lend(self, layers: slice) -> None:
         cache = self.cache
@@ -290,12 +298,13 @@ class Step:
             self.side = FullSide(session.cache, backend, self.length)
         else:
             self.slm = Layers(policy.slm, capacity, backend)
-            scored = policy.slm_cache, backend, self.length
+            scored, lse = (policy.slm_cache, backend, self.length), None
             if policy.settings.slm_budget < 1:
                 self.scored = FrugalSide(*scored, capacity, policy.settings.marginal)
             else:
                 self.scored = ScoredSide(*scored, policy.settings.marginal)
-            self.side = TieredSide(policy, backend, self.length)
+                lse = self.scored.lse
+            self.side = TieredSide(policy, backend, self.length, lse)
             self.moves, self.refresh = policy.settings.max_moves, policy.settings.refresh
             # First in the queue too: the LLM waits for it, and its kernels are small.
             self.beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None

@@ -14,8 +14,11 @@ KV head with all the query heads that share it, so that each row of K and V is r
 splits. Lengths are device tensors and the grid is that of the capacity, so one captured graph serves growing sequences;
 programs beyond a length return at once. A group of query heads is padded to the 16 rows a matrix unit wants.
 
-The row of the SLM needs the sum over all splits, so the first kernel leaves its logits in a scratch of one layer (it
-stays in the L2 cache) and the second turns them into probabilities and adds them to the scores.
+The row of the SLM needs the sum over all splits. Where nothing of the past goes into the scores (decay 0) and nobody
+borrows the row, the first kernel writes its logits straight into `score`, the second the log of each head's sum into
+`lse`, and whoever reads the scores computes 2 ** (score - lse) as it goes (kernels_plan.py, kernels_memory.py).
+Otherwise the logits lie in a scratch of one layer, and the second kernel makes them probabilities and adds them to the
+scores.
 
 Shapes follow the legend in model.py; decode drops the T dimension: query is (B, H, D).
 """
@@ -30,6 +33,7 @@ from torch import Tensor
 
 import kernels
 
+LOG2_E = math.log2(math.e)  # logits as powers of two: exp2 is one instruction
 CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
 
 
@@ -66,15 +70,25 @@ def decode_attention_torch(query: Tensor, key: Tensor, value: Tensor, length: Te
 
 
 def scored_attention_torch(
-    query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`decode_attention`, and score = decay * score + attention row in place, on the tokens seen.
 
     score and row are (B, H, S) fp32; row, if given, takes the attention row itself (marginal tokens borrow it). With
     decay 0 the old score is not read. What lies beyond a length is neither read nor written.
+
+    lse (B, H) fp32, if given, takes the base-2 log of each head's sum, and score the logits as powers of two: the
+    attention row is 2 ** (score - lse). That needs decay 0 and no row.
     """
+    assert lse is None or (decay == 0 and row is None), f"logits as scores, with decay {decay} or a row"
     out, probability = _full_step(query, key, value, length)
     seen = (torch.arange(score.shape[-1], device=score.device) < length[:, None])[:, None].expand_as(score)
+    if lse is not None:
+        logit = _logits(query, key)
+        lse.copy_(logit.masked_fill(~seen, -torch.inf).logsumexp(-1) * LOG2_E)
+        score.copy_(torch.where(seen, logit * LOG2_E, score))
+        return out
     old = decay * score if decay else torch.zeros_like(score)
     score.copy_(torch.where(seen, old + probability, score))
     if row is not None:
@@ -87,6 +101,13 @@ def _full_step(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> tup
     value = value.masked_fill(unseen[:, None, :, None], 0)  # unseen columns weigh 0, and 0 * NaN is NaN
     out, row = kernels.full_attention_step(query[:, :, None], key, value, length.long() - 1)
     return out[:, :, 0], row
+
+
+def _logits(query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, S) fp32, as kernels.full_attention_block has them."""
+    B, H, D = query.shape
+    grouped = query.view(B, key.shape[1], -1, D)  # (B, G, H/G, D)
+    return (grouped * D**-0.5 @ key.transpose(-1, -2)).float().view(B, H, -1)
 
 
 def tiered_attention_torch(
@@ -119,7 +140,8 @@ def tiered_attention_torch(
 
 @triton.jit
 def _full_split_kernel(
-    q_ptr, k_ptr, v_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, k_batch, k_head, logit_head, scale, splits, size,
+    q_ptr, k_ptr, v_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, k_batch, k_head, logit_batch, logit_head, scale,
+    splits, size,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +167,8 @@ def _full_split_kernel(
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
         logit = tl.where(seen, logit, -float("inf"))
         if SCORED:
-            line = (pair * GROUP + row).to(tl.int64)[:, None] * logit_head
-            tl.store(logit_ptr + line + token, logit, mask=real[:, None] & seen)
+            line = b.to(tl.int64) * logit_batch + (g * GROUP + row) * logit_head
+            tl.store(logit_ptr + line[:, None] + token, logit, mask=real[:, None] & seen)
         higher = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp2(logit - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -224,13 +246,15 @@ def _tiered_split_kernel(
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, length_ptr, stat_ptr, acc_ptr, lent_ptr, logit_ptr, score_ptr, row_ptr,
+    out_ptr, length_ptr, stat_ptr, acc_ptr, lent_ptr, logit_ptr, score_ptr, row_ptr, lse_ptr,
     score_batch, score_head, logit_head, splits, size, capacity, decay,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
     TIERED: tl.constexpr, MARGINAL: tl.constexpr, SCORED: tl.constexpr, OLD: tl.constexpr, ROW: tl.constexpr,
+    LSE: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query head; each program turns one chunk of logits into probabilities, the first one
-    writes the output. Scores are score * decay + probability (OLD), or the probability alone."""
+    writes the output. Scores are score * decay + probability (OLD), or the probability alone. LSE: the logits are the
+    scores, and the log of their sum is written; there is one program a head then."""
     head, chunk = tl.program_id(0), tl.program_id(1)  # head counts over the batch
     pair = head // GROUP
     b = pair // G
@@ -269,6 +293,8 @@ def _merge_kernel(
         if MARGINAL:
             out += tl.sum(tl.load(lent_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0), 0)
         tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty))
+    if LSE:
+        tl.store(lse_ptr + head, top + tl.log2(total))
     if SCORED:
         probability = tl.exp2(logit - top) * scale
         if ROW:
@@ -289,16 +315,20 @@ def split_size(pairs: int, tokens: int, block: int, programs: int) -> int:
 
 
 def decode_attention_triton(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
-    return _full_triton(query, key, value, length, None, 0.0, None)
+    return _full_triton(query, key, value, length)
 
 
 def scored_attention_triton(
-    query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None
-) -> Tensor:
-    return _full_triton(query, key, value, length, score, decay, row)
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    assert score.stride(2) == 1 and (row is None or row.stride() == score.stride())
+    assert lse is None or (decay == 0 and row is None), f"logits as scores, with decay {decay} or a row"
+    assert lse is None or lse.is_contiguous()
+    return _full_triton(query, key, value, length, score, decay, row, lse)
 
 
-def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
+def _full_triton(query, key, value, length, score=None, decay=0.0, row=None, lse=None) -> Tensor:
     B, H, D = query.shape
     G, S = key.shape[1], key.shape[2]
     assert key.stride()[2:] == (D, 1) and value.stride() == key.stride(), "token rows must lie one after another"
@@ -308,21 +338,20 @@ def _full_triton(query, key, value, length, score, decay, row) -> Tensor:
     split = split_size(B * G, S, block, launch.programs)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(S, split)
     stat, acc = _scratch(query, B * H, 3, splits), _scratch(query, B * G, splits, group, D)
-    logit = stat if score is None else _scratch(query, B * H, S)
+    scored = score is not None and lse is None  # the merge makes the scores
+    logit = _scratch(query, B, H, S) if scored else stat if score is None else score
     _full_split_kernel[(B * G, splits)](
-        query, key, value, length, logit, stat, acc, key.stride(0), key.stride(1), S, _scale(D), splits, split,
+        query, key, value, length, logit, stat, acc, *key.stride()[:2], *logit.stride()[:2], _scale(D), splits, split,
         G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None,
         num_warps=launch.warps, num_stages=_stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
-    if score is not None:
-        assert score.stride(2) == 1 and (row is None or row.stride() == score.stride())
-    strides = (0, 0) if score is None else score.stride()[:2]
-    _merge_kernel[(B * H, 1 if score is None else triton.cdiv(S, CHUNK))](
-        out, length, stat, acc, acc, logit, logit if score is None else score, logit if row is None else row,
-        *strides, S, splits, split, S, decay,
+    strides = score.stride()[:2] if scored else (0, 0)
+    _merge_kernel[(B * H, triton.cdiv(S, CHUNK) if scored else 1)](
+        out, length, stat, acc, acc, logit, score if scored else logit, logit if row is None else row,
+        logit if lse is None else lse, *strides, S, splits, split, S, decay,
         G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
-        TIERED=False, MARGINAL=False, SCORED=score is not None, OLD=decay != 0, ROW=row is not None,
+        TIERED=False, MARGINAL=False, SCORED=scored, OLD=decay != 0, ROW=row is not None, LSE=lse is not None,
         num_warps=_merge_warps(splits),
     )  # fmt: skip
     return out
@@ -353,10 +382,10 @@ def tiered_attention_triton(
     )  # fmt: skip
     out = torch.empty_like(query)
     _merge_kernel[(B * H, 1 if weight is None else triton.cdiv(C, CHUNK))](
-        out, key_position, stat, acc, lent, logit, logit if weight is None else weight, logit,
+        out, key_position, stat, acc, lent, logit, logit if weight is None else weight, logit, logit,
         H * C, C, C, splits, split, C, 0.0,
         G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
-        TIERED=True, MARGINAL=marginal, SCORED=weight is not None, OLD=False, ROW=False,
+        TIERED=True, MARGINAL=marginal, SCORED=weight is not None, OLD=False, ROW=False, LSE=False,
         num_warps=_merge_warps(splits),
     )  # fmt: skip
     return out
@@ -364,7 +393,7 @@ def tiered_attention_triton(
 
 def _scale(D: int) -> float:
     """Of the logits, as powers of two."""
-    return D**-0.5 * math.log2(math.e)
+    return D**-0.5 * LOG2_E
 
 
 def _stages(launch: Launch, query: Tensor) -> int:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels_plan import CRITICAL, head_rows, head_sum, whole_loads
+from kernels_plan import CRITICAL, head_rows, head_sum, head_sum_torch, whole_loads
 
 TOKENS = 2048  # tokens of a program that fades
 SLOTS = 512  # slots of a program that adds
@@ -26,17 +26,18 @@ SLOTS = 512  # slots of a program that adds
 # ---- The twins -------------------------------------------------------------------------------------------------------
 
 
-def fade_memory_torch(row: Tensor, index: Tensor, length: Tensor, tier: Tensor, memory: Tensor, decay: float) -> None:
+def fade_memory_torch(
+    row: Tensor, index: Tensor, length: Tensor, tier: Tensor, memory: Tensor, decay: float, lse: Tensor | None = None
+) -> None:
     """What a plan does to the memory, with the tiers as they are.
 
-    row (L', B, H', S) fp32: the SLM's newest attention. index (B, L, H) int64: f(i), as for the plan. tier (L, B, G, S)
-    int8. memory (L, B, G, S) fp32 is updated; from length (B,) int32 on it stays as it is.
+    row (L', B, H', S) fp32: the SLM's newest attention, or its logits with lse (L', B, H') fp32; index (B, L, H) int64:
+    f(i), both as for the plan. tier (L, B, G, S) int8. memory (L, B, G, S) fp32 is updated; from length (B,) int32 on
+    it stays as it is.
     """
-    L, B, G, S = tier.shape
-    heads, sequence = row.shape[2], torch.arange(B, device=row.device)[:, None, None]
-    gained = row[index // heads, sequence, index % heads].view(B, L, G, -1, S).sum(3).transpose(0, 1)  # (L, B, G, S)
+    gained = head_sum_torch(row, index, tier.shape[2], lse)  # (L, B, G, S)
     faded = decay * memory
-    seen = torch.arange(S, device=row.device) < length[:, None, None]
+    seen = torch.arange(tier.shape[3], device=row.device) < length[:, None, None]
     memory.copy_(faded.where(tier == CRITICAL, faded + gained).where(seen, memory))
 
 
@@ -53,9 +54,10 @@ def add_weights_torch(weight: Tensor, position: Tensor, memory: Tensor) -> None:
 
 @triton.jit
 def _fade_kernel(
-    row_ptr, index_ptr, length_ptr, tier_ptr, memory_ptr, index_batch, index_layer, row_layer, row_batch, row_head,
-    capacity, decay, B,
+    row_ptr, index_ptr, length_ptr, tier_ptr, memory_ptr, lse_ptr, index_batch, index_layer, row_layer, row_batch,
+    row_head, capacity, decay, B,
     G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of one KV head of one sequence and layer."""
     line, at = tl.program_id(0), tl.program_id(1) * TOKENS
@@ -64,9 +66,10 @@ def _fade_kernel(
     if at >= length:
         return
     reach = whole_loads(length, ALIGNED)
-    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, row_layer, row_head, GROUP, HEADS)
+    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, lse_ptr, row_layer, row_head,
+                      b, B, GROUP, HEADS, LOGITS)  # fmt: skip
     token = at + tl.arange(0, TOKENS)
-    gained = head_sum(row_ptr + b.to(tl.int64) * row_batch, heads, token, reach, GROUP)
+    gained = head_sum(row_ptr + b.to(tl.int64) * row_batch, heads, token, reach, GROUP, LOGITS)
     cell = line.to(tl.int64) * capacity + token
     critical = tl.load(tier_ptr + cell, mask=token < reach, other=0) == 2
     memory = tl.load(memory_ptr + cell, mask=token < reach, other=0.0)
@@ -93,12 +96,16 @@ def _add_kernel(
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
-def fade_memory_triton(row: Tensor, index: Tensor, length: Tensor, tier: Tensor, memory: Tensor, decay: float) -> None:
+def fade_memory_triton(
+    row: Tensor, index: Tensor, length: Tensor, tier: Tensor, memory: Tensor, decay: float, lse: Tensor | None = None
+) -> None:
     L, B, G, S = tier.shape
     assert row.stride(3) == 1 and index.stride(2) == 1 and tier.is_contiguous() and memory.is_contiguous()
+    assert lse is None or lse.is_contiguous()
     _fade_kernel[(L * B * G, triton.cdiv(S, TOKENS))](
-        row, index, length, tier, memory, *index.stride()[:2], *row.stride()[:3], S, decay, B,
-        G=G, GROUP=index.shape[2] // G, HEADS=row.shape[2], TOKENS=TOKENS, ALIGNED=S % 16 == 0, num_warps=8,
+        row, index, length, tier, memory, row if lse is None else lse, *index.stride()[:2], *row.stride()[:3], S, decay,
+        B, G=G, GROUP=index.shape[2] // G, HEADS=row.shape[2], TOKENS=TOKENS, ALIGNED=S % 16 == 0,
+        LOGITS=lse is not None, num_warps=8,
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ a digit of BITS bits by a histogram (radix select).
 Bytes, for Qwen2-7B with Qwen2-0.5B: the floor is every SLM score once, 4 * 24 * 14 a token and sequence (88 MB, 0.03 ms
 of an H100 at 4 x 16,384; 0.71 GB, 0.24 ms at 32 x 16,384). The gather reads a row for each of the LLM's 28 * 28 heads
 (0.21 and 1.64 GB), some of them from L2. Fused scores, the default, read and write the LLM's memory besides: 4 * 28 * 4
-a token and sequence each way (30 MB and 0.24 GB).
+a token and sequence each way (30 MB and 0.24 GB). Scores may come as logits, with the log of each head's sum (`lse`,
+see kernels_decode.py): the bytes are the same, and each number that the gather reads costs an exp2.
 
 Shapes follow the legend in model.py. Lengths and sizes are device tensors; `sizes` (S + 1, 3) int32 is the table of
 critical, recent and marginal tokens by length. L is the number of layers at hand.
@@ -39,13 +40,14 @@ BITS = 4  # of a digit: more make fewer passes, and costlier histograms (a vote 
 def plan_layers_torch(
     score: Tensor, index: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, prior: Tensor | None = None,
     held: Tensor | None = None, moves: int | None = None, memory: Tensor | None = None, decay: float = 0.0,
+    lse: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Rank the tokens by the scores of the matched SLM heads and cut the ranking into tiers.
 
     score (L', B, H', S) fp32, none below 0. index (B, L, H) int64: f(i), counted l' * H' + h'. length (B,) int32. tier
     (L, B, G, S) int8 is written: CRITICAL, MARGINAL or 0; beyond a length it is 0. The scores of the H/G heads of a KV
     head are summed, recent tokens rank first (the newest before all), equal scores rank by position. prior (B, S)
-    fp32, not below 0, is added to every sum.
+    fp32, not below 0, is added to every sum. lse (L', B, H') fp32: score holds logits, see `head_sum_torch`.
 
     moves: at most that many tokens enter the critical set, the newest not counted: of those that are new in the
     ranking's top the best enter, and the best of those held (held (L, B, G, C) int32: their positions, -1 for an empty
@@ -56,9 +58,7 @@ def plan_layers_torch(
     wait for the LLM's own weights (kernels_memory.py). Beyond a length it is 0. Recent tokens must be critical.
     """
     L, B, G, S = tier.shape
-    heads = score.shape[2]
-    sequence = torch.arange(B, device=score.device)[:, None, None]
-    total = score[index // heads, sequence, index % heads].view(B, L, G, -1, S).sum(3).transpose(0, 1)  # (L, B, G, S)
+    total = head_sum_torch(score, index, G, lse)
     if memory is not None:
         total = decay * memory + total
     remembered = total
@@ -90,25 +90,46 @@ def plan_layers_torch(
         memory.copy_((decay * memory).where(tier == CRITICAL, remembered).where(seen, 0))
 
 
+def head_sum_torch(score: Tensor, index: Tensor, kv_heads: int, lse: Tensor | None) -> Tensor:
+    """Scores of the matched SLM heads, summed over each KV head's: score (L', B, H', S), index (B, L, H) -> (L, B, G,
+    S). With lse (L', B, H') score holds logits as powers of two, and 2 ** (score - lse) is summed."""
+    B, L, _ = index.shape
+    heads, sequence = score.shape[2], torch.arange(B, device=score.device)[:, None, None]
+    matched = index // heads, sequence, index % heads
+    rows = score[matched] if lse is None else torch.exp2(score[matched] - lse[matched][..., None])  # (B, L, H, S)
+    return rows.view(B, L, kv_heads, -1, score.shape[3]).sum(3).transpose(0, 1)
+
+
 # ---- The kernels -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def head_rows(index_ptr, score_layer, score_head, GROUP: tl.constexpr, HEADS: tl.constexpr):
-    """Where the rows of the matched heads begin, one offset for each head of the group."""
-    rows = ()
+def head_rows(
+    index_ptr, lse_ptr, score_layer, score_head, b, B, GROUP: tl.constexpr, HEADS: tl.constexpr, LOGITS: tl.constexpr
+):
+    """Where the rows of the matched heads of sequence b begin, one offset for each head of the group, and the log of
+    their sums (LOGITS; else nothing that counts)."""
+    rows, logs = (), ()
     for i in tl.static_range(GROUP):
         head = tl.load(index_ptr + i)
         rows = rows + ((head // HEADS) * score_layer + (head % HEADS) * score_head,)
-    return rows
+        if LOGITS:
+            logs = logs + (tl.load(lse_ptr + ((head // HEADS) * B + b) * HEADS + head % HEADS),)
+        else:
+            logs = logs + (0.0,)
+    return rows, logs
 
 
 @triton.jit
-def head_sum(score_ptr, heads, token, reach, GROUP: tl.constexpr):
-    """Sums over the matched heads, up to `reach`."""
+def head_sum(score_ptr, heads, token, reach, GROUP: tl.constexpr, LOGITS: tl.constexpr):
+    """Sums over the matched heads, `head_rows`, up to `reach`; what stands there beyond a length may be anything."""
+    rows, logs = heads
     total = tl.zeros(token.shape, tl.float32)
     for i in tl.static_range(GROUP):  # unrolled: the loads of all heads are under way together
-        total += tl.load(score_ptr + heads[i] + token, mask=token < reach, other=0.0)
+        score = tl.load(score_ptr + rows[i] + token, mask=token < reach, other=0.0)
+        if LOGITS:
+            score = tl.exp2(score - logs[i])
+        total += score
     return total
 
 
@@ -124,11 +145,11 @@ def whole_loads(length, ALIGNED: tl.constexpr):
 @triton.jit
 def _bits(
     token, length, recent, reach, score_ptr, heads, prior_ptr, memory_ptr, decay,
-    GROUP: tl.constexpr, PRIOR: tl.constexpr, MEMORY: tl.constexpr,
+    GROUP: tl.constexpr, PRIOR: tl.constexpr, MEMORY: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """What tokens are ranked by, as int32 bits: the sums over the matched heads, recent tokens on top; -1 from `length`
     on."""
-    total = head_sum(score_ptr, heads, token, reach, GROUP)
+    total = head_sum(score_ptr, heads, token, reach, GROUP, LOGITS)
     if MEMORY:
         total = decay * tl.load(memory_ptr + token, mask=token < reach, other=0.0) + total
     if PRIOR:
@@ -184,10 +205,10 @@ def _cut(rows, number, count, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _row_kernel(
-    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, prior_ptr, held_ptr, memory_ptr, index_batch, index_layer,
-    score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, decay, B,
+    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, prior_ptr, held_ptr, memory_ptr, lse_ptr, index_batch,
+    index_layer, score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, decay, B,
     G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ALIGNED: tl.constexpr, PRIOR: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr,
+    ALIGNED: tl.constexpr, PRIOR: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one sequence and layer, its row in registers: CHUNKS tensors of CHUNK tokens."""
     line = tl.program_id(0)
@@ -200,13 +221,13 @@ def _row_kernel(
     prior_ptr += b * prior_batch
     memory_ptr += line.to(tl.int64) * capacity
     reach = whole_loads(length, ALIGNED)
-    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, score_layer, score_head, GROUP,
-                      HEADS)  # fmt: skip
+    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, lse_ptr, score_layer, score_head,
+                      b, B, GROUP, HEADS, LOGITS)  # fmt: skip
     rows = ()
     for i in tl.static_range(CHUNKS):
         token = i * CHUNK + tl.arange(0, CHUNK)
         rows = rows + (_bits(token, length, recent, reach, score_ptr, heads, prior_ptr, memory_ptr, decay, GROUP,
-                             PRIOR, MEMORY),)  # fmt: skip
+                             PRIOR, MEMORY, LOGITS),)  # fmt: skip
     low, last = _cut(rows, length, critical, CHUNK, CHUNKS)
     if LIMITED:
         for i in tl.static_range(CHUNKS):
@@ -305,10 +326,10 @@ def _take(bits_ptr, tier_ptr, end, count, AMONG: tl.constexpr, TAKEN: tl.constex
 
 @triton.jit
 def _long_kernel(
-    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, prior_ptr, held_ptr, memory_ptr, bits_ptr, index_batch,
-    index_layer, score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, decay, B,
+    score_ptr, index_ptr, length_ptr, sizes_ptr, tier_ptr, prior_ptr, held_ptr, memory_ptr, lse_ptr, bits_ptr,
+    index_batch, index_layer, score_layer, score_batch, score_head, prior_batch, capacity, slots, moves, decay, B,
     G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
-    PRIOR: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr,
+    PRIOR: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """The same for a row of any length: sum the matched heads once, then take who belongs to each tier."""
     line = tl.program_id(0)
@@ -321,12 +342,12 @@ def _long_kernel(
     score_ptr += b.to(tl.int64) * score_batch
     prior_ptr += b * prior_batch
     memory_ptr += line.to(tl.int64) * capacity
-    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, score_layer, score_head, GROUP,
-                      HEADS)  # fmt: skip
+    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, lse_ptr, score_layer, score_head,
+                      b, B, GROUP, HEADS, LOGITS)  # fmt: skip
     for at in range(0, capacity, TOKENS):
         token = at + tl.arange(0, TOKENS)
         bits = _bits(token, length, recent, length, score_ptr, heads, prior_ptr, memory_ptr, decay, GROUP, PRIOR,
-                     MEMORY)  # fmt: skip
+                     MEMORY, LOGITS)  # fmt: skip
         tl.store(bits_ptr + token, bits, mask=token < length)
         tl.store(tier_ptr + token, tl.zeros([TOKENS], tl.int8), mask=token < capacity)
     tl.debug_barrier()
@@ -367,14 +388,16 @@ def row_warps(capacity: int) -> int:
 def plan_layers_triton(
     score: Tensor, index: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, prior: Tensor | None = None,
     held: Tensor | None = None, moves: int | None = None, memory: Tensor | None = None, decay: float = 0.0,
+    lse: Tensor | None = None,
 ) -> None:  # fmt: skip
     L, B, G, S = tier.shape
     limited = moves is not None
     assert score.stride(3) == 1 and index.stride(2) == 1 and tier.is_contiguous()
-    assert (not limited or held.is_contiguous()) and (memory is None or memory.is_contiguous())
+    assert all(tensor is None or tensor.is_contiguous() for tensor in (memory, lse))
+    assert not limited or held.is_contiguous()
     tables = (
         score, index, length, sizes, tier, score if prior is None else prior, held if limited else tier,
-        score if memory is None else memory,
+        score if memory is None else memory, score if lse is None else lse,
     )  # fmt: skip
     numbers = (
         *index.stride()[:2], *score.stride()[:3], 0 if prior is None else prior.stride(0), S,
@@ -383,6 +406,7 @@ def plan_layers_triton(
     kind = {
         "G": G, "GROUP": index.shape[2] // G, "HEADS": score.shape[2],
         "PRIOR": prior is not None, "MEMORY": memory is not None, "LIMITED": limited,
+        "LOGITS": lse is not None,
     }  # fmt: skip
     if S > ROW:
         bits = torch.empty_like(tier, dtype=torch.int32)

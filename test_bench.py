@@ -8,6 +8,7 @@ import torch
 import bench
 import bench_int4
 import bench_sessions
+from backend import TORCH
 from bench_count import (
     PAIRS,
     Setting,
@@ -20,10 +21,14 @@ from bench_count import (
 )
 from bench_transformers import make_transformers
 from cache import FullCache
+from conftest import random_prompts
+from decode import Session
 from frugal import FrugalCache
+from graph import Step
 from model import Decoder
 from quantize import Int4Linear
 from settings import Settings, TierSizes
+from smallkv import SmallKV
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -52,6 +57,16 @@ def test_the_transformers_rival_has_the_same_weights():
     llm.raw = raws[0]
     tokens = torch.randint(97, (2, 40))
     torch.testing.assert_close(make_transformers(llm, llm.device)(input_ids=tokens).logits, llm(tokens))
+
+
+def test_a_table_that_both_sides_of_a_step_name_is_counted_once():
+    """The logs of the sums beside the SLM's logits: the SLM's side writes them, the LLM's reads them."""
+    models = [bench.random_decoder(config, torch.device("cpu"), torch.float32) for config in pair_configs("tiny")[1]]
+    session = Session(models[0], SmallKV(*models, Settings()), random_prompts(130, 120), 4)
+    step = Step(session, session.prefill().argmax(-1), TORCH)
+    whole, lse = bench.session_bytes(session, step, models), step.scored.lse
+    step.scored.lse = step.side.lse = None
+    assert whole - bench.session_bytes(session, step, models) == lse.nbytes == 4 * 2 * 2 * 4  # layers, batch, heads
 
 
 def test_bytes_of_a_step_are_those_of_the_caches():

@@ -16,6 +16,7 @@ from smallkv import SmallKV
 SETTINGS = {
     "default": Settings(),
     "decay 0.5": Settings(score_decay=0.5),
+    "newest row": Settings(scores="slm", score_decay=0.0),
     "paper": Settings.paper(),
     "marginal": Settings(marginal=True, score_decay=0.5),
     "all of it": Settings(budget=1.0, marginal=True),
@@ -58,11 +59,11 @@ def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
 
 
 @pytest.mark.parametrize("name, backend", [
-    ("fused", "torch"), ("fused, sums", "torch"), ("fused, marginal, refresh", "torch"),
-    ("fused", "triton"), ("fused, marginal, refresh", "triton"),
+    ("fused", "torch"), ("fused, sums", "torch"), ("moves, refresh", "torch"), ("fused, marginal, refresh", "torch"),
+    ("fused", "triton"), ("moves, refresh", "triton"), ("fused, marginal, refresh", "triton"),
 ])  # fmt: skip
 def test_fused_scores_have_the_memory_of_the_eager_path(name, backend, device):
-    """After every step: the same tokens in the tiers, and the same memory of all of them."""
+    """After every step: the same tokens in the tiers, the same memory of all of them, and the SLM's newest row."""
     triton = backend == "triton"
     if triton and device == "cpu" and torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU there")
@@ -85,6 +86,13 @@ def test_fused_scores_have_the_memory_of_the_eager_path(name, backend, device):
         for table in ("key_position", "value_position"):
             held, expected = (getattr(one.cache, table).cpu().sort(-1).values for one in (session, eager))
             assert torch.equal(held, expected)
+        row, lse = session.policy.slm_cache.score.cpu(), step.scored.lse
+        assert (lse is None) == SETTINGS[name].marginal  # logits, where nobody borrows them
+        if lse is not None:
+            row = torch.exp2(row - lse.cpu()[..., None])
+        for b, n in enumerate(session.lengths):
+            pair = (table[:, b, :, :n] for table in (row, eager.policy.slm_cache.score))
+            torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-4)
     assert (eager.cache.score.amin(-1) == 0).any() and (eager.cache.score.amax(-1) > 0.1).all()
 
 

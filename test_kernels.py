@@ -94,6 +94,29 @@ def test_scored_attention_equals_its_twin(lengths, group, device):
             close(kernels_decode.decode_attention_triton(query, key, value, length), expected, dtype)
 
 
+@pytest.mark.parametrize("lengths, group", cases(
+    ((1, 63), 7), ((111, 257), 3), ((2049, 1), 1),
+    gpu=[((1, 63), 1), ((1, 63), 3), ((111, 257), 1), ((111, 257), 7), ((2049, 1), 3), ((2049, 1), 7)],
+))  # fmt: skip
+def test_logits_as_scores_equal_their_twin(lengths, group, device):
+    """And 2 ** (score - lse) is the attention row; nothing is written beyond a length, nor between strided rows."""
+    for dtype, head_dim in kinds(device, 32, 64, 128):
+        query, key, value, length = full_case(device, dtype, lengths, group, head_dim)
+        B, H, S = len(lengths), query.shape[1], key.shape[2]
+        tables = [torch.full((B, H, 2, S), torch.nan, device=device) for _ in range(3)]
+        lse = [torch.full((B, H), torch.nan, device=device) for _ in range(2)]
+        inputs, scores = floats(query, key, value), [table[:, :, 1] for table in tables]
+        kernels_decode.scored_attention_torch(*inputs, length, scores[2], 0.0)
+        expected = kernels_decode.scored_attention_torch(*inputs, length, scores[0], 0.0, lse=lse[0])
+        out = kernels_decode.scored_attention_triton(query, key, value, length, scores[1], 0.0, lse=lse[1])
+        close(out, expected, dtype)
+        torch.testing.assert_close(tables[1], tables[0], atol=FINE, rtol=0, equal_nan=True)
+        torch.testing.assert_close(lse[1], lse[0], atol=FINE, rtol=0)
+        for score, total in zip(scores, lse):
+            row = torch.exp2(score - total[..., None])
+            torch.testing.assert_close(row, scores[2], atol=1e-6, rtol=FINE, equal_nan=True)
+
+
 def test_a_capacity_of_many_splits_is_merged(device):
     """One sequence: the smallest splits, most of them beyond the length."""
     query, key, value, length = full_case(device, torch.float32, [700], 3, 32, capacity=12000)

@@ -126,6 +126,59 @@ def test_a_memory_fades_as_its_twin_does(lengths, group, device):
     assert torch.equal(*memories)
 
 
+def logit_case(device, B, S, length):
+    """Probabilities that are powers of two, and the same as logits and log of the sum: exact either way; NaN beyond."""
+    exponent, lse = (
+        torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).float().to(device)
+        for seed, (low, high, shape) in enumerate(((-11, 1, (2, B, 3, S)), (-30, 31, (2, B, 3))))
+    )
+    exponent = exponent.masked_fill((torch.arange(S, device=device) >= length[:, None])[None, :, None], torch.nan)
+    return torch.exp2(exponent), exponent + lse[..., None], lse
+
+
+@pytest.mark.parametrize("lengths, group, moves, fused, long", cases(
+    ((1, 63), 7, None, True, False), ((111, 257), 3, None, False, True), ((109, 45), 3, 2, True, True),
+    ((111, 257), 1, 3, True, False), ((2049, 5), 3, None, False, False),
+    gpu=itertools.product([(1, 63), (111, 257), (2049, 5)], (1, 3, 7), (None, 2), (False, True), (False, True)),
+))  # fmt: skip
+def test_plan_by_logits_is_the_plan_by_probabilities(lengths, group, moves, fused, long, rank, device):
+    """By the twin and by the kernel: tiers and memory to the bit."""
+    _, index, length, sizes = plan_case(device, lengths, group, moves is None, False)
+    B, S = len(lengths), max(lengths) + 3
+    probability, logit, lse = logit_case(device, B, S, length)
+    slots = sizes[length.long()][:, 1].max().item() + 8  # recent tokens are held: all came in turn
+    held = (length[:, None, None] - 2 - torch.arange(slots, dtype=torch.int32, device=device)).clamp(min=-1)
+    held = held.expand(2, B, 2, slots).contiguous()
+    late = torch.arange(S, device=device) >= length[:, None, None]
+    results = []
+    for plan, score, log in (
+        (kernels_plan.plan_layers_torch, probability, None),
+        (kernels_plan.plan_layers_torch, logit, lse),
+        (partial(rank, long), logit, lse),
+    ):
+        tier = torch.full((2, B, 2, S), 9, dtype=torch.int8, device=device)
+        memory = dyadic(2, B, 2, S, seed=3, device=device).masked_fill(late, 0) if fused else None
+        plan(score, index, length, sizes, tier, None, held, moves, memory, 0.5, log)
+        results.append((tier, memory if fused else tier))
+    for tier, memory in results[1:]:
+        assert torch.equal(tier, results[0][0]) and torch.equal(memory, results[0][1])
+
+
+@pytest.mark.parametrize("lengths, group", cases(
+    ((1, 63), 7), ((109, 45), 1), ((111, 2049), 3), gpu=[((16893, 5), 7), ((2049, 5), 1)],
+))  # fmt: skip
+def test_a_memory_fades_by_logits_as_by_probabilities(lengths, group, device):
+    _, index, length, _ = plan_case(device, lengths, group, True, False)
+    B, S = len(lengths), max(lengths) + 3
+    probability, logit, lse = logit_case(device, B, S, length)
+    tier = torch.randint(3, (2, B, 2, S), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
+    memories = [dyadic(2, B, 2, S, seed=3, device=device) for _ in range(3)]
+    kernels_memory.fade_memory_torch(probability, index, length, tier, memories[0], 0.5)
+    kernels_memory.fade_memory_torch(logit, index, length, tier, memories[1], 0.5, lse)
+    kernels_memory.fade_memory_triton(logit, index, length, tier, memories[2], 0.5, lse)
+    assert torch.equal(memories[1], memories[0]) and torch.equal(memories[2], memories[0])
+
+
 @pytest.mark.parametrize("slots, group", [(1, 1), (63, 7), (2049, 3)])
 def test_weights_are_added_as_by_the_twin(slots, group, device):
     """Some slots are empty; what nobody holds stays as it is."""
