@@ -155,19 +155,19 @@ class SmallKV:
             "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),
         }
 
-    def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
+    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
         """Run the SLM over the prompt of sequence b and match the heads.
 
-        chunks: (start, end) of the LLM's; the SLM takes several at once while its activations are no larger, since
+        ids (1, n): the tokens on the LLM's device. chunks: (start, end) of the LLM's; the SLM takes several at once while its activations are no larger, since
         launching its small kernels takes longer than running them.
         """
         together = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
         groups = [chunks[i : i + together] for i in range(0, len(chunks), together)]
         staged = self.slm_cache.staging(b, len(tokens))
-        ids = torch.tensor([tokens], device=self.slm.device)  # (1, n)
+        ids = ids.to(self.slm.device)
         for group in groups:
             start, end = group[0][0], group[-1][1]
-            self.slm(ids[:, start:end], Span.block(start, end, self.slm.device), staged, logits="none")
+            self.slm(ids[:, start:end], Span.block(start, end, ids.device), staged, logits="none")
         self.slm_cache.load(b, staged, len(tokens))
         self.tokens[b] = list(tokens)
         self._match(b)
