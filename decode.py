@@ -43,7 +43,9 @@ class FullPolicy:
         return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype)}
 
     def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
-        pass
+        """Before the LLM's prefill of sequence b: tokens, and ids (1, n), the same on the LLM's device, which goes
+        through them by `chunks`, (start, end) each. What is returned is shown the LLM's queries and keys, as `observe`
+        of `Decoder.forward`; None: nothing is."""
 
     def observe(self, tokens: list[int], span: Span) -> None:
         pass
@@ -109,11 +111,11 @@ class Session:
             chunk = len(prompt) if self.policy.whole_prompt else self.chunk
             chunks = [(start, min(start + chunk, len(prompt))) for start in range(0, len(prompt), chunk)]
             tokens = ids[b][None]  # (1, n)
-            self.policy.prefill(b, prompt, tokens, chunks)
+            observe = self.policy.prefill(b, prompt, tokens, chunks)
             staged = self.cache.staging(b, len(prompt))
             for start, end in chunks:
                 span = Span.block(start, end, tokens.device)
-                last = self.llm(tokens[:, start:end], span, staged, logits="last")  # (1, 1, V)
+                last = self.llm(tokens[:, start:end], span, staged, logits="last", observe=observe)  # (1, 1, V)
                 if self.progress:
                     self.progress(end - start)
             self.cache.load(b, staged, len(prompt))

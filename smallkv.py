@@ -22,7 +22,7 @@ from torch import Tensor
 from cache import ScoredCache, TieredCache, TierPlan, column
 from frugal import FrugalCache
 from kernels import column_sums
-from match import WINDOW_MAX, WINDOW_MIN, HeadMap, match_heads
+from match import WINDOW_MAX, WINDOW_MIN, HeadMap, Window, match_heads, match_windows
 from model import Config, Decoder, Span
 from settings import Settings, TierSizes
 
@@ -107,7 +107,8 @@ class SmallKV:
         sums: Callable = column_sums,
     ):  # fmt: skip
         """head_map (L, H) int64 replaces the matching, for experiments and tests. sums: see ScoredCache."""
-        self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, head_map
+        self.llm, self.slm, self.settings = llm, slm, settings
+        self.given_map = None if head_map is None else head_map.to(llm.device)
         self.models, self.sums = [llm, slm], sums
         self.keep_row = settings.marginal  # the SLM's newest row is lent to marginal tokens
         self.one_way = not settings.saliency_shift
@@ -155,37 +156,48 @@ class SmallKV:
             "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),
         }
 
-    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
-        """Run the SLM over the prompt of sequence b and match the heads.
+    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> Callable | None:
+        """Run the SLM over the prompt of sequence b; returns what matches the heads while the LLM does the same.
 
-        ids (1, n): the tokens on the LLM's device. chunks: (start, end) of the LLM's; the SLM takes several at once while its activations are no larger, since
-        launching its small kernels takes longer than running them.
+        ids (1, n): the tokens on the LLM's device. chunks: (start, end) of the LLM's; the SLM takes several at once
+        while its activations are no larger, since launching its small kernels takes longer than running them. None is
+        returned where the map is given, or the prompt too short: it is matched in the step that makes it long enough.
         """
+        width, matching = min(len(tokens), WINDOW_MAX), self.given_map is None and len(tokens) >= WINDOW_MIN
+        slm_window = Window(self.slm, width)
         together = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
         groups = [chunks[i : i + together] for i in range(0, len(chunks), together)]
         staged = self.slm_cache.staging(b, len(tokens))
-        ids = ids.to(self.slm.device)
+        ids, see = ids.to(self.slm.device), slm_window.observe if matching else None
         for group in groups:
             start, end = group[0][0], group[-1][1]
-            self.slm(ids[:, start:end], Span.block(start, end, ids.device), staged, logits="none")
+            self.slm(ids[:, start:end], Span.block(start, end, ids.device), staged, logits="none", observe=see)
         self.slm_cache.load(b, staged, len(tokens))
         self.tokens[b] = list(tokens)
-        self._match(b)
+        if self.given_map is not None:
+            self._take_map(b, HeadMap(self.given_map, torch.full_like(self.given_map, torch.nan, dtype=torch.float)))
+        if not matching:
+            return None
+        llm_window = Window(self.llm, width)
+
+        def observe(layer: int, query: Tensor, key: Tensor) -> None:
+            llm_window.observe(layer, query, key)
+            if llm_window.full and self.maps[b] is None:
+                self._take_map(b, match_windows(llm_window, slm_window, self.settings.matcher))
+
+        return observe
 
     def _match(self, b: int) -> None:
-        """Match once WINDOW_MIN tokens are there (a shorter context waits for it), on at most WINDOW_MAX of them."""
-        if self.maps[b] is not None:
-            return
-        if self.given_map is not None:
-            self.maps[b] = HeadMap(self.given_map, torch.full(self.given_map.shape, torch.nan))
-        elif len(self.tokens[b]) >= WINDOW_MIN:
-            self.maps[b] = match_heads(self.llm, self.slm, self.tokens[b][:WINDOW_MAX], self.settings.matcher)
-        else:
-            return
-        self.index[b] = self.maps[b].index.to(self.index.device)
+        """In a step: match a sequence that was too short for it in its prefill, once it has WINDOW_MIN tokens."""
+        if self.maps[b] is None and len(self.tokens[b]) >= WINDOW_MIN:
+            self._take_map(b, match_heads(self.llm, self.slm, self.tokens[b], self.settings.matcher))
+
+    def _take_map(self, b: int, found: HeadMap) -> None:
+        """f(i) of sequence b, frozen from here on."""
+        self.maps[b], self.index[b] = found, found.index
         if self.settings.gate is not None:
-            similar = self.maps[b].similarity.to(self.closed.device)  # (L, H)
-            self.closed[b] = similar.view(*self.closed.shape[1:], -1).mean(-1) < self.settings.gate
+            similarity = found.similarity  # (L, H)
+            self.closed[b] = similarity.view(*self.closed.shape[1:], -1).mean(-1) < self.settings.gate
 
     # -- every step --
 
