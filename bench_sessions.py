@@ -113,6 +113,8 @@ def fill(session: Session) -> torch.Tensor:
         some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
         for host in (*cache.host_key, *cache.host_value):
             host.copy_(some, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # what reads the host next does not wait for these copies
         policy.index.copy_(policy.given_map.expand_as(policy.index))
         policy.maps = [HeadMap(policy.given_map, torch.full(policy.given_map.shape, torch.nan))] * batch
         policy.tokens = [list(prompt) for prompt in session.prompts]

@@ -280,10 +280,10 @@ class Step:
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with a plan, and without: and its logits
 
     def _hand_over(self) -> None:
-        """The eager cache keeps no newest row before its first step; ours is the prompt's last token, stored twice."""
+        """The prompts are on the host. The eager cache keeps no newest row before its first step; ours is the prompt's
+        last token, stored twice."""
         cache, lengths = self.session.cache, self.session.lengths
-        if self.tokens.is_cuda:
-            torch.cuda.synchronize()  # the prompt's copies to the host, which nobody has waited for
+        cache.settle()
         for b, n in enumerate(lengths):
             cache.newest[0, :, b] = cache.host_key[:, b, :, n - 1].to(cache.newest.device)
             cache.newest[1, :, b] = cache.host_value[:, b, :, n - 1].to(cache.newest.device)
