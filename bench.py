@@ -11,7 +11,8 @@ the processes (parallel.py), and all of it is one rank's.
 With random weights the plan is noise. `--turnover 0.1` drives it: a prior that outweighs every score ranks the tokens
 on a ring that is turned each step, so that a tenth of the critical set leaves and another comes from the host. What
 moved is counted, and printed as counted. `--decode-only` fills the caches with random K and V instead of prefilling
-(methods that evict are prefilled all the same: what they keep comes from there).
+(methods that evict are prefilled all the same: what they keep comes from there), and takes random heads of the SLM as
+matched ones; a prefill that is timed matches them itself.
 
 `--slm-layers` and `--slm-budget` make the SLM cost less (appendix A.3); its floor and its bytes are then those of what
 is left of it.
@@ -82,7 +83,7 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
             again = make_session(method, models, one, settings, args.chunk, path)
             profile(again.prefill, f"{args.profile}.{method}.{setting.name}.prefill.txt", 1)
             del again
-    session = make_session(method, models, setting, settings, args.chunk, path)
+    session = make_session(method, models, setting, settings, args.chunk, path, filled=not prefilled)
     logits: list[torch.Tensor] = []
     ttft = clock.once(lambda: logits.append(session.prefill())) if prefilled else None
     tokens = logits[0].argmax(-1) if prefilled else fill(session)

@@ -69,7 +69,10 @@ def rival(method: str, llm: Decoder, settings: Settings):
     return BASELINES[name](llm, Budget(settings.budget), **options) if name in RIVALS else None
 
 
-def make_session(method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend) -> Session:
+def make_session(
+    method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend, filled: bool = False
+) -> Session:
+    """filled: `fill` takes the place of the prefill, and random heads that of the matching, which happens there."""
     llm, slm = models
     for model in models:
         run_on(model, backend)
@@ -79,7 +82,8 @@ def make_session(method: str, models, setting: Setting, settings: Settings, chun
         return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
     if policy := rival(method, llm, settings):
         return Session(llm, policy, prompts, setting.new, chunk)
-    policy = DrivenSmallKV(llm, slm, settings, random_map(llm, slm, settings), backend.column_sums)
+    head_map = random_map(llm, slm, settings) if filled else None
+    policy = DrivenSmallKV(llm, slm, settings, head_map, backend.column_sums)
     session = Session(llm, policy, prompts, setting.new, chunk)
     policy.driven = Driven(setting.batch, session.capacity, llm.device)
     return session
@@ -110,7 +114,9 @@ def fill(session: Session) -> torch.Tensor:
         some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
         for host in (*cache.host_key, *cache.host_value):
             host.copy_(some, non_blocking=True)
-        policy.index.copy_(policy.given_map.to(device).expand_as(policy.index))
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # what reads the host next does not wait for these copies
+        policy.index.copy_(policy.given_map.expand_as(policy.index))
         policy.maps = [HeadMap(policy.given_map, torch.full(policy.given_map.shape, torch.nan))] * batch
         policy.tokens = [list(prompt) for prompt in session.prompts]
     return torch.zeros(batch, dtype=torch.long, device=device)

@@ -61,7 +61,7 @@ def make_session(method: str, models, setting: Setting, settings: Settings, args
     if method == "full-graph":
         policy = SpeculativeFull(llm, slm, args.speculate)
         return SpeculativeSession(llm, policy, prompts, setting.new, chunk=args.chunk)
-    head_map = bench_sessions.random_map(llm, slm, settings)
+    head_map = bench_sessions.random_map(llm, slm, settings) if args.decode_only else None
     policy = SpeculativeSmallKV(llm, slm, settings, args.speculate, head_map, backend.column_sums)
     session = SpeculativeSession(llm, policy, prompts, setting.new, chunk=args.chunk)
     policy.driven = bench_sessions.Driven(setting.batch, session.capacity, llm.device)

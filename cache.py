@@ -240,7 +240,8 @@ class TieredCache:
             self.score = torch.zeros(*base, capacity, device=device)
         if one_way:
             self.dropped = torch.zeros(*base, capacity, dtype=torch.bool, device=device)
-        self.stream = torch.cuda.Stream(device) if prefetch and device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: tuple[FullCache, torch.cuda.Event] | None = None  # a prompt on its way to the host
         self.keys_moved = self.values_moved = self.steps = self.filled = 0  # filled: rows that the first plan brought
         self._plan: Callable[[int], TierPlan] | None = None
         self._ready: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> borrowed weights, arrival
@@ -255,14 +256,37 @@ class TieredCache:
         return staged
 
     def load(self, b: int, staged: FullCache, length: int) -> None:
-        """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants."""
-        for host, made in ((self.host_key, staged.key), (self.host_value, staged.value)):
-            for layer in range(self.config.layers):
-                for g in range(self.config.kv_heads):  # contiguous on both sides: straight copies that nobody waits for
-                    host[layer, b, g, :length].copy_(made[layer, 0, g, :length], non_blocking=True)
+        """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants.
+
+        On CUDA on a side stream, while the next prompt is prefilled, until `settle`. `staged` is held until then, or
+        until the next prompt is there: so two of them at most are alive, and none whose memory is still being read.
+        """
         if self.own_decay is not None:
             L, G = self.score.shape[0], self.score.shape[2]
             self.score[:, b, :, :length] = staged.score[:, 0].view(L, G, -1, length).sum(2)
+        if self.stream is None:
+            self._to_host(b, staged, length)
+            return
+        compute = torch.cuda.current_stream(self.key.device)
+        if self._copied is not None:  # who takes that memory next does so after the copies
+            compute.wait_event(self._copied[1])
+        self.stream.wait_stream(compute)
+        with torch.cuda.stream(self.stream):
+            self._to_host(b, staged, length)
+            self._copied = staged, self.stream.record_event()
+
+    def _to_host(self, b: int, staged: FullCache, length: int) -> None:
+        for host, made in ((self.host_key, staged.key), (self.host_value, staged.value)):
+            for layer in range(self.config.layers):
+                # One KV head is contiguous on both sides: a straight copy that nobody waits for.
+                for target, source in zip(host[layer, b, :, :length].unbind(), made[layer, 0].unbind()):
+                    target.copy_(source, non_blocking=True)
+
+    def settle(self) -> None:
+        """The prefill is over: wait until its prompts are on the host, which is read from now on."""
+        if self._copied is not None:
+            self._copied[1].synchronize()
+            self._copied = None
 
     # -- movement --
 
@@ -271,6 +295,7 @@ class TieredCache:
 
         The rows are in their slots by the time `attend` needs them.
         """
+        self.settle()
         self._store_newest()
         self._plan, self._position = plan, span.positions[:, 0]  # (B,)
         if self.steps == 1:

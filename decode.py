@@ -42,8 +42,10 @@ class FullPolicy:
         config, device = self.llm.config, self.llm.device.type
         return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype)}
 
-    def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
-        pass
+    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
+        """Before the LLM's prefill of sequence b: tokens, and ids (1, n), the same on the LLM's device, which goes
+        through them by `chunks`, (start, end) each. What is returned is shown the LLM's queries and keys, as `observe`
+        of `Decoder.forward`; None: nothing is."""
 
     def observe(self, tokens: list[int], span: Span) -> None:
         pass
@@ -98,17 +100,22 @@ class Session:
 
     @torch.inference_mode()
     def prefill(self) -> Tensor:
-        """Both models over every prompt, one sequence at a time, in chunks; logits (B, V) of the last tokens."""
+        """Both models over every prompt, one sequence at a time, in chunks; logits (B, V) of the last tokens.
+
+        Nothing in the loop waits for the device: it launches the SLM's small kernels while the LLM's large ones of the
+        prompt before are still running. So the ids are there before it; a copy to the device would wait.
+        """
         logits = []
+        ids = torch.cat([torch.tensor(prompt) for prompt in self.prompts]).to(self.llm.device).split(self.lengths)
         for b, prompt in enumerate(self.prompts):
             chunk = len(prompt) if self.policy.whole_prompt else self.chunk
             chunks = [(start, min(start + chunk, len(prompt))) for start in range(0, len(prompt), chunk)]
-            self.policy.prefill(b, prompt, chunks)
+            tokens = ids[b][None]  # (1, n)
+            observe = self.policy.prefill(b, prompt, tokens, chunks)
             staged = self.cache.staging(b, len(prompt))
-            ids = torch.tensor([prompt], device=self.llm.device)  # (1, n), once: each copy waits for the device
             for start, end in chunks:
-                span = Span.block(start, end, ids.device)
-                last = self.llm(ids[:, start:end], span, staged, logits="last")  # (1, 1, V)
+                span = Span.block(start, end, tokens.device)
+                last = self.llm(tokens[:, start:end], span, staged, logits="last", observe=observe)  # (1, 1, V)
                 if self.progress:
                     self.progress(end - start)
             self.cache.load(b, staged, len(prompt))

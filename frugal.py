@@ -30,7 +30,7 @@ def kept_tokens(share: float, length: Tensor | int) -> Tensor | int:
     return (share * length.double() + 1e-9).long().clamp(min=1)
 
 
-def heavy_and_recent(position: Tensor, heavy: Tensor, length: Tensor, kept: Tensor) -> Tensor:
+def heavy_and_recent(position: Tensor, heavy: Tensor, length: Tensor | int, kept: Tensor | int) -> Tensor:
     """H2O's rank of each token (0 stays first): the newest half of `kept`, then by attention gathered.
 
     position, heavy (..., N); position -1 is an empty slot and ranks last. length and kept count the coming token.
@@ -84,11 +84,10 @@ class FrugalCache(ScoredCache):
         """Take the tokens that leave a slot for the first one to come."""
         L, G, group = len(self.key), self.config.kv_heads, self.config.query_heads // self.config.kv_heads
         heavy = staged.gathered[:, 0].view(L, G, group, length).sum(2)  # (L, G, n)
-        kept = torch.tensor(kept_tokens(self.share, length + 1), device=heavy.device)
+        k = kept_tokens(self.share, length + 1) - 1
         token = torch.arange(length, device=heavy.device).expand(L, G, length)
-        rank = heavy_and_recent(token, heavy, torch.tensor(length + 1, device=heavy.device), kept)
-        stays = (rank < kept - 1).nonzero()[:, 2].view(L, G, -1)  # (L, G, k), in order
-        k = stays.shape[2]
+        rank = heavy_and_recent(token, heavy, length + 1, k + 1)
+        stays = rank.argsort(-1)[:, :, :k].sort(-1).values  # (L, G, k), in order
         rows = stays[..., None].expand(-1, -1, -1, self.config.head_dim)
         self.key[:, b, :, :k] = staged.key[:, 0].gather(2, rows)
         self.value[:, b, :, :k] = staged.value[:, 0].gather(2, rows)

@@ -71,7 +71,7 @@ def column_sums(query: Tensor, key: Tensor, decay: float) -> Tensor:
     for start in range(T - queries_that_count(decay, T), T, SCORE_BLOCK):
         end = min(start + SCORE_BLOCK, T)
         age = torch.arange(T - start - 1, T - end - 1, -1, device=query.device, dtype=torch.float32)  # (block,)
-        weight = torch.as_tensor(decay, dtype=torch.float32, device=query.device) ** age
+        weight = torch.pow(decay, age)
         rows = attention_rows(query[:, :, start:end], key[:, :, : S - T + end], first=S - T + start)
         scores[:, :, : S - T + end] += (weight[:, None] * rows).sum(2)
     return scores

@@ -1,9 +1,9 @@
 """Similarity matching: which SLM head stands in for each LLM head (Section 4, Eq. 1-3).
 
-Where it sits: once per sequence, after the prefill and before the first tier plan. Both models are run on the first
-100 to 200 tokens; attention is causal, so these rows are those of the whole prompt. A head of the LLM is compared with
-every head of the SLM, in any layer, and the most similar one is taken: f(i) = argmax_s sim(i, s) (Eq. 3). The map
-is then frozen.
+Where it sits: once per sequence, in the prefill, before the first tier plan. While both models go through the prompt, a
+`Window` keeps the queries and keys of its first 100 to 200 tokens; attention is causal, so their rows are those of the
+whole prompt. A head of the LLM is compared with every head of the SLM, in any layer, and the most similar one is taken:
+f(i) = argmax_s sim(i, s) (Eq. 3). The map is then frozen.
 
 Two ways to compare:
 
@@ -78,43 +78,86 @@ def row_features(rows: Tensor) -> Tensor:
     return rows[:, :, 1:].flatten(1)
 
 
+class Window:
+    """Queries (L, H, W, D) and keys (L, G, W, D) of a prompt's first W tokens, from the chunks of a forward."""
+
+    def __init__(self, decoder: Decoder, width: int):
+        config, like = decoder.config, {"device": decoder.device, "dtype": decoder.dtype}
+        self.query = torch.empty(config.layers, config.query_heads, width, config.head_dim, **like)
+        self.key = torch.empty(config.layers, config.kv_heads, width, config.head_dim, **like)
+        self.width, self.filled = width, 0  # filled: tokens that all layers have seen
+
+    @property
+    def full(self) -> bool:
+        return self.filled == self.width
+
+    def observe(self, layer: int, query: Tensor, key: Tensor) -> None:
+        """Take what of the next tokens' query (1, H, T, D) and key (1, G, T, D) belongs to the window."""
+        start, end = self.filled, min(self.filled + query.shape[2], self.width)
+        if start == end:
+            return
+        self.query[layer, :, start:end] = query[0, :, : end - start]
+        self.key[layer, :, start:end] = key[0, :, : end - start]
+        if layer == len(self.query) - 1:
+            self.filled = end
+
+    def rows(self, layers: slice) -> Tensor:
+        """Attention matrices of the heads of some layers: (l * H, W, W) fp32."""
+        return attention_rows(self.query[layers], self.key[layers]).flatten(0, 1)
+
+
+def seen_window(decoder: Decoder, tokens: Tensor) -> Window:
+    """The window that is all of tokens (1, W)."""
+    window = Window(decoder, tokens.shape[1])
+    decoder(tokens, logits="none", observe=window.observe)
+    return window
+
+
 def window_rows(decoder: Decoder, tokens: Tensor) -> Tensor:
     """Attention matrices of every head on one window: (1, W) -> (L * H, W, W) fp32. For the SLM, which is small."""
-    layers = []
-    decoder(tokens, logits="none", observe=lambda layer, query, key: layers.append(attention_rows(query, key)[0]))
-    return torch.cat(layers)
+    return seen_window(decoder, tokens).rows(slice(None))
 
 
-@torch.inference_mode()
 def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str, reach: float = math.inf) -> HeadMap:
-    """Match every LLM head on a window of WINDOW_MIN..WINDOW_MAX token ids, with SLM layers `layers_within` reach.
+    """Match every LLM head on a window of WINDOW_MIN..WINDOW_MAX token ids, which both models are run on."""
+    tokens = torch.tensor([window], device=llm.device)
+    with torch.inference_mode():
+        return match_windows(seen_window(llm, tokens), seen_window(slm, tokens.to(slm.device)), matcher, reach)
 
-    The SLM's matrices are held (L' * H' * W * W fp32), the LLM's only for one layer at a time.
+
+def match_windows(llm: Window, slm: Window, matcher: str, reach: float) -> HeadMap:
+    """Match every LLM head on what both models have seen of the same window, within reach (`layers_within`). Nothing
+    here waits for the device.
+
+    The SLM's matrices are held (L' * H' * W * W fp32), the LLM's for as many layers at a time as have no more heads:
+    one by one, the layers' small kernels would take longer to launch than to run.
     """
     if matcher not in MATCHERS:
         raise ValueError(f"unknown matcher {matcher!r}; supported: {', '.join(MATCHERS)}")
-    tokens = torch.tensor([window], device=llm.device)
-    top_k = max(1, round(TOP_SHARE * len(window)))
-    slm_rows = window_rows(slm, tokens.to(slm.device)).to(llm.device)
+    L, H = llm.query.shape[:2]
+    top_k = max(1, round(TOP_SHARE * llm.width))
+    slm_rows = slm.rows(slice(None)).to(llm.query.device)  # (L' * H', W, W)
     slm_scores = accumulated_scores(slm_rows)  # (L' * H', W)
     slm_features = unit_rows(row_features(slm_rows)) if matcher == "cosine" else None
+    together = max(1, len(slm_rows) // H)
+    del slm_rows
+    near = torch.tensor([layers_within(reach, layer, L, len(slm.query)) for layer in range(L)])
+    near = near.to(slm_scores.device, non_blocking=True).repeat_interleave(H)  # (L * H,)
+    beyond = torch.arange(len(slm_scores), device=near.device) // slm.query.shape[1] >= near[:, None]  # (.., L' * H')
     index, similarity = [], []
-
-    def match_layer(layer: int, query: Tensor, key: Tensor) -> None:
-        rows = attention_rows(query, key)[0]  # (H, W, W)
+    for first in range(0, L, together):
+        rows = llm.rows(slice(first, first + together))  # (l * H, W, W)
         scores = accumulated_scores(rows)
         if matcher == "cosine":
-            pairwise = unit_rows(row_features(rows)) @ slm_features.T  # (H, L' * H')
+            pairwise = unit_rows(row_features(rows)) @ slm_features.T  # (l * H, L' * H')
         else:
             pairwise = jaccard_similarity(scores, slm_scores, top_k)
-        near = layers_within(reach, layer, llm.config.layers, slm.config.layers)
-        best = pairwise[:, : near * slm.config.query_heads].argmax(-1)  # Eq. 3, (H,)
+        pairwise = pairwise.masked_fill(beyond[first * H : (first + together) * H], -torch.inf)
+        best = pairwise.argmax(-1)  # Eq. 3, (l * H,)
         index.append(best)
         matched = slm_scores[best]
         similarity.append(torch.cosine_similarity(scores[:, SINKS:], matched[:, SINKS:], dim=-1))
-
-    llm(tokens, logits="none", observe=match_layer)
-    return HeadMap(torch.stack(index), torch.stack(similarity))
+    return HeadMap(torch.cat(index).view(L, H), torch.cat(similarity).view(L, H))
 
 
 @torch.inference_mode()

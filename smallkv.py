@@ -22,7 +22,7 @@ from torch import Tensor
 from cache import ScoredCache, TieredCache, TierPlan, column
 from frugal import FrugalCache
 from kernels import column_sums
-from match import WINDOW_MAX, WINDOW_MIN, HeadMap, layers_within, match_heads
+from match import WINDOW_MAX, WINDOW_MIN, HeadMap, Window, layers_within, match_heads, match_windows
 from model import Config, Decoder, Span
 from settings import Settings, TierSizes
 
@@ -108,8 +108,9 @@ class SmallKV:
     ):  # fmt: skip
         """head_map (L, H) int64 replaces the matching, for experiments and tests (ValueError if it passes the settings'
         reach). sums: see ScoredCache."""
-        self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, head_map
+        self.llm, self.slm, self.settings, self.given_map = llm, slm, settings, None
         if head_map is not None:
+            self.given_map = head_map.to(llm.device)
             deepest = head_map.amax(1) // slm.config.query_heads
             if any(found >= near for found, near in zip(deepest.tolist(), self.needed)):
                 raise ValueError(f"head map: its SLM layers {deepest.tolist()} are not all among the first "
@@ -167,38 +168,49 @@ class SmallKV:
             "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),
         }
 
-    def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
-        """Run the SLM over the prompt of sequence b and match the heads.
+    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> Callable | None:
+        """Run the SLM over the prompt of sequence b; returns what matches the heads while the LLM does the same.
 
-        chunks: (start, end) of the LLM's; the SLM takes several at once while its activations are no larger, since
-        launching its small kernels takes longer than running them.
+        ids (1, n): the tokens on the LLM's device. chunks: (start, end) of the LLM's; the SLM takes several at once
+        while its activations are no larger, since launching its small kernels takes longer than running them. None is
+        returned where the map is given, or the prompt too short: it is matched in the step that makes it long enough.
         """
+        width, matching = min(len(tokens), WINDOW_MAX), self.given_map is None and len(tokens) >= WINDOW_MIN
+        slm_window = Window(self.slm, width)
         together = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
         groups = [chunks[i : i + together] for i in range(0, len(chunks), together)]
         staged = self.slm_cache.staging(b, len(tokens))
-        ids = torch.tensor([tokens], device=self.slm.device)  # (1, n)
+        ids, see = ids.to(self.slm.device), slm_window.observe if matching else None
         for group in groups:
             start, end = group[0][0], group[-1][1]
-            self.slm(ids[:, start:end], Span.block(start, end, self.slm.device), staged, logits="none")
+            self.slm(ids[:, start:end], Span.block(start, end, ids.device), staged, logits="none", observe=see)
         self.slm_cache.load(b, staged, len(tokens))
         self.tokens[b] = list(tokens)
-        self._match(b)
+        if self.given_map is not None:
+            self._take_map(b, HeadMap(self.given_map, torch.full_like(self.given_map, torch.nan, dtype=torch.float)))
+        if not matching:
+            return None
+        llm_window, how = Window(self.llm, width), (self.settings.matcher, self.settings.reach)
+
+        def observe(layer: int, query: Tensor, key: Tensor) -> None:
+            llm_window.observe(layer, query, key)
+            if llm_window.full and self.maps[b] is None:
+                self._take_map(b, match_windows(llm_window, slm_window, *how))
+
+        return observe
 
     def _match(self, b: int) -> None:
-        """Match once WINDOW_MIN tokens are there (a shorter context waits for it), on at most WINDOW_MAX of them."""
-        if self.maps[b] is not None:
-            return
-        if self.given_map is not None:
-            self.maps[b] = HeadMap(self.given_map, torch.full(self.given_map.shape, torch.nan))
-        elif len(self.tokens[b]) >= WINDOW_MIN:
-            window, settings = self.tokens[b][:WINDOW_MAX], self.settings
-            self.maps[b] = match_heads(self.llm, self.slm, window, settings.matcher, settings.reach)
-        else:
-            return
-        self.index[b] = self.maps[b].index.to(self.index.device)
+        """In a step: match a sequence that was too short for it in its prefill, once it has WINDOW_MIN tokens."""
+        if self.maps[b] is None and len(self.tokens[b]) >= WINDOW_MIN:
+            settings = self.settings
+            self._take_map(b, match_heads(self.llm, self.slm, self.tokens[b], settings.matcher, settings.reach))
+
+    def _take_map(self, b: int, found: HeadMap) -> None:
+        """f(i) of sequence b, frozen from here on."""
+        self.maps[b], self.index[b] = found, found.index
         if self.settings.gate is not None:
-            similar = self.maps[b].similarity.to(self.closed.device)  # (L, H)
-            self.closed[b] = similar.view(*self.closed.shape[1:], -1).mean(-1) < self.settings.gate
+            similarity = found.similarity  # (L, H)
+            self.closed[b] = similarity.view(*self.closed.shape[1:], -1).mean(-1) < self.settings.gate
 
     # -- every step --
 

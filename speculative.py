@@ -72,11 +72,11 @@ class SpeculativeFull(FullPolicy):
         shape = self.slm.config, len(lengths), capacity, self.slm.device.type, self.slm.dtype
         return {**super().predict(lengths, capacity), "SLM": FullCache.predict(*shape)}
 
-    def prefill(self, b: int, tokens: list[int], chunks: list[tuple[int, int]]) -> None:
+    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
+        ids = ids.to(self.slm.device)
         staged = self.slm_cache.staging(b, len(tokens))
         for start, end in chunks:
-            ids = torch.tensor([tokens[start:end]], device=self.slm.device)
-            self.slm(ids, Span.block(start, end, self.slm.device), staged, logits="none")
+            self.slm(ids[:, start:end], Span.block(start, end, ids.device), staged, logits="none")
 
     def draft(self, tokens: list[int], span: Span, place: int, words: bool) -> Tensor | None:
         """One SLM step: the newest tokens at place 0, then drafts; logits (B, V') of what comes next if words."""

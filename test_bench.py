@@ -25,6 +25,7 @@ from conftest import random_prompts
 from decode import Session
 from frugal import FrugalCache
 from graph import Step
+from match import match_heads
 from model import Decoder
 from quantize import Int4Linear
 from settings import Settings, TierSizes
@@ -147,6 +148,18 @@ def test_the_command_measures_every_method(extra, capsys):
     if not report["marginal"]:
         assert row["pcie_bytes_step"] * report["refresh"] == pytest.approx(2 * row_bytes * row["turnover"])
     assert (report["rows"][0]["ttft_s"] is None) == ("--decode-only" in extra)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_prefill_that_is_timed_matches_heads(filled):
+    """Random heads stand in for the matching where caches are filled, and nowhere else."""
+    models = [bench.random_decoder(config, torch.device("cpu"), torch.float32) for config in pair_configs("tiny")[1]]
+    settings = Settings()
+    session = bench_sessions.make_session("smallkv-graph", models, Setting(2, 120, 4), settings, 50, TORCH, filled)
+    bench_sessions.fill(session) if filled else session.prefill()
+    for b, prompt in enumerate(session.prompts):
+        index = match_heads(*models, prompt, settings.matcher).index
+        assert torch.equal(session.policy.maps[b].index, index) != filled
 
 
 @pytest.mark.parametrize("filled", [[], ["--decode-only"]])

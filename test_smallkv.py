@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+from backend import TRITON
 from cache import FullCache, ScoredCache, TieredCache
 from conftest import by_slm, check_ledgers, played, random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, strip_pads
@@ -169,6 +170,49 @@ def test_host_keeps_what_was_made(pair):
     made = 130 + 7  # the last token goes to the host with the next step
     torch.testing.assert_close(whole.cache.host_key[:, :, :, :made], full.cache.key[:, :, :, :made],
         atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_reach_the_host_while_others_are_prefilled(device):
+    """Copies that begin late, on CUDA, still find every prompt as it was made; and then nothing of it is held."""
+    pair = tiny_decoder(device=device), tiny_decoder(heads=4, head_dim=8, seed=1, device=device)
+    prompts = random_prompts(150, 97, 260, 150, 130, 260)
+    small = Session(pair[0], SmallKV(*pair, by_slm()), prompts, 10, chunk=100)
+    full = Session(pair[0], FullPolicy(pair[0]), prompts, 10, chunk=100)
+    full.prefill()
+    if device == "cuda":
+        with torch.cuda.stream(small.cache.stream):
+            torch.cuda._sleep(100_000_000)  # tens of ms: longer than all these prefills
+    small.prefill()
+    small.cache.settle()
+    for b, prompt in enumerate(prompts):
+        for host, made in ((small.cache.host_key, full.cache.key), (small.cache.host_value, full.cache.value)):
+            torch.testing.assert_close(host[:, b, :, : len(prompt)], made[:, b, :, : len(prompt)].cpu())
+    assert small.cache._copied is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"matcher": "jaccard"}, {"gate": 0.5, "marginal": True}, {"slm_budget": 0.5}, {"given": True}],
+)
+def test_a_prefill_waits_for_nothing(changes):
+    """From the first prompt on the host only launches: whatever would wait for the device is an error."""
+    if not torch.cuda.is_available():
+        pytest.skip("a CUDA device is needed")
+
+    class Strict(SmallKV):
+        def prefill(self, b, *prompt):
+            torch.cuda.set_sync_debug_mode("error")
+            return super().prefill(b, *prompt)
+
+    pair = tiny_decoder(device="cuda"), tiny_decoder(heads=4, head_dim=16, seed=1, device="cuda")
+    changes = dict(changes)
+    head_map = torch.zeros(2, 6, dtype=torch.long) if changes.pop("given", False) else None
+    policy = Strict(*pair, Settings(**changes), head_map, TRITON.column_sums)
+    try:
+        Session(pair[0], policy, random_prompts(150, 97, 260), 10, chunk=100).prefill()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [found is None for found in policy.maps] == [False, head_map is None, False]
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.0])

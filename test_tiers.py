@@ -10,7 +10,15 @@ import torch
 from cache import assign_slots
 from conftest import random_prompts, tiny_decoder
 from decode import Session
-from match import cosine_similarity, jaccard_similarity, layers_within, match_heads, row_features, window_rows
+from match import (
+    SINKS,
+    cosine_similarity,
+    jaccard_similarity,
+    layers_within,
+    match_heads,
+    row_features,
+    window_rows,
+)
 from settings import SMALL_BUDGET, Settings, TierSizes
 from smallkv import SmallKV, plan_tiers
 
@@ -183,3 +191,45 @@ def test_bad_reach_and_head_maps_beyond_it_are_refused():
     with pytest.raises(ValueError, match=r"SLM layers \[1, 0, 0, 0\] are not all among the first \[1, 2, 3, 4\]"):
         SmallKV(llm, slm, Settings(reach=1.0), head_map)
     SmallKV(llm, slm, Settings(reach=2.0), head_map)
+
+
+@pytest.mark.parametrize("chunk", [7, 130, 256])
+@pytest.mark.parametrize("matcher", ["jaccard", "cosine"])
+def test_matching_in_the_prefill_is_that_of_a_forward_of_its_own(matcher, chunk, device):
+    """Chunks shorter than the window, longer than it, and the whole prompt; windows of 200 and of fewer tokens. Each
+    prompt has a map of its own, and nothing is run once more for it."""
+    llm, slm = tiny_decoder(layers=5, device=device), tiny_decoder(heads=4, head_dim=8, seed=1, device=device)
+    prompts = random_prompts(230, 131)
+    policy = SmallKV(llm, slm, Settings(matcher=matcher))
+    seen = []
+    for model in (llm, slm):
+        model.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0].shape[1])))
+    Session(llm, policy, prompts, 10, chunk=chunk).prefill()
+    assert [sum(count for model, count in seen if model is each) for each in (llm, slm)] == [361, 361]
+    maps = [match_heads(llm, slm, prompt[:200], matcher, policy.settings.reach) for prompt in prompts]
+    for b, expected in enumerate(maps):
+        assert torch.equal(policy.maps[b].index, expected.index) and torch.equal(policy.index[b], expected.index)
+        torch.testing.assert_close(policy.maps[b].similarity, expected.similarity, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(maps[0].index, maps[1].index)
+
+
+@pytest.mark.parametrize("matcher", ["jaccard", "cosine"])
+def test_the_most_similar_head_is_found_pair_by_pair(matcher):
+    """Eq. 1-3 by loops over pairs of heads; five layers of 6 heads are more than the SLM's 8 heads taken together."""
+    llm, slm = tiny_decoder(layers=5), tiny_decoder(heads=4, head_dim=8, seed=1)
+    (window,) = random_prompts(120)
+    tokens = torch.tensor([window])
+    mine, theirs = window_rows(llm, tokens), window_rows(slm, tokens)  # (30, 120, 120), (8, 120, 120)
+
+    def alike(a, s):
+        if matcher == "cosine":
+            return torch.cosine_similarity(a[:, 1:].flatten(), s[:, 1:].flatten(), dim=0).item()
+        one, other = (set(rows.sum(0).topk(12).indices.tolist()) for rows in (a, s))
+        return len(one & other) / len(one | other)
+
+    found = match_heads(llm, slm, window, matcher)
+    for a, best, similarity in zip(mine, found.index.flatten().tolist(), found.similarity.flatten().tolist()):
+        every = [alike(a, s) for s in theirs]
+        assert every[best] == pytest.approx(max(every), abs=1e-6)
+        scores = [rows.sum(0)[SINKS:] for rows in (a, theirs[best])]
+        assert similarity == pytest.approx(torch.cosine_similarity(*scores, dim=0).item(), abs=1e-5)
