@@ -1,0 +1,389 @@
+"""What bench_kernels.py times: each kernel of a decode step as a call on random inputs, and the bytes it cannot avoid.
+
+Where it sits: under bench_kernels.py. `CASES` is the table: kernel -> what of it is timed -> a function that makes one
+call for a setting. Bytes are those of the tensors themselves, cut to what must be read or written of them.
+
+Shapes follow the legend in model.py; decode drops the T dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backend import Backend
+from bench_clock import random_decoder
+from bench_count import Setting, layer_bytes, layer_products
+from cache import FullCache, ScoredCache
+from graph import WARPS, FullSide, ScoredSide
+from kernels_move import Moves
+from kernels_plan import CRITICAL, row_warps
+from layers import Layers
+from model import Config, Decoder
+from settings import Settings
+from smallkv import pool_slots
+
+FEW = 64  # positions of a pool where a call writes one row of each head: how many lie around costs nothing
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call on inputs of its own. read, written: what it cannot avoid on the device, tensors or bytes. pcie: bytes
+    that cross. launches: how often `work` calls the kernel. layers: for how many layers a launch is."""
+
+    work: Callable
+    read: list[Tensor | int]
+    written: list[Tensor | int]
+    pcie: int = 0
+    launches: int = 1
+    layers: int = 1
+
+    @property
+    def size(self) -> int:
+        """Bytes on the device."""
+        return sum(part if isinstance(part, int) else part.nbytes for part in (*self.read, *self.written))
+
+
+class Shape:
+    """One setting: the sizes that its kernels see, and random inputs for them."""
+
+    def __init__(self, setting: Setting, configs: tuple[Config, Config], decoders: dict[str, Decoder], backend: Backend,
+                 device: torch.device, budget: float):  # fmt: skip
+        """decoders: those made so far by name, llm or slm; the settings of a run share them."""
+        self.backend, self.device, self.decoders, (self.llm, self.slm) = backend, device, decoders, configs
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.batch, self.capacity = setting.batch, setting.prompt + setting.new
+        self.tokens = setting.prompt + (setting.new + 1) // 2  # of each sequence, the newest included
+        self.length = torch.full((self.batch,), self.tokens, dtype=torch.int32, device=device)
+        kinds = Settings(budget), Settings(budget, marginal=True)
+        self.sizes = [kind.planned(self.tokens) for kind in kinds]  # without a marginal tier, and with
+        self.slots = [pool_slots(kind, setting.prompt, self.capacity) for kind in kinds]  # of the K and V pool
+        self.critical = self.sizes[0].critical
+        self.together = min(max(1, WARPS // (self.pairs * row_warps(self.capacity))), self.llm.layers)  # as TieredSide
+        self.held: dict[str, list[Tensor]] = {}
+
+    @property
+    def pairs(self) -> int:
+        """Of a sequence and a KV head of the LLM."""
+        return self.batch * self.llm.kv_heads
+
+    def draw(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype).mul_(scale)
+
+    def pool(self, config: Config, slots: int, *layers: int) -> Tensor:
+        return self.draw(*layers, self.batch, config.kv_heads, slots, config.head_dim)
+
+    def query(self, config: Config) -> Tensor:
+        return self.draw(self.batch, config.query_heads, config.head_dim)
+
+    def pick(self, count: int, among: int, *layers: int) -> Tensor:
+        """`count` different numbers below `among` for each KV head of the LLM, in any order: (..., B, G, count)."""
+        noise = torch.rand(*layers, self.batch, self.llm.kv_heads, among, device=self.device)
+        return noise.argsort(-1)[..., :count].int()
+
+    def positions(self, filled: int, slots: int, *layers: int) -> Tensor:
+        """A pool of random tokens, the slots behind them empty."""
+        return F.pad(self.pick(filled, self.tokens, *layers), (0, slots - filled), value=-1).contiguous()
+
+    def memory(self, *layers: int) -> Tensor:
+        """Scores of the LLM's tokens, (..., B, G, S)."""
+        return torch.rand(*layers, self.batch, self.llm.kv_heads, self.capacity, device=self.device) / self.tokens
+
+    def ranking(self) -> Tensor:
+        """The SLM's newest rows (L', B, H', S), as uneven as attention."""
+        shape = self.slm.layers, self.batch, self.slm.query_heads, self.capacity
+        row = self.draw(*shape, dtype=torch.float32, scale=2.0).exp_()
+        return row.div_(row.sum(-1, keepdim=True))
+
+    def matched(self, layers: int) -> tuple[Tensor, int]:
+        """A head map (B, L, H), the same for all sequences, and the bytes of the SLM's rows that it names."""
+        heads = self.slm.layers * self.slm.query_heads
+        index = torch.randint(heads, (layers, self.llm.query_heads), device=self.device)
+        return index.repeat(self.batch, 1, 1), FP32 * len(index.unique()) * self.batch * self.tokens
+
+    def shared(self, name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What all calls of a case write to or read a little of, made once."""
+        if name not in self.held:
+            self.held[name] = make()
+        return self.held[name]
+
+    def pinned(self, *shape: int) -> list[Tensor]:
+        """K and V on the host; nobody looks at the numbers."""
+        cuda = self.device.type == "cuda"
+        return self.shared("host", lambda: [torch.empty(shape, dtype=self.dtype, pin_memory=cuda) for _ in range(2)])
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+def decode_attention(at: Shape) -> Call:
+    query, key, value = at.query(at.llm), at.pool(at.llm, at.capacity), at.pool(at.llm, at.capacity)
+    seen = [pool[:, :, : at.tokens] for pool in (key, value)]
+    return Call(lambda: at.backend.decode_attention(query, key, value, at.length), [query, *seen, at.length], [query])
+
+
+def scored_attention(at: Shape, decay: float) -> Call:
+    query, key, value = at.query(at.slm), at.pool(at.slm, at.capacity), at.pool(at.slm, at.capacity)
+    score = torch.rand(at.batch, at.slm.query_heads, at.capacity, device=at.device)
+    row, seen = score[..., : at.tokens], [pool[:, :, : at.tokens] for pool in (key, value)]
+    return Call(lambda: at.backend.scored_attention(query, key, value, at.length, score, decay),
+                [query, *seen, at.length, *[row] * (decay > 0)], [query, row])  # fmt: skip
+
+
+def tiered_attention(at: Shape, marginal: bool, weighted: bool) -> Call:
+    size, (slots, value_slots) = at.sizes[marginal], at.slots[marginal]
+    held = size.critical + size.marginal
+    query, key, value = at.query(at.llm), at.pool(at.llm, slots), at.pool(at.llm, value_slots)
+    position, lent = at.positions(size.critical, slots), []
+    weight = torch.empty(at.batch, at.llm.query_heads, slots, device=at.device) if weighted else None
+    if marginal:
+        where = at.pick(held, held)
+        value_slot = F.pad(where[..., : size.critical], (0, slots - size.critical)).contiguous()
+        share = torch.zeros(at.batch, at.llm.kv_heads, value_slots, device=at.device)
+        share.scatter_(-1, where[..., size.critical :].long(), 0.5 / at.tokens)
+        lent = [value_slot, share.repeat_interleave(at.llm.query_heads // at.llm.kv_heads, 1)]
+    read = [query, key[:, :, : size.critical], value[:, :, :held], position, *lent]
+    return Call(lambda: at.backend.tiered_attention(query, key, value, position, *(lent or (None, None)), weight),
+                read, [query, *[weight] * weighted])  # fmt: skip
+
+
+# ---- Plan, slots, memory ---------------------------------------------------------------------------------------------
+
+
+def plan_layers(at: Shape) -> Call:
+    L, score, memory = at.together, at.ranking(), at.memory(at.together)
+    index, rows = at.matched(L)
+    tier = torch.zeros(memory.shape, dtype=torch.int8, device=at.device)
+    sizes = torch.zeros(at.capacity + 1, 3, dtype=torch.int32, device=at.device)
+    sizes[at.tokens, 0], sizes[at.tokens, 1] = at.critical, at.sizes[0].recent
+    seen = memory[..., : at.tokens]
+    return Call(
+        lambda: at.backend.plan_layers(score, index, at.length, sizes, tier, memory=memory, decay=Settings.score_decay),
+        [rows, index, at.length, sizes[at.tokens], seen], [tier, seen], layers=L,
+    )  # fmt: skip
+
+
+def assign_slots(at: Shape, share: float) -> Call:
+    """From one critical set to another and back: `share` of it enters, the newest token stays."""
+    L, older, slots = at.together, at.tokens - 1, at.slots[0][0]
+    moving = min(round(share * at.critical), at.tokens - at.critical)
+    order = at.pick(at.critical - 1 + moving, older, L).long()
+    tiers = []
+    for first in (0, moving):
+        tier = torch.zeros(*order.shape[:3], at.capacity, dtype=torch.int8, device=at.device)
+        tier.scatter_(-1, order[..., first : first + at.critical - 1], CRITICAL)[..., older] = CRITICAL
+        tiers.append(tier)
+    position = torch.full((*order.shape[:3], slots), -1, dtype=torch.int32, device=at.device)
+    moves, newest = Moves.none(position), torch.zeros_like(position[..., 0])
+    moved = torch.zeros(1, dtype=torch.int64, device=at.device)
+
+    def work():
+        for tier in tiers:
+            at.backend.assign_slots(position, tier, CRITICAL, at.length, moves, newest, moved)
+
+    return Call(work, [tiers[0][..., : at.tokens], position, at.length, moved], [position, *moves, newest, moved],
+                launches=2, layers=L)  # fmt: skip
+
+
+def add_weights(at: Shape) -> Call:
+    slots = at.slots[0][0]
+    weight = torch.rand(at.batch, at.llm.query_heads, slots, device=at.device) / at.tokens
+    position, memory = at.positions(at.critical, slots), at.memory()
+    held = FP32 * at.pairs * at.critical
+    return Call(lambda: at.backend.add_weights(weight, position, memory), [weight, position, held], [held])
+
+
+def fade_memory(at: Shape) -> Call:
+    row, memory, (index, rows) = at.ranking(), at.memory(at.llm.layers), at.matched(at.llm.layers)
+    tier = torch.where(torch.rand_like(memory) < at.critical / at.tokens, CRITICAL, 0).to(torch.int8)
+    seen = memory[..., : at.tokens]
+    return Call(lambda: at.backend.fade_memory(row, index, at.length, tier, memory, Settings.score_decay),
+                [rows, index, at.length, tier[..., : at.tokens], seen], [seen], layers=at.llm.layers)  # fmt: skip
+
+
+# ---- Movement --------------------------------------------------------------------------------------------------------
+
+
+def bring_rows(at: Shape, share: float, beside: bool = False) -> Call:
+    """`share` of the critical set of one layer. beside: on a stream of its own, beside the LLM's two large products."""
+    slots, count = at.slots[0][0], max(1, round(share * at.critical))
+    key, value = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
+    host = at.pinned(at.batch, at.llm.kv_heads, at.capacity, at.llm.head_dim)
+    token, slot = (F.pad(at.pick(count, among).sort(-1).values, (0, slots - count), value=-1)
+                   for among in (at.tokens - 1, at.critical))  # fmt: skip
+    moves = Moves(token.contiguous(), slot.contiguous(), torch.full_like(token[..., 0], count).contiguous())
+    size = 2 * at.pairs * count * at.llm.head_dim * at.dtype.itemsize  # of K and V
+    lists = [moves.token[..., :count], moves.slot[..., :count], moves.count]
+
+    def bring():
+        at.backend.bring_rows(key, value, *host, moves, moves)
+
+    if not beside:
+        return Call(bring, lists, [size], pcie=size)
+    products = [gate_product(at, "llm"), split_product(at, "llm")]
+    stream = torch.cuda.Stream(priority=-1) if at.device.type == "cuda" else None
+
+    def both():
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            bring()
+        for call in products:
+            call.work()
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    return Call(both, [*lists, *(part for call in products for part in call.read)],
+                [size, *(part for call in products for part in call.written)], pcie=size)  # fmt: skip
+
+
+def store_newest(at: Shape) -> Call:
+    newest = at.draw(2, at.llm.layers, at.batch, at.llm.kv_heads, at.llm.head_dim)
+    host = at.pinned(*newest.shape[1:4], FEW, at.llm.head_dim)
+    position = torch.full_like(at.length, FEW - 1)
+    return Call(lambda: at.backend.store_newest(newest, *host, position), [newest, position], [], pcie=newest.nbytes,
+                layers=at.llm.layers)  # fmt: skip
+
+
+# ---- Between and inside the products; `of`: llm or slm ---------------------------------------------------------------
+
+
+def add_norm(at: Shape, of: str, after: str) -> Call:
+    """after: the product before it, o, or down, whose sum comes in parts."""
+    config = getattr(at, of)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    x, weight = at.draw(at.batch, hidden), at.draw(hidden)
+    if after == "down":
+        matrix = at.shared("down", lambda: [at.draw(hidden, inner, scale=0.02)])[0]
+        update = at.backend.split_product(at.draw(at.batch, inner), matrix)
+    else:
+        update = at.draw(at.batch, hidden)
+    return Call(lambda: at.backend.add_norm(x, update, weight, config.norm_eps), [x, update, weight], [x, x])
+
+
+def rope_append(at: Shape, of: str) -> Call:
+    """Of the LLM into slots of its tiers, and the rows that wait to be stored; of the SLM at the token's position."""
+    config = getattr(at, of)
+    G, D = config.kv_heads, config.head_dim
+    qkv, length = at.draw(at.batch, (config.query_heads + 2 * G) * D), torch.full_like(at.length, FEW)
+    cos, sin = (at.draw(FEW, D // 2, dtype=torch.float32) for _ in range(2))
+    key, value, options, more = at.pool(config, FEW), at.pool(config, FEW), {}, []
+    if of == "llm":
+        slot, newest = at.pick(1, FEW)[..., 0].contiguous(), at.draw(2, at.batch, G, D)
+        options, more = {"key_slot": slot, "value_slot": slot, "newest": newest}, [slot, newest]
+    # Query, key and value together are as many numbers as qkv.
+    return Call(lambda: at.backend.rope_append(qkv, cos, sin, length, None, key, value, **options),
+                [qkv, length, cos[0], sin[0], *more[:1]], [qkv, *more[1:]])  # fmt: skip
+
+
+def linear(at: Shape, of: str, which: int) -> Call:
+    """The library's product: qkv is 0 and o 1 of bench_count.layer_products."""
+    config = getattr(at, of)
+    inputs, outputs = layer_products(config)[which]
+    x, weight = at.draw(at.batch, inputs), at.draw(outputs, inputs, scale=0.02)
+    bias = at.draw(outputs) if (config.qkv_bias, config.o_bias)[which] else None
+    made = at.batch * outputs * x.itemsize
+    return Call(lambda: F.linear(x, weight, bias), [x, weight, *[bias] * (bias is not None)], [made])
+
+
+def gate_product(at: Shape, of: str) -> Call:
+    inputs, outputs = layer_products(getattr(at, of))[2]
+    x, weight = at.draw(at.batch, inputs), at.draw(outputs, inputs, scale=0.02)
+    return Call(lambda: at.backend.gate_product(x, weight), [x, weight], [at.batch * outputs // 2 * x.itemsize])
+
+
+def split_product(at: Shape, of: str) -> Call:
+    inputs, outputs = layer_products(getattr(at, of))[3]
+    x, weight = at.draw(at.batch, inputs), at.draw(outputs, inputs, scale=0.02)
+    return Call(lambda: at.backend.split_product(x, weight), [x, weight], [at.batch * outputs * FP32])
+
+
+# ---- A model's layers, as a step runs them ---------------------------------------------------------------------------
+
+
+def layers(at: Shape, of: str, attention: str) -> Call:
+    """All layers and norms for one token a sequence. attention: none, full (LLM), scored (SLM) or tiers (LLM)."""
+    config = getattr(at, of)
+    if of not in at.decoders:
+        at.decoders[of] = random_decoder(config, at.device, at.dtype)
+    stack, ids = Layers(at.decoders[of], at.capacity, at.backend), torch.zeros_like(at.length).long()
+    read, written = [layer_bytes(config, at.dtype.itemsize, False)], []
+    if attention == "none":
+        out = at.query(config)
+        attend = lambda *_: out  # noqa: E731
+    elif attention == "tiers":
+        attend, reached = tiers(at)
+        read, written = read + reached, reached[-1:]
+    else:
+        shape = config, at.batch, at.capacity, at.device, at.dtype
+        cache = FullCache(*shape) if attention == "full" else ScoredCache(*shape, 0.0)
+        cache.key.normal_(), cache.value.normal_()
+        side = FullSide(cache, at.backend, at.length)
+        if attention == "scored":
+            side, written = ScoredSide(cache, at.backend, at.length, False), [cache.score[..., : at.tokens]]
+        attend = side.attend
+        read += [pool[:, :, :, : at.tokens] for pool in (cache.key, cache.value)]
+    return Call(lambda: stack.run(ids, attend), read, written, layers=config.layers)
+
+
+def tiers(at: Shape) -> tuple[Callable, list[Tensor | int]]:
+    """`TieredSide.attend` without its plan and host, and what it reads: K, V, positions, and the scores it adds to."""
+    L, slots = at.llm.layers, at.slots[0][0]
+    key, value, position = at.pool(at.llm, slots, L), at.pool(at.llm, slots, L), at.positions(at.critical, slots, L)
+    memory, newest = at.memory(L), at.draw(2, L, at.batch, at.llm.kv_heads, at.llm.head_dim)
+    slot = torch.zeros_like(position[0, :, :, 0]).contiguous()
+    weight = torch.empty(at.batch, at.llm.query_heads, slots, device=at.device)
+
+    def attend(layer, qkv, rope, norms):
+        pools = key[layer], value[layer]
+        query = at.backend.rope_append(qkv, *rope, at.length, norms, *pools, slot, slot, newest=newest[:, layer])
+        out = at.backend.tiered_attention(query, *pools, position[layer], None, None, weight)
+        at.backend.add_weights(weight, position[layer], memory[layer])
+        return out
+
+    held = [pool[:, :, :, : at.critical] for pool in (key, value)]
+    return attend, [*held, position, FP32 * L * at.pairs * at.critical]
+
+
+# ---- All of them -----------------------------------------------------------------------------------------------------
+
+MODELS = {"llm": "LLM", "slm": "SLM"}
+CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
+    "decode_attention": {"LLM, full cache": decode_attention},
+    "scored_attention": {f"SLM, decay {decay:g}": partial(scored_attention, decay=decay) for decay in (0.0, 0.5)},
+    "tiered_attention": {
+        "LLM": partial(tiered_attention, marginal=False, weighted=False),
+        "LLM, weights": partial(tiered_attention, marginal=False, weighted=True),
+        "LLM, marginal": partial(tiered_attention, marginal=True, weighted=False),
+        "LLM, marginal, weights": partial(tiered_attention, marginal=True, weighted=True),
+    },
+    "plan_layers": {"fused": plan_layers},
+    "assign_slots": {"10 % enter": partial(assign_slots, share=0.1)},
+    "bring_rows": {
+        "2 %": partial(bring_rows, share=0.02),
+        "10 %": partial(bring_rows, share=0.1),
+        "20 %": partial(bring_rows, share=0.2),
+        "10 %, beside gate_product, split_product": partial(bring_rows, share=0.1, beside=True),
+    },
+    "store_newest": {"all layers": store_newest},
+    "add_weights": {"LLM": add_weights},
+    "fade_memory": {"all layers": fade_memory},
+    "add_norm": {
+        f"{name}, after {after}": partial(add_norm, of=of, after=after)
+        for of, name in MODELS.items()
+        for after in ("o", "down")
+    },
+    "rope_append": {name: partial(rope_append, of=of) for of, name in MODELS.items()},
+    "qkv": {f"{name}, the library's": partial(linear, of=of, which=0) for of, name in MODELS.items()},
+    "o": {f"{name}, the library's": partial(linear, of=of, which=1) for of, name in MODELS.items()},
+    "gate_product": {name: partial(gate_product, of=of) for of, name in MODELS.items()},
+    "split_product": {name: partial(split_product, of=of) for of, name in MODELS.items()},
+    "slm_layers": {f"attention: {kind}": partial(layers, of="slm", attention=kind) for kind in ("none", "scored")},
+    "llm_layers": {
+        f"attention: {kind}": partial(layers, of="llm", attention=kind) for kind in ("none", "full", "tiers")
+    },
+}

@@ -1,0 +1,238 @@
+"""What bench_kernels.py counts, against the tensors that a kernel is given; what its calls do; the command itself."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+
+import pytest
+import torch
+
+import bench_kernels
+from backend import TORCH
+from bench_cases import CASES, Call, Shape
+from bench_count import Setting, pair_configs
+from model import Decoder
+
+TINY = ["--pair", "tiny", "--settings", "2x120+8", "--device", "cpu", "--markdown", "--repeats", "1"]
+FULL = Setting(3, 120, 1)  # one new token: every position is seen, every slot is filled, each tensor is used whole
+
+
+def shape(setting: Setting, backend=TORCH) -> Shape:
+    return Shape(setting, pair_configs("tiny")[1], {}, backend, torch.device("cpu"), 0.2)
+
+
+def tensors(value) -> list[torch.Tensor]:
+    if torch.is_tensor(value):
+        return [value]
+    return [tensor for part in value for tensor in tensors(part)] if isinstance(value, tuple) else []
+
+
+def given(kernel: str, case: str) -> tuple[Call, dict[str, list[torch.Tensor]]]:
+    """A call at FULL; the tensors that its first launch is given, by the twin's names, and `out`: what it returns."""
+    found = {}
+
+    def spy(*args, **named):
+        out = getattr(TORCH, kernel)(*args, **named)
+        if not found:
+            bound = inspect.signature(getattr(TORCH, kernel)).bind(*args, **named).arguments
+            found.update({name: tensors(value) for name, value in bound.items()}, out=tensors(out))
+        return out
+
+    call = CASES[kernel][case](shape(FULL, dataclasses.replace(TORCH, **{kernel: spy})))
+    call.work()
+    return call, found
+
+
+# kernel, case, tensors that are written and not read, tensors that are read and written
+USES = [
+    ("decode_attention", "LLM, full cache", ["out"], []),
+    ("scored_attention", "SLM, decay 0", ["out", "score"], []),
+    ("scored_attention", "SLM, decay 0.5", ["out"], ["score"]),
+    ("tiered_attention", "LLM", ["out"], []),
+    ("tiered_attention", "LLM, weights", ["out", "weight"], []),
+    ("tiered_attention", "LLM, marginal", ["out"], []),
+    ("tiered_attention", "LLM, marginal, weights", ["out", "weight"], []),
+    ("assign_slots", "10 % enter", ["moves", "newest_slot"], ["position", "moved"]),
+    ("add_norm", "LLM, after o", ["out"], ["x"]),
+    ("add_norm", "SLM, after down", ["out"], ["x"]),
+    ("gate_product", "LLM", ["out"], []),
+    ("split_product", "SLM", ["out"], []),
+]
+
+
+@pytest.mark.parametrize("kernel, case, written, both", USES, ids=[f"{use[0]}, {use[1]}" for use in USES])
+def test_bytes_are_those_of_the_tensors(kernel, case, written, both):
+    call, found = given(kernel, case)
+    distinct = {tensor.data_ptr(): tensor for name in found if name not in written for tensor in found[name]}
+    naive = sum(tensor.nbytes for tensor in distinct.values())
+    naive += sum(tensor.nbytes for name in (*written, *both) for tensor in found[name])
+    assert call.size == naive and call.pcie == 0
+
+
+def test_bytes_of_a_plan_are_those_of_the_matched_rows():
+    for kernel in ("plan_layers", "fade_memory"):
+        for case in CASES[kernel]:
+            call, found = given(kernel, case)
+            index, memory, tier = (found[name][0] for name in ("index", "memory", "tier"))
+            rows = {(b, head) for b in range(3) for head in index[b].flatten().tolist()}
+            naive = 4 * 121 * len(rows) + 2 * memory.nbytes + index.nbytes + tier.nbytes + found["length"][0].nbytes
+            assert call.size == naive + 12 * (kernel == "plan_layers")  # one line of the table of sizes
+            assert call.layers == len(tier)
+
+
+def test_bytes_of_what_is_written_in_places():
+    """One row of each head into a pool, one number for each slot that holds a token."""
+    call, found = given("add_weights", "LLM")
+    held = int((found["position"][0] >= 0).sum())
+    assert call.size == found["weight"][0].nbytes + found["position"][0].nbytes + 2 * 4 * held
+    call, found = given("store_newest", "all layers")
+    assert call.pcie == found["newest"][0].nbytes == 2 * 2 * 3 * 2 * 16 * 4  # K, V, layers, sequences, heads, D, fp32
+    assert call.size == found["newest"][0].nbytes + found["position"][0].nbytes
+    for case in CASES["rope_append"]:
+        call, found = given("rope_append", case)
+        rows = found["out"][0].nbytes + 2 * 3 * 2 * 16 * 4  # query, and a key and a value for each KV head
+        tables = 2 * 8 * 4 + found["length"][0].nbytes  # cos and sin of one position
+        slots = found["key_slot"][0].nbytes + found["newest"][0].nbytes if case == "LLM" else 0
+        assert call.size == found["qkv"][0].nbytes + rows + tables + slots
+
+
+def test_bytes_of_the_layers_are_those_of_the_weights_and_the_cache():
+    for number, of in enumerate(("llm", "slm")):
+        config = pair_configs("tiny")[1][number]
+        weights = 4 * sum(part.numel() for part in Decoder(config).layers.parameters() if part.dim() == 2)
+        cached = 2 * 2 * 3 * 2 * 121 * 16 * 4  # K, V, layers, sequences, heads, tokens, D, fp32
+        at = shape(FULL)
+        sizes = {case.split()[-1]: make(at).size for case, make in CASES[f"{of}_layers"].items()}
+        assert sizes.pop("none") == weights
+        if of == "slm":
+            assert sizes == {"scored": weights + cached + 2 * 3 * 4 * 121 * 4}  # layers, sequences, query heads
+        else:
+            slots = 2 * 3 * 2 * at.critical  # layers, sequences, heads
+            assert sizes == {"full": weights + cached, "tiers": weights + slots * (2 * 16 * 4 + 4 + 2 * 4)}
+    for of, number in (("qkv", 0), ("o", 1)):
+        call = CASES[of]["LLM, the library's"](at)
+        inputs, outputs = ((32, 160), (96, 32))[number]
+        assert call.size == 4 * (3 * inputs + inputs * outputs + (number == 0) * outputs + 3 * outputs)
+
+
+@pytest.mark.parametrize("share", ["2 %", "10 %", "20 %", "10 %, beside gate_product, split_product"])
+def test_rows_that_come_are_those_counted(share):
+    """Host memory is NaN here (conftest.py): each row that came is seen in the pool."""
+    at = shape(Setting(2, 400, 8))
+    call = CASES["bring_rows"][share](at)
+    call.work()
+    key, value = at.held["pools"]
+    rows = round(float(share.split()[0]) / 100 * at.critical)
+    for pool in (key, value):
+        assert pool.isnan().all(-1).sum(-1).tolist() == [[rows] * 2] * 2
+    assert call.pcie == 2 * pool.isnan().sum().item() * pool.itemsize
+    alone = CASES["bring_rows"]["10 %"](at).size
+    if "beside" in share:
+        assert call.size == alone + sum(CASES[name]["LLM"](at).size for name in ("gate_product", "split_product"))
+    else:
+        assert call.size == call.pcie + 2 * 2 * (2 * rows + 1) * 4  # sequences, heads: tokens, slots and the count
+
+
+def test_every_launch_of_the_slots_finds_a_tenth_that_enters():
+    """To one critical set and back; the newest token is in both, with no row to come."""
+    at = shape(Setting(2, 400, 8))
+    calls = []
+
+    def spy(position, tier, *others):
+        before = others[-1].item()
+        TORCH.assign_slots(position, tier, *others)
+        calls.append(others[-1].item() - before)
+        assert (position >= 0).sum(-1).eq(at.critical).all() and (position == at.tokens - 1).sum(-1).eq(1).all()
+
+    at.backend = dataclasses.replace(TORCH, assign_slots=spy)
+    call = CASES["assign_slots"]["10 % enter"](at)
+    call.work(), call.work()
+    lists = call.layers * 2 * 2  # layers, sequences, heads
+    assert calls == [lists * (at.critical - 1), *[lists * round(0.1 * at.critical)] * 3] and call.launches == 2
+
+
+def test_copies_leave_nothing_in_a_cache():
+    assert [bench_kernels.copies(size) for size in (1, 100 << 20, 256 << 20, 1 << 30)] == [64, 6, 2, 1]
+
+
+def test_a_time_is_that_of_one_launch(monkeypatch):
+    """A graph of 1 s over 64 copies of two launches each; a large call has one copy, several times in its graph."""
+    done = []
+
+    class Clock:
+        device = torch.device("cuda")
+
+        def laps(self, work, count):
+            return [work() or 1.0 for _ in range(count)]
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    rates = {"copy_bytes_s": 1e12, "pcie_bytes_s": 1e9}
+    for size, copies, rounds in ((1000, 64, 1), (600 << 20, 1, 3)):
+        done.clear()
+        call = Call(lambda: done.append("call"), [size], [], pcie=10, launches=2, layers=7)
+        row = bench_kernels.measure(None, lambda at: call, Clock(), rates, 5)
+        assert done.count("call") == 2 * rounds * copies and done[-7:] == ["replay"] * 7  # compiled, then captured
+        assert row["us"] == pytest.approx(1e6 / rounds / copies / 2) and row["calls"] == rounds * copies
+        assert row["floor_us"] == pytest.approx(max(size / 1e6, 10 / 1e3)) and row["input_bytes"] == copies * size
+
+
+def test_the_command_times_every_kernel(capsys):
+    assert bench_kernels.main(TINY) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads(lines[-1])
+    cases = [(kernel, case) for kernel in CASES for case in CASES[kernel]]
+    assert [(row["kernel"], row["case"]) for row in report["rows"]] == cases
+    shown = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
+    assert len(shown) == len(cases)
+    for row, cells in zip(report["rows"], shown):
+        copy, pcie = (report["ceilings"][name] for name in ("copy_bytes_s", "pcie_bytes_s"))
+        assert row["us"] > 0 and row["bytes"] > 0 and row["setting"] == "2x120+8"
+        assert row["floor_us"] == pytest.approx(1e6 * max(row["bytes"] / copy, row["pcie_bytes"] / pcie))
+        assert row["ratio"] == pytest.approx(row["us"] / row["floor_us"])
+        assert [cells[0], cells[2]] == [f"| {row['kernel']}", f"{row['us']:.2f}"]
+
+
+def test_the_kernels_run_where_triton_does(device, capsys):
+    """In the interpreter on a CPU, on a GPU compiled and in graphs."""
+    only = ["--only", "tiered_attention,assign_slots,store_newest,add_norm,rope_append", "--backend", "triton"]
+    assert bench_kernels.main([*TINY, *only, "--device", device]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["backend"] == "triton" and len(report["rows"]) == 4 + 1 + 1 + 4 + 2
+
+
+def test_a_kernel_that_fails_is_a_row(monkeypatch, capsys):
+    def fails(at):
+        raise RuntimeError("no such\nthing")
+
+    monkeypatch.setitem(CASES, "decode_attention", {"LLM": fails})
+    assert bench_kernels.main([*TINY, "--only", "decode_attention,add_weights"]) == 1
+    out = capsys.readouterr().out
+    assert "| decode_attention | LLM | RuntimeError: no such |" in out
+    failed, timed = json.loads(out.splitlines()[-1])["rows"]
+    assert failed["error"] == "RuntimeError: no such" and timed["us"] > 0
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--only", "plan_layers,plans"], "unknown kernel 'plans'; supported: decode_attention, "),
+    (["--settings", "65x2048+256"], "--settings 65x2048+256: 1 to 64 sequences"),
+    (["--settings", "1x99+8"], "a prompt of at least 100 tokens"),
+    (["--settings", "1x200"], "argument --settings"),
+    (["--repeats", "0"], "--repeats 0: at least 1"),
+])  # fmt: skip
+def test_bad_flags_are_one_clear_line(flags, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench_kernels.main([*TINY, *flags])
+    assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_budget_that_cannot_be_is_named(capsys):
+    assert bench_kernels.main([*TINY, "--budget", "2"]) == 2
+    assert (
+        capsys.readouterr().err == "error: budget 2.0 is outside (0, 1]; 0.2 keeps a fifth of the full cache's bytes\n"
+    )
