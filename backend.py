@@ -13,14 +13,15 @@ import torch
 
 import kernels
 import kernels_decode
+import kernels_eq6
 import kernels_frugal
 import kernels_int4
 import kernels_layer
-import kernels_memory
 import kernels_move
 import kernels_plan
 import kernels_prefill
 import kernels_product
+import kernels_scores
 import kernels_tiers
 import kernels_verify
 
@@ -41,7 +42,6 @@ class Backend:
     assign_slots: Callable
     lend_rows: Callable
     fade_memory: Callable
-    add_weights: Callable
     bring_rows: Callable
     store_rows: Callable
     add_norm: Callable
@@ -61,14 +61,13 @@ TORCH = Backend(
     "torch",
     decode_attention=kernels_decode.decode_attention_torch,
     scored_attention=kernels_decode.scored_attention_torch,
-    tiered_attention=kernels_decode.tiered_attention_torch,
+    tiered_attention=kernels_eq6.tiered_attention_torch,
     slot_attention=kernels_frugal.slot_attention_torch,
     make_room=kernels_frugal.make_room_torch,
     plan_layers=kernels_plan.plan_layers_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
-    fade_memory=kernels_memory.fade_memory_torch,
-    add_weights=kernels_memory.add_weights_torch,
+    fade_memory=kernels_scores.fade_memory_torch,
     bring_rows=kernels_move.bring_rows_torch,
     store_rows=kernels_move.store_rows_torch,
     add_norm=kernels_layer.add_norm_torch,
@@ -88,14 +87,13 @@ TRITON = Backend(
     "triton",
     decode_attention=kernels_decode.decode_attention_triton,
     scored_attention=kernels_decode.scored_attention_triton,
-    tiered_attention=kernels_decode.tiered_attention_triton,
+    tiered_attention=kernels_eq6.tiered_attention_triton,
     slot_attention=kernels_frugal.slot_attention_triton,
     make_room=kernels_frugal.make_room_triton,
     plan_layers=kernels_plan.plan_layers_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,
-    fade_memory=kernels_memory.fade_memory_triton,
-    add_weights=kernels_memory.add_weights_triton,
+    fade_memory=kernels_scores.fade_memory_triton,
     bring_rows=kernels_move.bring_rows_triton,
     store_rows=kernels_move.store_rows_triton,
     add_norm=kernels_layer.add_norm_triton,

@@ -18,9 +18,10 @@ from backend import Backend
 from bench_clock import random_decoder
 from bench_count import Setting, layer_bytes, layer_products
 from cache import FullCache, ScoredCache
-from graph import WARPS, FullSide, ScoredSide
+from graph import STORE, WARPS, FullSide, ScoredSide
 from kernels_move import Moves
-from kernels_plan import CRITICAL, row_warps
+from kernels_plan import row_warps
+from kernels_scores import CRITICAL
 from layers import Layers
 from model import Config, Decoder
 from settings import Settings
@@ -126,20 +127,23 @@ def decode_attention(at: Shape) -> Call:
     return Call(lambda: at.backend.decode_attention(query, key, value, at.length), [query, *seen, at.length], [query])
 
 
-def scored_attention(at: Shape, decay: float) -> Call:
+def scored_attention(at: Shape, decay: float, logits: bool = False) -> Call:
+    """logits: they are the scores, with one log of their sum a head, as in a step with fused scores."""
     query, key, value = at.query(at.slm), at.pool(at.slm, at.capacity), at.pool(at.slm, at.capacity)
     score = torch.rand(at.batch, at.slm.query_heads, at.capacity, device=at.device)
     row, seen = score[..., : at.tokens], [pool[:, :, : at.tokens] for pool in (key, value)]
-    return Call(lambda: at.backend.scored_attention(query, key, value, at.length, score, decay),
-                [query, *seen, at.length, *[row] * (decay > 0)], [query, row])  # fmt: skip
+    lse = torch.empty(score.shape[:2], device=at.device) if logits else None
+    return Call(lambda: at.backend.scored_attention(query, key, value, at.length, score, decay, None, lse),
+                [query, *seen, at.length, *[row] * (decay > 0)], [query, row, *[lse] * logits])  # fmt: skip
 
 
-def tiered_attention(at: Shape, marginal: bool, weighted: bool) -> Call:
+def tiered_attention(at: Shape, marginal: bool, remembered: bool) -> Call:
+    """remembered: what each token weighs is added to the score memory."""
     size, (slots, value_slots) = at.sizes[marginal], at.slots[marginal]
     held = size.critical + size.marginal
     query, key, value = at.query(at.llm), at.pool(at.llm, slots), at.pool(at.llm, value_slots)
     position, lent = at.positions(size.critical, slots), []
-    weight = torch.empty(at.batch, at.llm.query_heads, slots, device=at.device) if weighted else None
+    memory, added = at.memory() if remembered else None, remembered * FP32 * at.pairs * size.critical
     if marginal:
         where = at.pick(held, held)
         value_slot = F.pad(where[..., : size.critical], (0, slots - size.critical)).contiguous()
@@ -147,23 +151,27 @@ def tiered_attention(at: Shape, marginal: bool, weighted: bool) -> Call:
         share.scatter_(-1, where[..., size.critical :].long(), 0.5 / at.tokens)
         lent = [value_slot, share.repeat_interleave(at.llm.query_heads // at.llm.kv_heads, 1)]
     read = [query, key[:, :, : size.critical], value[:, :, :held], position, *lent]
-    return Call(lambda: at.backend.tiered_attention(query, key, value, position, *(lent or (None, None)), weight),
-                read, [query, *[weight] * weighted])  # fmt: skip
+    return Call(lambda: at.backend.tiered_attention(query, key, value, position, *(lent or (None, None)), memory),
+                [*read, added], [query, added])  # fmt: skip
 
 
 # ---- Plan, slots, memory ---------------------------------------------------------------------------------------------
 
 
 def plan_layers(at: Shape) -> Call:
-    L, score, memory = at.together, at.ranking(), at.memory(at.together)
+    """By logits, as in a step with fused scores."""
+    L, score, memory = at.together, at.ranking().log2_(), at.memory(at.together)
+    lse = torch.zeros(score.shape[:3], device=at.device)
     index, rows = at.matched(L)
     tier = torch.zeros(memory.shape, dtype=torch.int8, device=at.device)
     sizes = torch.zeros(at.capacity + 1, 3, dtype=torch.int32, device=at.device)
     sizes[at.tokens, 0], sizes[at.tokens, 1] = at.critical, at.sizes[0].recent
     seen = memory[..., : at.tokens]
     return Call(
-        lambda: at.backend.plan_layers(score, index, at.length, sizes, tier, memory=memory, decay=Settings.score_decay),
-        [rows, index, at.length, sizes[at.tokens], seen], [tier, seen], layers=L,
+        lambda: at.backend.plan_layers(
+            score, index, at.length, sizes, tier, memory=memory, decay=Settings.score_decay, lse=lse
+        ),
+        [rows, lse, index, at.length, sizes[at.tokens], seen], [tier, seen], layers=L,
     )  # fmt: skip
 
 
@@ -187,14 +195,6 @@ def assign_slots(at: Shape, share: float) -> Call:
 
     return Call(work, [tiers[0][..., : at.tokens], position, at.length, moved], [position, *moves, newest, moved],
                 launches=2, layers=L)  # fmt: skip
-
-
-def add_weights(at: Shape) -> Call:
-    slots = at.slots[0][0]
-    weight = torch.rand(at.batch, at.llm.query_heads, slots, device=at.device) / at.tokens
-    position, memory = at.positions(at.critical, slots), at.memory()
-    held = FP32 * at.pairs * at.critical
-    return Call(lambda: at.backend.add_weights(weight, position, memory), [weight, position, held], [held])
 
 
 def fade_memory(at: Shape) -> Call:
@@ -241,12 +241,12 @@ def bring_rows(at: Shape, share: float, beside: bool = False) -> Call:
                 [size, *(part for call in products for part in call.written)], pcie=size)  # fmt: skip
 
 
-def store_newest(at: Shape) -> Call:
-    newest = at.draw(2, at.llm.layers, at.batch, at.llm.kv_heads, at.llm.head_dim)
-    host = at.pinned(*newest.shape[1:4], FEW, at.llm.head_dim)
-    position = torch.full_like(at.length, FEW - 1)
-    return Call(lambda: at.backend.store_newest(newest, *host, position), [newest, position], [], pcie=newest.nbytes,
-                layers=at.llm.layers)  # fmt: skip
+def store_rows(at: Shape) -> Call:
+    newest = at.draw(2, STORE, at.batch, 1, at.llm.kv_heads, at.llm.head_dim)
+    host = at.pinned(*newest.shape[1:3], at.llm.kv_heads, FEW, at.llm.head_dim)
+    length = torch.full_like(at.length, FEW)
+    return Call(lambda: at.backend.store_rows(newest, *host, length), [newest, length], [], pcie=newest.nbytes,
+                layers=STORE)  # fmt: skip
 
 
 # ---- Between and inside the products; `of`: llm or slm ---------------------------------------------------------------
@@ -336,14 +336,11 @@ def tiers(at: Shape) -> tuple[Callable, list[Tensor | int]]:
     key, value, position = at.pool(at.llm, slots, L), at.pool(at.llm, slots, L), at.positions(at.critical, slots, L)
     memory, newest = at.memory(L), at.draw(2, L, at.batch, at.llm.kv_heads, at.llm.head_dim)
     slot = torch.zeros_like(position[0, :, :, 0]).contiguous()
-    weight = torch.empty(at.batch, at.llm.query_heads, slots, device=at.device)
 
     def attend(layer, qkv, rope, norms):
         pools = key[layer], value[layer]
         query = at.backend.rope_append(qkv, *rope, at.length, norms, *pools, slot, slot, newest=newest[:, layer])
-        out = at.backend.tiered_attention(query, *pools, position[layer], None, None, weight)
-        at.backend.add_weights(weight, position[layer], memory[layer])
-        return out
+        return at.backend.tiered_attention(query, *pools, position[layer], None, None, memory[layer])
 
     held = [pool[:, :, :, : at.critical] for pool in (key, value)]
     return attend, [*held, position, FP32 * L * at.pairs * at.critical]
@@ -354,12 +351,15 @@ def tiers(at: Shape) -> tuple[Callable, list[Tensor | int]]:
 MODELS = {"llm": "LLM", "slm": "SLM"}
 CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
     "decode_attention": {"LLM, full cache": decode_attention},
-    "scored_attention": {f"SLM, decay {decay:g}": partial(scored_attention, decay=decay) for decay in (0.0, 0.5)},
+    "scored_attention": {
+        "SLM, logits": partial(scored_attention, decay=0.0, logits=True),
+        **{f"SLM, decay {decay:g}": partial(scored_attention, decay=decay) for decay in (0.0, 0.5)},
+    },
     "tiered_attention": {
-        "LLM": partial(tiered_attention, marginal=False, weighted=False),
-        "LLM, weights": partial(tiered_attention, marginal=False, weighted=True),
-        "LLM, marginal": partial(tiered_attention, marginal=True, weighted=False),
-        "LLM, marginal, weights": partial(tiered_attention, marginal=True, weighted=True),
+        "LLM": partial(tiered_attention, marginal=False, remembered=False),
+        "LLM, memory": partial(tiered_attention, marginal=False, remembered=True),
+        "LLM, marginal": partial(tiered_attention, marginal=True, remembered=False),
+        "LLM, marginal, memory": partial(tiered_attention, marginal=True, remembered=True),
     },
     "plan_layers": {"fused": plan_layers},
     "assign_slots": {"10 % enter": partial(assign_slots, share=0.1)},
@@ -369,8 +369,7 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
         "20 %": partial(bring_rows, share=0.2),
         "10 %, beside gate_product, split_product": partial(bring_rows, share=0.1, beside=True),
     },
-    "store_newest": {"all layers": store_newest},
-    "add_weights": {"LLM": add_weights},
+    "store_rows": {"some layers": store_rows},
     "fade_memory": {"all layers": fade_memory},
     "add_norm": {
         f"{name}, after {after}": partial(add_norm, of=of, after=after)

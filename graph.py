@@ -6,8 +6,8 @@ ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captur
     first side stream: SLM layers, their attention rows into the scores       kernels_decode.py, graph_frugal.py
     second side stream, groups of LLM layers in one launch: plan -> slots     kernels_plan.py, kernels_tiers.py
     third side stream, layer by layer: rows from the host                     kernels_move.py
-    LLM layers, each after its rows arrived: attention on the tiers (Eq. 6)   kernels_decode.py
-    with fused scores: the attention's weights into the memory                kernels_memory.py
+    LLM layers, each after its rows arrived: attention on the tiers (Eq. 6)   kernels_eq6.py
+    with fused scores: the attention's weights into the memory                kernels_eq6.py
     logits -> the next token                                                  greedy, or Gumbel noise drawn beforehand
 
 With `Settings.refresh` r the plan and the movement run in every r-th step. In the steps between, nobody leaves and the
@@ -32,7 +32,8 @@ from cache import FullCache
 from decode import Session
 from graph_frugal import FrugalSide
 from kernels_move import Moves
-from kernels_plan import CRITICAL, MARGINAL, row_warps
+from kernels_plan import row_warps
+from kernels_scores import CRITICAL, MARGINAL
 from kernels_tiers import admit_newest
 from layers import Layers
 from quantize import run_on
@@ -137,10 +138,6 @@ class TieredSide:
             self.cache.value_position = self.cache.key_position  # both pools hold the same tokens in the same slots
         else:
             self.borrowed = torch.zeros(L, B, self.policy.llm.config.query_heads, N, device=device)
-        self.weight = None
-        if self.fused:  # of the layer that attends: what each K slot weighs
-            heads, slots = self.policy.llm.config.query_heads, self.cache.key_position.shape[3]
-            self.weight = torch.empty(B, heads, slots, device=device)
         together = max(1, WARPS // (B * G * row_warps(S)))  # layers
         self.groups = plan_groups(policy.needed, together)
         # First in the queue: the LLM's layer waits for them, and they leave room for the LLM's kernels beside them.
@@ -263,10 +260,8 @@ class TieredSide:
         )
         self.store(layer)
         lent = (cache.value_slot[layer], self.borrowed[layer]) if self.marginal else (None, None)
-        out = self.backend.tiered_attention(query, key, value, position, *lent, self.weight)
-        if self.fused:
-            self.backend.add_weights(self.weight, position, cache.score[layer])
-        return out
+        memory = cache.score[layer] if self.fused else None
+        return self.backend.tiered_attention(query, key, value, position, *lent, memory)
 
     def join(self) -> None:
         """The side streams' last work belongs to this step: a captured graph must end on one stream."""

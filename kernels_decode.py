@@ -1,13 +1,13 @@
-"""Decode attention in Triton: one new token a sequence, on a full cache or on the tiers, bound by the bytes of K and V.
+"""Decode attention on a full cache in Triton: one new token a sequence, bound by the bytes of K and V.
 
-Where it sits: the two attentions of a decode step (graph.py). Each function here exists twice with one signature: the
-plain PyTorch twin (`..._torch`, which calls the truth in kernels.py) and the Triton version (`..._triton`).
+Where it sits: the SLM's attention in a decode step (graph.py), and that of the full cache; kernels_eq6.py has the
+LLM's. Each function here exists twice with one signature: the plain PyTorch twin (`..._torch`, which calls the truth in
+kernels.py) and the Triton version (`..._triton`).
 
 | function           | flow                                                        | paper             |
 | ------------------ | ----------------------------------------------------------- | ----------------- |
 | `decode_attention` | full cache: the rival, and nothing but the output           | vanilla attention |
 | `scored_attention` | SLM: the same, and its row goes into the scores             | Eq. 1, Eq. 4      |
-| `tiered_attention` | LLM: critical K,V and marginal V, merged                    | Eq. 6             |
 
 How the kernels work (flash decoding): the tokens of a sequence are cut into splits, one program takes one split of one
 KV head with all the query heads that share it, so that each row of K and V is read once; a second kernel merges the
@@ -16,7 +16,7 @@ programs beyond a length return at once. A group of query heads is padded to the
 
 The row of the SLM needs the sum over all splits. Where nothing of the past goes into the scores (decay 0) and nobody
 borrows the row, the first kernel writes its logits straight into `score`, the second the log of each head's sum into
-`lse`, and whoever reads the scores computes 2 ** (score - lse) as it goes (kernels_plan.py, kernels_memory.py).
+`lse`, and whoever reads the scores computes 2 ** (score - lse) as it goes (kernels_plan.py, kernels_scores.py).
 Otherwise the logits lie in a scratch of one layer, and the second kernel makes them probabilities and adds them to the
 scores.
 
@@ -47,15 +47,10 @@ class Launch(NamedTuple):
     programs: int
 
 
-# On an H100, 132 multiprocessors, bf16. The last three were FULL as well; the new numbers took, in us,
-#   SCORED    4 x 16,896: 24.3 -> 23.5
-#   TIERED    4 x 3,379: 20.4 -> 17.1; 32 x 3,379: 91.6 -> 85.4; 64 x 460: 38.7 -> 31.3
-#   MARGINAL  4 x 3,379 and as many marginal: 61.0 -> 42.1
-# FULL was not measured at other numbers.
+# On an H100, 132 multiprocessors, bf16. SCORED was FULL as well: 24.3 us at 4 x 16,896, with the new numbers 23.5. FULL
+# was not measured at other numbers.
 FULL = Launch(tile=8192, warps=4, stages=3, programs=1056)  # 64 tokens at D = 128, 64 KB of shared memory
 SCORED = Launch(tile=4096, warps=4, stages=4, programs=1056)  # 64 tokens at D = 64
-TIERED = Launch(tile=8192, warps=4, stages=3, programs=264)
-MARGINAL = Launch(tile=4096, warps=4, stages=3, programs=528)
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
@@ -110,31 +105,6 @@ def _logits(query: Tensor, key: Tensor) -> Tensor:
     return (grouped * D**-0.5 @ key.transpose(-1, -2)).float().view(B, H, -1)
 
 
-def tiered_attention_torch(
-    query: Tensor, key: Tensor, value: Tensor, key_position: Tensor, value_slot: Tensor | None = None,
-    borrowed: Tensor | None = None, weight: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Eq. 6 on the pools: query (B, H, D), key (B, G, C, D), value (B, G, N, D); returns (B, H, D).
-
-    key_position (B, G, C) int32: the token in each K slot, -1 if none. value_slot (B, G, C) int32: where in the V pool
-    its value lies; None: at the same slot. borrowed (B, H, N) fp32: A'_f(i) on the marginal tokens by V slot, 0
-    elsewhere; None: there is no marginal tier. weight (B, H, C) fp32, if given, takes what each K slot weighs in the
-    output: (1 - m) softmax(q K_C).
-    """
-    B, H, _ = query.shape
-    if value_slot is None:
-        value_slot = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3])
-    if borrowed is None:
-        borrowed = torch.zeros(B, H, value.shape[2], device=query.device)
-    used = key_position >= 0
-    out, by_value_slot = kernels.tiered_attention(query[:, :, None], key, value, used, value_slot.long(), borrowed)
-    if weight is not None:
-        share = H // key.shape[1]
-        critical = by_value_slot.gather(-1, value_slot.long().repeat_interleave(share, 1))
-        weight.copy_(critical.masked_fill(~used.repeat_interleave(share, 1), 0))
-    return out[:, :, 0]
-
-
 # ---- The kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -176,81 +146,19 @@ def _full_split_kernel(
         acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         total = total * shrink + tl.sum(weight, 1)
         top = higher
-    stat = stat_ptr + (pair * GROUP + row) * 3 * splits + split
+    stat = stat_ptr + (pair * GROUP + row) * 2 * splits + split
     tl.store(stat, top, mask=real)
     tl.store(stat + splits, total, mask=real)
     part = (pair * splits + split).to(tl.int64) * GROUP + row
     tl.store(acc_ptr + part[:, None] * D + dim, acc, mask=real[:, None])
-
-
-@triton.jit
-def _tiered_split_kernel(
-    q_ptr, k_ptr, v_ptr, position_ptr, slot_ptr, borrowed_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr,
-    critical_slots, value_slots, scale, splits, size,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, MARGINAL: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-):  # fmt: skip
-    """One split of the K slots with the values they name, and the same split of the V slots for what is borrowed."""
-    pair, split = tl.program_id(0), tl.program_id(1)
-    row, dim = tl.arange(0, ROWS), tl.arange(0, D)
-    real = row < GROUP
-    query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
-    head = (pair * GROUP + row).to(tl.int64)
-    keys, values = pair.to(tl.int64) * critical_slots, pair.to(tl.int64) * value_slots
-    start = split * size
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    for at in range(start, tl.minimum(start + size, critical_slots), BLOCK):
-        slot = at + tl.arange(0, BLOCK)
-        inside = slot < critical_slots
-        used = tl.load(position_ptr + keys + slot, mask=inside, other=-1) >= 0
-        # Loaded whether used or not: a mask that is loaded first halves the depth of the pipeline.
-        key = tl.load(k_ptr + (keys + slot)[:, None] * D + dim, mask=inside[:, None], other=0.0)
-        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
-        logit = tl.where(used, logit, -float("inf"))
-        if WEIGHTED:
-            tl.store(logit_ptr + head[:, None] * critical_slots + slot, logit, mask=real[:, None] & inside)
-        higher = tl.maximum(top, tl.max(logit, 1))
-        anchor = tl.where(higher == -float("inf"), 0.0, higher)  # a tile whose slots are all empty
-        weight = tl.exp2(logit - anchor[:, None])
-        shrink = tl.exp2(top - anchor)
-        if MARGINAL:
-            where = tl.load(slot_ptr + keys + slot, mask=used, other=0)
-            value = tl.load(v_ptr + (values + where)[:, None] * D + dim, mask=used[:, None], other=0.0)
-        else:
-            value = tl.load(v_ptr + (values + slot)[:, None] * D + dim, mask=inside[:, None], other=0.0)
-            value = tl.where(used[:, None], value, 0.0)
-        acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        total = total * shrink + tl.sum(weight, 1)
-        top = higher
-    stat = stat_ptr + (pair * GROUP + row) * 3 * splits + split
-    tl.store(stat, top, mask=real)
-    tl.store(stat + splits, total, mask=real)
-    part = (pair * splits + split).to(tl.int64) * GROUP + row
-    tl.store(acc_ptr + part[:, None] * D + dim, acc, mask=real[:, None])
-    if MARGINAL:
-        mass = tl.zeros([ROWS], tl.float32)
-        lent = tl.zeros([ROWS, D], tl.float32)
-        for at in range(start, tl.minimum(start + size, value_slots), BLOCK):
-            slot = at + tl.arange(0, BLOCK)
-            asked = real[:, None] & (slot < value_slots)[None]
-            share = tl.load(borrowed_ptr + head[:, None] * value_slots + slot, mask=asked, other=0.0)  # (ROWS, BLOCK)
-            marginal = tl.max(share, 0) > 0  # a critical value is not read a second time
-            value = tl.load(v_ptr + (values + slot)[:, None] * D + dim, mask=marginal[:, None], other=0.0)
-            lent += tl.dot(share.to(value.dtype), value, input_precision="ieee")
-            mass += tl.sum(share, 1)
-        tl.store(stat + 2 * splits, mass, mask=real)
-        tl.store(lent_ptr + part[:, None] * D + dim, lent, mask=real[:, None])
 
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, length_ptr, stat_ptr, acc_ptr, lent_ptr, logit_ptr, score_ptr, row_ptr, lse_ptr,
-    score_batch, score_head, logit_head, splits, size, capacity, decay,
+    out_ptr, length_ptr, stat_ptr, acc_ptr, logit_ptr, score_ptr, row_ptr, lse_ptr,
+    score_batch, score_head, logit_head, splits, size, decay,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-    TIERED: tl.constexpr, MARGINAL: tl.constexpr, SCORED: tl.constexpr, OLD: tl.constexpr, ROW: tl.constexpr,
-    LSE: tl.constexpr,
+    SCORED: tl.constexpr, OLD: tl.constexpr, ROW: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query head; each program turns one chunk of logits into probabilities, the first one
     writes the output. Scores are score * decay + probability (OLD), or the probability alone. LSE: the logits are the
@@ -260,13 +168,10 @@ def _merge_kernel(
     b = pair // G
     split, dim = tl.arange(0, SPLITS), tl.arange(0, D)
     held = split < splits
-    stat = stat_ptr + head * 3 * splits + split  # what lies beyond a length is no number; it is loaded, not used
+    stat = stat_ptr + head * 2 * splits + split  # what lies beyond a length is no number; it is loaded, not used
     tops = tl.load(stat, mask=held, other=-float("inf"))
     sums = tl.load(stat + splits, mask=held, other=0.0)
-    if TIERED:
-        length = capacity  # K slots: which of them hold a token is in their logits
-    else:
-        length = tl.load(length_ptr + b)
+    length = tl.load(length_ptr + b)
     if (chunk > 0) & (chunk * CHUNK >= length):
         return
     if SCORED:  # asked for before the sums over the splits, which take as long as they
@@ -276,22 +181,16 @@ def _merge_kernel(
         line = b.to(tl.int64) * score_batch + (head % (G * GROUP)) * score_head + token
         if OLD:
             old = tl.load(score_ptr + line, mask=seen, other=0.0)
-    live = held
-    if not MARGINAL:  # a marginal tier reaches beyond the K slots
-        live = live & (split * size < length)
+    live = held & (split * size < length)
     tops = tl.where(live, tops, -float("inf"))
     top = tl.max(tops, 0)
     shrink = tl.exp2(tops - top)
     total = tl.sum(tl.where(live, sums, 0.0) * shrink, 0)
     scale = 1 / total
-    if MARGINAL:
-        scale = scale * (1 - tl.sum(tl.load(stat + 2 * splits, mask=live, other=0.0), 0))
     if chunk == 0:
         part = (pair * splits + split).to(tl.int64) * GROUP + head % GROUP
         acc = tl.load(acc_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0)  # (SPLITS, D)
         out = tl.sum(acc * shrink[:, None], 0) * scale
-        if MARGINAL:
-            out += tl.sum(tl.load(lent_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0), 0)
         tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty))
     if LSE:
         tl.store(lse_ptr + head, top + tl.log2(total))
@@ -337,73 +236,40 @@ def _full_triton(query, key, value, length, score=None, decay=0.0, row=None, lse
     group, block = H // G, launch.tile // D
     split = split_size(B * G, S, block, launch.programs)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(S, split)
-    stat, acc = _scratch(query, B * H, 3, splits), _scratch(query, B * G, splits, group, D)
+    stat, acc = scratch(query, B * H, 2, splits), scratch(query, B * G, splits, group, D)
     scored = score is not None and lse is None  # the merge makes the scores
-    logit = _scratch(query, B, H, S) if scored else stat if score is None else score
+    logit = scratch(query, B, H, S) if scored else stat if score is None else score
     _full_split_kernel[(B * G, splits)](
-        query, key, value, length, logit, stat, acc, *key.stride()[:2], *logit.stride()[:2], _scale(D), splits, split,
+        query, key, value, length, logit, stat, acc, *key.stride()[:2], *logit.stride()[:2], logit_scale(D), splits,
+        split,
         G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None,
-        num_warps=launch.warps, num_stages=_stages(launch, query),
+        num_warps=launch.warps, num_stages=stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
     strides = score.stride()[:2] if scored else (0, 0)
     _merge_kernel[(B * H, triton.cdiv(S, CHUNK) if scored else 1)](
-        out, length, stat, acc, acc, logit, score if scored else logit, logit if row is None else row,
-        logit if lse is None else lse, *strides, S, splits, split, S, decay,
+        out, length, stat, acc, logit, score if scored else logit, logit if row is None else row,
+        logit if lse is None else lse, *strides, S, splits, split, decay,
         G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
-        TIERED=False, MARGINAL=False, SCORED=scored, OLD=decay != 0, ROW=row is not None, LSE=lse is not None,
-        num_warps=_merge_warps(splits),
+        SCORED=scored, OLD=decay != 0, ROW=row is not None, LSE=lse is not None,
+        num_warps=merge_warps(splits),
     )  # fmt: skip
     return out
 
 
-def tiered_attention_triton(
-    query: Tensor, key: Tensor, value: Tensor, key_position: Tensor, value_slot: Tensor | None = None,
-    borrowed: Tensor | None = None, weight: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    B, H, D = query.shape
-    G, C, N = key.shape[1], key.shape[2], value.shape[2]
-    given = [tensor for tensor in (query, key, value, key_position, value_slot, borrowed, weight) if tensor is not None]
-    assert all(tensor.is_contiguous() for tensor in given), "the pools of one layer are contiguous"
-    assert (value_slot is None) == (borrowed is None), "a marginal tier needs both"
-    marginal = borrowed is not None
-    launch = MARGINAL if marginal else TIERED
-    group, block = H // G, launch.tile // D
-    split = split_size(B * G, N, block, launch.programs)
-    rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(N, split)
-    stat, acc = _scratch(query, B * H, 3, splits), _scratch(query, B * G, splits, group, D)
-    lent = torch.empty_like(acc) if marginal else acc
-    logit = stat if weight is None else _scratch(query, B * H, C)
-    _tiered_split_kernel[(B * G, splits)](
-        query, key, value, key_position, value_slot if marginal else key_position, borrowed if marginal else stat,
-        logit, stat, acc, lent, C, N, _scale(D), splits, split,
-        GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=marginal, WEIGHTED=weight is not None,
-        num_warps=launch.warps, num_stages=_stages(launch, query),
-    )  # fmt: skip
-    out = torch.empty_like(query)
-    _merge_kernel[(B * H, 1 if weight is None else triton.cdiv(C, CHUNK))](
-        out, key_position, stat, acc, lent, logit, logit if weight is None else weight, logit, logit,
-        H * C, C, C, splits, split, C, 0.0,
-        G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
-        TIERED=True, MARGINAL=marginal, SCORED=weight is not None, OLD=False, ROW=False, LSE=False,
-        num_warps=_merge_warps(splits),
-    )  # fmt: skip
-    return out
-
-
-def _scale(D: int) -> float:
+def logit_scale(D: int) -> float:
     """Of the logits, as powers of two."""
     return D**-0.5 * LOG2_E
 
 
-def _stages(launch: Launch, query: Tensor) -> int:
+def stages(launch: Launch, query: Tensor) -> int:
     """fp32 takes twice the shared memory: with more it would pass the 160 KB of an A100."""
     return launch.stages if query.element_size() == 2 else 2
 
 
-def _merge_warps(splits: int) -> int:
+def merge_warps(splits: int) -> int:
     return 4 if splits <= 32 else 8
 
 
-def _scratch(like: Tensor, *shape: int) -> Tensor:
+def scratch(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, device=like.device, dtype=torch.float32)

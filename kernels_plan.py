@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CRITICAL, MARGINAL = 2, 1  # a token's tier in a plan; 0 is offloaded
+from kernels_scores import CRITICAL, MARGINAL, head_rows, head_sum, head_sum_torch, whole_loads
+
 ROW = 32768  # tokens that a program holds in registers: 64 a thread with 16 warps
 TOKENS = 2048  # of a longer row, tokens that a program looks at together
 BITS = 4  # of a digit: more make fewer passes, and costlier histograms (a vote of the warp for each bit and bin)
@@ -55,7 +56,7 @@ def plan_layers_torch(
 
     memory (L, B, G, S) fp32, with `--scores fused`: score is the SLM's newest row, and the ranking by decay * memory +
     sum. Afterwards that is the memory of who is not critical (without the prior); the critical have decay * memory, and
-    wait for the LLM's own weights (kernels_memory.py). Beyond a length it is 0. Recent tokens must be critical.
+    wait for the LLM's own weights (kernels_eq6.py). Beyond a length it is 0. Recent tokens must be critical.
     """
     L, B, G, S = tier.shape
     total = head_sum_torch(score, index, G, lse)
@@ -90,56 +91,7 @@ def plan_layers_torch(
         memory.copy_((decay * memory).where(tier == CRITICAL, remembered).where(seen, 0))
 
 
-def head_sum_torch(score: Tensor, index: Tensor, kv_heads: int, lse: Tensor | None) -> Tensor:
-    """Scores of the matched SLM heads, summed over each KV head's: score (L', B, H', S), index (B, L, H) -> (L, B, G,
-    S). With lse (L', B, H') score holds logits as powers of two, and 2 ** (score - lse) is summed."""
-    B, L, _ = index.shape
-    heads, sequence = score.shape[2], torch.arange(B, device=score.device)[:, None, None]
-    matched = index // heads, sequence, index % heads
-    rows = score[matched] if lse is None else torch.exp2(score[matched] - lse[matched][..., None])  # (B, L, H, S)
-    return rows.view(B, L, kv_heads, -1, score.shape[3]).sum(3).transpose(0, 1)
-
-
 # ---- The kernels -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def head_rows(
-    index_ptr, lse_ptr, score_layer, score_head, b, B, GROUP: tl.constexpr, HEADS: tl.constexpr, LOGITS: tl.constexpr
-):
-    """Where the rows of the matched heads of sequence b begin, one offset for each head of the group, and the log of
-    their sums (LOGITS; else nothing that counts)."""
-    rows, logs = (), ()
-    for i in tl.static_range(GROUP):
-        head = tl.load(index_ptr + i)
-        rows = rows + ((head // HEADS) * score_layer + (head % HEADS) * score_head,)
-        if LOGITS:
-            logs = logs + (tl.load(lse_ptr + ((head // HEADS) * B + b) * HEADS + head % HEADS),)
-        else:
-            logs = logs + (0.0,)
-    return rows, logs
-
-
-@triton.jit
-def head_sum(score_ptr, heads, token, reach, GROUP: tl.constexpr, LOGITS: tl.constexpr):
-    """Sums over the matched heads, `head_rows`, up to `reach`; what stands there beyond a length may be anything."""
-    rows, logs = heads
-    total = tl.zeros(token.shape, tl.float32)
-    for i in tl.static_range(GROUP):  # unrolled: the loads of all heads are under way together
-        score = tl.load(score_ptr + rows[i] + token, mask=token < reach, other=0.0)
-        if LOGITS:
-            score = tl.exp2(score - logs[i])
-        total += score
-    return total
-
-
-@triton.jit
-def whole_loads(length, ALIGNED: tl.constexpr):
-    """How far to read: a mask that ends anywhere would cut every load of 16 bytes into four."""
-    reach = length
-    if ALIGNED:
-        reach = tl.cdiv(length, 16) * 16
-    return reach
 
 
 @triton.jit

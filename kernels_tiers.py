@@ -22,7 +22,7 @@ from torch import Tensor
 
 import cache
 from kernels_move import Moves
-from kernels_plan import MARGINAL
+from kernels_scores import MARGINAL
 
 TOKENS = 8192  # tokens at most that a program looks at together: 16 bytes a thread of 16 warps
 

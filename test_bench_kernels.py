@@ -47,12 +47,11 @@ def given(kernel: str, case: str) -> tuple[Call, dict[str, list[torch.Tensor]]]:
 # kernel, case, tensors that are written and not read, tensors that are read and written
 USES = [
     ("decode_attention", "LLM, full cache", ["out"], []),
+    ("scored_attention", "SLM, logits", ["out", "score", "lse"], []),
     ("scored_attention", "SLM, decay 0", ["out", "score"], []),
     ("scored_attention", "SLM, decay 0.5", ["out"], ["score"]),
     ("tiered_attention", "LLM", ["out"], []),
-    ("tiered_attention", "LLM, weights", ["out", "weight"], []),
     ("tiered_attention", "LLM, marginal", ["out"], []),
-    ("tiered_attention", "LLM, marginal, weights", ["out", "weight"], []),
     ("assign_slots", "10 % enter", ["moves", "newest_slot"], ["position", "moved"]),
     ("add_norm", "LLM, after o", ["out"], ["x"]),
     ("add_norm", "SLM, after down", ["out"], ["x"]),
@@ -77,18 +76,20 @@ def test_bytes_of_a_plan_are_those_of_the_matched_rows():
             index, memory, tier = (found[name][0] for name in ("index", "memory", "tier"))
             rows = {(b, head) for b in range(3) for head in index[b].flatten().tolist()}
             naive = 4 * 121 * len(rows) + 2 * memory.nbytes + index.nbytes + tier.nbytes + found["length"][0].nbytes
-            assert call.size == naive + 12 * (kernel == "plan_layers")  # one line of the table of sizes
+            if kernel == "plan_layers":
+                naive += 12 + found["lse"][0].nbytes  # 12: one line of the table of sizes
+            assert call.size == naive
             assert call.layers == len(tier)
 
 
 def test_bytes_of_what_is_written_in_places():
     """One row of each head into a pool, one number for each slot that holds a token."""
-    call, found = given("add_weights", "LLM")
-    held = int((found["position"][0] >= 0).sum())
-    assert call.size == found["weight"][0].nbytes + found["position"][0].nbytes + 2 * 4 * held
-    call, found = given("store_newest", "all layers")
-    assert call.pcie == found["newest"][0].nbytes == 2 * 2 * 3 * 2 * 16 * 4  # K, V, layers, sequences, heads, D, fp32
-    assert call.size == found["newest"][0].nbytes + found["position"][0].nbytes
+    for case in ("LLM", "LLM, marginal"):
+        plain, (call, found) = given("tiered_attention", case)[0], given("tiered_attention", f"{case}, memory")
+        assert call.size == plain.size + 2 * 4 * int((found["key_position"][0] >= 0).sum())
+    call, found = given("store_rows", "some layers")
+    assert call.pcie == found["newest"][0].nbytes == 2 * 4 * 3 * 2 * 16 * 4  # K, V, layers, sequences, heads, D, fp32
+    assert call.size == found["newest"][0].nbytes + found["length"][0].nbytes
     for case in CASES["rope_append"]:
         call, found = given("rope_append", case)
         rows = found["out"][0].nbytes + 2 * 3 * 2 * 16 * 4  # query, and a key and a value for each KV head
@@ -200,7 +201,7 @@ def test_the_command_times_every_kernel(capsys):
 
 def test_the_kernels_run_where_triton_does(device, capsys):
     """In the interpreter on a CPU, on a GPU compiled and in graphs."""
-    only = ["--only", "tiered_attention,assign_slots,store_newest,add_norm,rope_append", "--backend", "triton"]
+    only = ["--only", "tiered_attention,assign_slots,store_rows,add_norm,rope_append", "--backend", "triton"]
     assert bench_kernels.main([*TINY, *only, "--device", device]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["backend"] == "triton" and len(report["rows"]) == 4 + 1 + 1 + 4 + 2
@@ -211,7 +212,7 @@ def test_a_kernel_that_fails_is_a_row(monkeypatch, capsys):
         raise RuntimeError("no such\nthing")
 
     monkeypatch.setitem(CASES, "decode_attention", {"LLM": fails})
-    assert bench_kernels.main([*TINY, "--only", "decode_attention,add_weights"]) == 1
+    assert bench_kernels.main([*TINY, "--only", "decode_attention,store_rows"]) == 1
     out = capsys.readouterr().out
     assert "| decode_attention | LLM | RuntimeError: no such |" in out
     failed, timed = json.loads(out.splitlines()[-1])["rows"]

@@ -10,6 +10,7 @@ import torch
 
 import kernels
 import kernels_decode
+import kernels_eq6
 import kernels_layer
 import kernels_move
 import kernels_prefill
@@ -157,21 +158,37 @@ def tiered_case(device, dtype, critical, marginal, group, head_dim, spare):
 def test_tiered_attention_equals_its_twin(critical, marginal, group, device):
     for dtype, head_dim in kinds(device, 32, 64, 128):
         case = tiered_case(device, dtype, critical, marginal, group, head_dim, spare={32: 0, 64: 5, 128: 70}[head_dim])
-        query, position = case[0], case[3]
-        weights = [torch.full((2, query.shape[1], position.shape[2]), torch.nan, device=device) for _ in range(2)]
-        expected = kernels_decode.tiered_attention_torch(*floats(*case[:3]), *case[3:], weight=weights[0])
-        close(kernels_decode.tiered_attention_triton(*case, weight=weights[1]), expected, dtype)
-        torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=FINE)
+        before = randn(2, 2, critical + 9, seed=8, device=device)  # of the score memory; nobody holds its last tokens
+        memories = [before.clone() for _ in range(2)]
+        expected = kernels_eq6.tiered_attention_torch(*floats(*case[:3]), *case[3:], memory=memories[0])
+        close(kernels_eq6.tiered_attention_triton(*case, memory=memories[1]), expected, dtype)
+        torch.testing.assert_close(memories[1], memories[0], atol=1e-6, rtol=FINE)
+        assert torch.equal(memories[1][..., critical:], before[..., critical:])
         if head_dim == 64:
-            close(kernels_decode.tiered_attention_triton(*case), expected, dtype)
+            close(kernels_eq6.tiered_attention_triton(*case), expected, dtype)
+
+
+def test_what_the_memory_gets_is_what_the_tokens_weigh(device):
+    """Where all is critical, a token's weights are its column of full attention, summed over the KV head's heads."""
+    query, key, value = (randn(2, heads, 40, 32, seed=seed, device=device) for seed, heads in enumerate((6, 2, 2)))
+    place = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(n)) for n in range(4)])
+    place = place.view(2, 2, 40).to(device)
+    pools = [torch.empty_like(kept).scatter_(2, place[..., None].expand_as(kept), kept) for kept in (key, value)]
+    position = place.argsort(-1).int()
+    rows = kernels.attention_rows(query, key)[:, :, -1]  # (B, H, n)
+    for attention in (kernels_eq6.tiered_attention_torch, kernels_eq6.tiered_attention_triton):
+        memory = torch.ones(2, 2, 43, device=device)
+        attention(query[:, :, -1].contiguous(), *pools, position, memory=memory)
+        torch.testing.assert_close(memory[..., :40] - 1, rows.unflatten(1, (2, 3)).sum(2), atol=1e-5, rtol=1e-5)
+        assert (memory[..., 40:] == 1).all()
 
 
 @pytest.mark.parametrize("critical", [1, 111, 2049])
 def test_without_a_marginal_tier_a_value_is_at_its_keys_slot(critical, device):
     query, key, _, position, _, _ = tiered_case(device, torch.float32, critical, 0, 3, 32, 5)
     value = randn(*key.shape, seed=7, device=device).masked_fill((position < 0)[..., None], torch.nan)
-    expected = kernels_decode.tiered_attention_torch(query, key, value, position)
-    close(kernels_decode.tiered_attention_triton(query, key, value, position), expected)
+    expected = kernels_eq6.tiered_attention_torch(query, key, value, position)
+    close(kernels_eq6.tiered_attention_triton(query, key, value, position), expected)
 
 
 # ---- movement -------------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-import kernels_memory
 import kernels_move
 import kernels_plan
+import kernels_scores
 import kernels_tiers
 from settings import TierSizes
 from smallkv import plan_tiers
@@ -70,8 +70,8 @@ def test_plan_equals_its_twin(lengths, group, ties, marginal, long, rank, device
         rank(long, score, index, length, sizes, tiers[1], added)
         assert torch.equal(*tiers)
         counts = sizes[length.long()][:, None]
-        assert ((tiers[1] == kernels_plan.CRITICAL).sum(-1) == counts[..., 0]).all()
-        assert ((tiers[1] == kernels_plan.MARGINAL).sum(-1) == counts[..., 2]).all()
+        assert ((tiers[1] == kernels_scores.CRITICAL).sum(-1) == counts[..., 0]).all()
+        assert ((tiers[1] == kernels_scores.MARGINAL).sum(-1) == counts[..., 2]).all()
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
@@ -121,8 +121,8 @@ def test_a_memory_fades_as_its_twin_does(lengths, group, device):
     B, S = len(lengths), row.shape[3]
     tier = torch.randint(3, (2, B, 2, S), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
     memories = [dyadic(2, B, 2, S, seed=3, device=device) for _ in range(2)]
-    kernels_memory.fade_memory_torch(row.nan_to_num(0), index, length, tier, memories[0], 0.5)
-    kernels_memory.fade_memory_triton(row, index, length, tier, memories[1], 0.5)
+    kernels_scores.fade_memory_torch(row.nan_to_num(0), index, length, tier, memories[0], 0.5)
+    kernels_scores.fade_memory_triton(row, index, length, tier, memories[1], 0.5)
     assert torch.equal(*memories)
 
 
@@ -173,24 +173,10 @@ def test_a_memory_fades_by_logits_as_by_probabilities(lengths, group, device):
     probability, logit, lse = logit_case(device, B, S, length)
     tier = torch.randint(3, (2, B, 2, S), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
     memories = [dyadic(2, B, 2, S, seed=3, device=device) for _ in range(3)]
-    kernels_memory.fade_memory_torch(probability, index, length, tier, memories[0], 0.5)
-    kernels_memory.fade_memory_torch(logit, index, length, tier, memories[1], 0.5, lse)
-    kernels_memory.fade_memory_triton(logit, index, length, tier, memories[2], 0.5, lse)
+    kernels_scores.fade_memory_torch(probability, index, length, tier, memories[0], 0.5)
+    kernels_scores.fade_memory_torch(logit, index, length, tier, memories[1], 0.5, lse)
+    kernels_scores.fade_memory_triton(logit, index, length, tier, memories[2], 0.5, lse)
     assert torch.equal(memories[1], memories[0]) and torch.equal(memories[2], memories[0])
-
-
-@pytest.mark.parametrize("slots, group", [(1, 1), (63, 7), (2049, 3)])
-def test_weights_are_added_as_by_the_twin(slots, group, device):
-    """Some slots are empty; what nobody holds stays as it is."""
-    S = slots + 30
-    position = torch.stack([torch.randperm(S, generator=torch.Generator().manual_seed(n))[:slots] for n in range(4)])
-    position = position.view(2, 2, slots).int()
-    position[..., 5::3] = -1
-    weight = dyadic(2, 2 * group, slots, seed=1, device=device)
-    memories = [dyadic(2, 2, S, seed=3, device=device) for _ in range(2)]
-    for add, memory in zip((kernels_memory.add_weights_torch, kernels_memory.add_weights_triton), memories):
-        add(weight, position.to(device), memory)
-    assert torch.equal(*memories) and not torch.equal(memories[0], dyadic(2, 2, S, seed=3, device=device))
 
 
 def test_twin_of_the_plan_is_the_plan_of_the_method(device):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels_decode
+import kernels_eq6
 import kernels_layer
 import kernels_verify
 from test_kernels import HERE, cases, close, floats, kinds, randn, tiered_case
@@ -57,7 +58,7 @@ def test_verifying_on_the_tiers_equals_its_twin(lengths, group, tokens, device):
         close(kernels_verify.verify_attention_triton(query, key, value, length, *tables), expected, dtype)
         for t in range(tokens):
             seen = position.masked_fill(position >= lengths[0] + t, -1)
-            alone = kernels_decode.tiered_attention_torch(*floats(query[:, t], key, value), seen, slot, borrowed[t])
+            alone = kernels_eq6.tiered_attention_torch(*floats(query[:, t], key, value), seen, slot, borrowed[t])
             close(expected[:, t], alone)
         if head_dim != 64:
             continue

@@ -1,13 +1,12 @@
-"""The score memory of `--scores fused` in Triton: what the LLM sees of a token, and the SLM's word on the rest.
+"""What a plan ranks by, in Triton: the rows of the matched SLM heads, and the score memory of `--scores fused`.
 
-Where it sits: beside the plan (kernels_plan.py), which reads the memory and writes it for all tokens; then
-LLM attention -> **its weights on the critical tokens** -> the memory, for the next step's plan. Beyond the paper, see
-`Settings.scores`. Each function exists twice with one signature, `..._torch` (the twin) and `..._triton`.
+Where it sits: under the plan (kernels_plan.py), which reads both and writes the memory for all tokens. After a layer's
+attention the memory of the critical tokens gets the LLM's own weights (kernels_eq6.py), for the next step's plan.
+Beyond the paper, see `Settings.scores`.
 
-| function      | flow                                                                                   |
-| ------------- | -------------------------------------------------------------------------------------- |
-| `fade_memory` | no plan in this step: memory = decay * memory, plus the SLM's row where not critical   |
-| `add_weights` | after a layer's attention: plus the LLM's own weights of the critical tokens           |
+`head_rows` and `head_sum` are what its kernels share with the plan's. `fade_memory` is for a step without a plan:
+memory = decay * memory, plus the SLM's row where a token is not critical. It exists twice with one signature,
+`..._torch` (the twin) and `..._triton`.
 
 Shapes follow the legend in model.py; L is the number of layers at hand.
 """
@@ -17,13 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels_plan import CRITICAL, head_rows, head_sum, head_sum_torch, whole_loads
-
+CRITICAL, MARGINAL = 2, 1  # a token's tier in a plan; 0 is offloaded
 TOKENS = 2048  # tokens of a program that fades
-SLOTS = 512  # slots of a program that adds
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
+
+
+def head_sum_torch(score: Tensor, index: Tensor, kv_heads: int, lse: Tensor | None) -> Tensor:
+    """Scores of the matched SLM heads, summed over each KV head's: score (L', B, H', S), index (B, L, H) -> (L, B, G,
+    S). With lse (L', B, H') score holds logits as powers of two, and 2 ** (score - lse) is summed."""
+    B, L, _ = index.shape
+    heads, sequence = score.shape[2], torch.arange(B, device=score.device)[:, None, None]
+    matched = index // heads, sequence, index % heads
+    rows = score[matched] if lse is None else torch.exp2(score[matched] - lse[matched][..., None])  # (B, L, H, S)
+    return rows.view(B, L, kv_heads, -1, score.shape[3]).sum(3).transpose(0, 1)
 
 
 def fade_memory_torch(
@@ -41,15 +48,46 @@ def fade_memory_torch(
     memory.copy_(faded.where(tier == CRITICAL, faded + gained).where(seen, memory))
 
 
-def add_weights_torch(weight: Tensor, position: Tensor, memory: Tensor) -> None:
-    """Add what each K slot weighed in one layer's attention, weight (B, H, C) fp32, summed over the heads of a group,
-    to the memory (B, G, S) of its token; position (B, G, C) int32, -1 for an empty slot."""
-    B, G, C = position.shape
-    own = weight.view(B, G, -1, C).sum(2).where(position >= 0, 0)
-    memory.scatter_add_(-1, position.long().clamp(min=0), own)
-
-
 # ---- The kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def head_rows(
+    index_ptr, lse_ptr, score_layer, score_head, b, B, GROUP: tl.constexpr, HEADS: tl.constexpr, LOGITS: tl.constexpr
+):
+    """Where the rows of the matched heads of sequence b begin, one offset for each head of the group, and the log of
+    their sums (LOGITS; else nothing that counts)."""
+    rows, logs = (), ()
+    for i in tl.static_range(GROUP):
+        head = tl.load(index_ptr + i)
+        rows = rows + ((head // HEADS) * score_layer + (head % HEADS) * score_head,)
+        if LOGITS:
+            logs = logs + (tl.load(lse_ptr + ((head // HEADS) * B + b) * HEADS + head % HEADS),)
+        else:
+            logs = logs + (0.0,)
+    return rows, logs
+
+
+@triton.jit
+def head_sum(score_ptr, heads, token, reach, GROUP: tl.constexpr, LOGITS: tl.constexpr):
+    """Sums over the matched heads, `head_rows`, up to `reach`; what stands there beyond a length may be anything."""
+    rows, logs = heads
+    total = tl.zeros(token.shape, tl.float32)
+    for i in tl.static_range(GROUP):  # unrolled: the loads of all heads are under way together
+        score = tl.load(score_ptr + rows[i] + token, mask=token < reach, other=0.0)
+        if LOGITS:
+            score = tl.exp2(score - logs[i])
+        total += score
+    return total
+
+
+@triton.jit
+def whole_loads(length, ALIGNED: tl.constexpr):
+    """How far to read: a mask that ends anywhere would cut every load of 16 bytes into four."""
+    reach = length
+    if ALIGNED:
+        reach = tl.cdiv(length, 16) * 16
+    return reach
 
 
 @triton.jit
@@ -77,22 +115,6 @@ def _fade_kernel(
     tl.store(memory_ptr + cell, tl.where(token < length, after, memory), mask=token < reach)
 
 
-@triton.jit
-def _add_kernel(
-    weight_ptr, position_ptr, memory_ptr, slots, capacity, GROUP: tl.constexpr, SLOTS: tl.constexpr
-):  # fmt: skip
-    """Some slots of one KV head: a token has one slot, so no two programs add to the same number."""
-    pair = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    inside = slot < slots
-    token = tl.load(position_ptr + pair * slots + slot, mask=inside, other=-1)
-    own = tl.zeros([SLOTS], tl.float32)
-    for i in tl.static_range(GROUP):
-        own += tl.load(weight_ptr + (pair * GROUP + i) * slots + slot, mask=inside, other=0.0)
-    cell = memory_ptr + pair * capacity + token
-    tl.store(cell, tl.load(cell, mask=token >= 0, other=0.0) + own, mask=token >= 0)
-
-
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
@@ -106,12 +128,4 @@ def fade_memory_triton(
         row, index, length, tier, memory, row if lse is None else lse, *index.stride()[:2], *row.stride()[:3], S, decay,
         B, G=G, GROUP=index.shape[2] // G, HEADS=row.shape[2], TOKENS=TOKENS, ALIGNED=S % 16 == 0,
         LOGITS=lse is not None, num_warps=8,
-    )  # fmt: skip
-
-
-def add_weights_triton(weight: Tensor, position: Tensor, memory: Tensor) -> None:
-    B, G, C = position.shape
-    assert weight.is_contiguous() and position.is_contiguous() and memory.is_contiguous()
-    _add_kernel[(B * G, triton.cdiv(C, SLOTS))](
-        weight, position, memory, C, memory.shape[2], GROUP=weight.shape[1] // G, SLOTS=SLOTS, num_warps=4,
     )  # fmt: skip
