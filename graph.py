@@ -96,6 +96,7 @@ class TieredSide:
             raise ValueError("no graph without saliency shift (its plan needs the weights of the step before) nor with "
                              "a gate: use the plain steps")  # fmt: skip
         self.policy, self.cache, self.backend, self.length = policy, policy.cache, backend, length
+        self.cache.finish_loading()
         self.marginal, self.fused, self.decay = settings.marginal, settings.fused, settings.score_decay
         self.moves, self.prior = None, None
         L, B, G, _ = self.cache.key_position.shape
@@ -280,10 +281,8 @@ class Step:
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with a plan, and without: and its logits
 
     def _hand_over(self) -> None:
-        """The prompts are on the host. The eager cache keeps no newest row before its first step; ours is the prompt's
-        last token, stored twice."""
+        """The eager cache keeps no newest row before its first step; ours is the prompt's last token, stored twice."""
         cache, lengths = self.session.cache, self.session.lengths
-        cache.settle()
         for b, n in enumerate(lengths):
             cache.newest[0, :, b] = cache.host_key[:, b, :, n - 1].to(cache.newest.device)
             cache.newest[1, :, b] = cache.host_value[:, b, :, n - 1].to(cache.newest.device)

@@ -188,7 +188,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # x / sqrt(mean of squares + eps), in fp32 inside: the mean overflows fp16 and loses half its digits in bf16. The
+        # x / sqrt(mean of squares + eps), in fp32 inside: the mean overflows fp16, loses half its digits in bf16. The
         # weight comes after x is rounded, as in Transformers; on a GPU one kernel and a product, not eight.
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
