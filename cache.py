@@ -257,8 +257,8 @@ class TieredCache:
     def load(self, b: int, staged: FullCache, length: int) -> None:
         """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants.
 
-        On CUDA on a side stream, beside the next prompt's prefill. `staged` is held until the next one is loaded, or until
-        `finish_loading`: two of them at most are alive, and none whose memory is still being read is used again.
+        On CUDA on a side stream, beside the next prompt's prefill. `staged` is held until the next one is loaded, or
+        until `finish_loading`: two of them at most are alive, and no memory is reused while it is still being read.
         """
         if self.own_decay is not None:
             L, G = self.score.shape[0], self.score.shape[2]
