@@ -258,8 +258,8 @@ class TieredCache:
     def load(self, b: int, staged: FullCache, length: int) -> None:
         """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants.
 
-        On CUDA on a side stream, while the next prompt is prefilled, until `settle`. `staged` is held until then, or
-        until the next prompt is there: so two of them at most are alive, and none whose memory is still being read.
+        On CUDA on a side stream, beside the next prompt's prefill. `staged` is held until the next one is loaded, or
+        until `finish_loading`: two of them at most are alive, and no memory is reused while it is still being read.
         """
         if self.own_decay is not None:
             L, G = self.score.shape[0], self.score.shape[2]
@@ -282,7 +282,7 @@ class TieredCache:
                 for target, source in zip(host[layer, b, :, :length].unbind(), made[layer, 0].unbind()):
                     target.copy_(source, non_blocking=True)
 
-    def settle(self) -> None:
+    def finish_loading(self) -> None:
         """The prefill is over: wait until its prompts are on the host, which is read from now on."""
         if self._copied is not None:
             self._copied[1].synchronize()
@@ -295,7 +295,7 @@ class TieredCache:
 
         The rows are in their slots by the time `attend` needs them.
         """
-        self.settle()
+        self.finish_loading()
         self._store_newest()
         self._plan, self._position = plan, span.positions[:, 0]  # (B,)
         if self.steps == 1:

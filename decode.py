@@ -86,7 +86,8 @@ class Session:
     ):  # fmt: skip
         """prompts: token ids, one list a sequence. max_new_tokens: the caches are made for that many more, and `spare`.
 
-        progress is called with the number of prompt tokens that both models have done, chunk by chunk.
+        progress is called with the number of prompt tokens that both models have been given, chunk by chunk; a GPU may
+        be some kernels behind.
         """
         if not prompts or any(not prompt for prompt in prompts):
             raise ValueError("empty prompt: there is nothing to continue")

@@ -117,6 +117,7 @@ class TieredSide:
             raise ValueError("no graph without saliency shift (its plan needs the weights of the step before) nor with "
                              "a gate: use the plain steps")  # fmt: skip
         self.policy, self.cache, self.backend, self.length, self.lse = policy, policy.cache, backend, length, lse
+        self.cache.finish_loading()
         self.marginal, self.fused, self.decay = settings.marginal, settings.fused, settings.score_decay
         self.moves, self.prior = None, None
         L, B, G, _ = self.cache.key_position.shape

@@ -188,9 +188,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # the mean of squares overflows fp16 and loses half its digits in bf16
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        # x / sqrt(mean of squares + eps), in fp32 inside: the mean overflows fp16, loses half its digits in bf16. The
+        # weight comes after x is rounded, as in Transformers; on a GPU one kernel and a product, not eight.
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
 class Attention(nn.Module):

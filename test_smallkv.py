@@ -183,7 +183,7 @@ def test_prompts_reach_the_host_while_others_are_prefilled(device):
         with torch.cuda.stream(small.cache.stream):
             torch.cuda._sleep(100_000_000)  # tens of ms: longer than all these prefills
     small.prefill()
-    small.cache.settle()
+    small.cache.finish_loading()
     for b, prompt in enumerate(prompts):
         for host, made in ((small.cache.host_key, full.cache.key), (small.cache.host_value, full.cache.value)):
             torch.testing.assert_close(host[:, b, :, : len(prompt)], made[:, b, :, : len(prompt)].cpu())
