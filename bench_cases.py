@@ -213,11 +213,12 @@ def bring_rows(at: Shape, share: float, beside: bool = False) -> Call:
     slots, count = at.slots[0][0], max(1, round(share * at.critical))
     key, value = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
     host = at.pinned(at.batch, at.llm.kv_heads, at.capacity, at.llm.head_dim)
-    token, slot = (F.pad(at.pick(count, among).sort(-1).values, (0, slots - count), value=-1)
-                   for among in (at.tokens - 1, at.critical))  # fmt: skip
-    moves = Moves(token.contiguous(), slot.contiguous(), torch.full_like(token[..., 0], count).contiguous())
+    pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
+    moves = Moves(*((pair * rows + at.pick(count, among).sort(-1).values).flatten().int()
+                    for rows, among in ((at.capacity, at.tokens - 1), (slots, at.critical))),
+                  torch.tensor(at.pairs * count, dtype=torch.int32, device=at.device))  # fmt: skip
     size = 2 * at.pairs * count * at.llm.head_dim * at.dtype.itemsize  # of K and V
-    lists = [moves.token[..., :count], moves.slot[..., :count], moves.count]
+    lists = [*moves]
 
     def bring():
         at.backend.bring_rows(key, value, *host, moves, moves)

@@ -217,11 +217,11 @@ class TieredSide:
             self.ranking, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior, position, self.moves,
             self.cache.score[layers] if self.fused else None, self.decay, self.lse,
         )  # fmt: skip
-        moves = Moves(*(table[layers] for table in self.key_moves))
+        moves = self.key_moves.of(layers)
         self.backend.assign_slots(position, tier, CRITICAL, self.length, moves, slot, self.moved[0])
         if self.marginal:
             values, slot = self.cache.value_position[layers], self.new_value_slot[layers]
-            moves = Moves(*(table[layers] for table in self.value_moves))
+            moves = self.value_moves.of(layers)
             self.backend.assign_slots(values, tier, MARGINAL, self.length, moves, slot, self.moved[1])
             self._lend(layers)
 
@@ -245,10 +245,10 @@ class TieredSide:
 
     def _bring(self, layer: int) -> None:
         cache = self.cache
-        moves = [Moves(*(table[layer] for table in tables)) for tables in (self.key_moves, self.value_moves)]
         self.backend.bring_rows(
-            cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer], *moves
-        )
+            cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer],
+            self.key_moves.of(layer), self.value_moves.of(layer),
+        )  # fmt: skip
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:
         cache = self.cache

@@ -15,42 +15,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STORED = 512  # rows that a program stores at once. There are two, each with all threads of a multiprocessor: one whose
-# writes wait for PCIe holds up every other kernel that has a block on it
-LONG = 2048  # slots of a KV head from which a list is long
-
-
-class Movers(NamedTuple):
-    """A launch of bring_rows: programs that bring keys (and as many for values), their rows at once, their warps.
-
-    Together 1,024 rows of each are under way, which fills PCIe. Few programs with many rows leave more multiprocessors
-    to the LLM's matrix products, whose blocks fill one and wait for it; but a program goes through its KV heads one
-    after another, so many short lists need many programs. At 32 x 16,384 with 2 % moved a step took 15.7 ms with the
-    long lists' launch, 18.4 with the short ones' (10 %: 20.3, 19.8); at 4 x 16,384 with 10 % 7.72 and 7.94 (H100).
-    """
-
-    programs: int
-    rows: int
-    warps: int
-
-
-def pick_movers(slots: int) -> Movers:
-    return Movers(2, 512, 32) if slots >= LONG else Movers(16, 64, 4)
+MOVERS = 2  # programs that bring keys, and as many for values
+ROWS = 512  # rows that a program moves at once, with all threads of a multiprocessor. A thousand rows under way fill
+# PCIe, and few whole multiprocessors are less of a loss than many halves: a product's blocks fill one and wait for it,
+# and whatever shares one with rows that wait for PCIe waits too
 
 
 class Moves(NamedTuple):
-    """Rows of one layer and pool that must come from the host: the first count (B, G) of each line of token and slot
-    (B, G, N), all int32; the rest of a line is -1."""
+    """Rows of one layer and pool that must come from the host: the first count () of the lists source and target
+    (B * G * N), all int32. Rows of the host's table count b, g, token, those of the pool b, g, slot; in any order."""
 
-    token: Tensor
-    slot: Tensor
+    source: Tensor
+    target: Tensor
     count: Tensor
 
     @classmethod
     def none(cls, position: Tensor) -> "Moves":
-        """No moves yet, for a pool with these positions (B, G, N)."""
-        empty = torch.full_like(position, -1)
-        return cls(empty, empty.clone(), torch.zeros_like(position[..., 0]))
+        """No moves yet, for the pools of all layers, positions (L, B, G, N): each table gets L in front."""
+        empty = torch.zeros_like(position).flatten(1)
+        return cls(empty, empty.clone(), torch.zeros_like(empty[:, 0]))
+
+    def of(self, layers: int | slice) -> "Moves":
+        return Moves(*(table[layers] for table in self))
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
@@ -61,9 +47,8 @@ def bring_rows_torch(
 ) -> None:
     """Rows of one layer from the host, (B, G, S, D), into the slots that wait for them, (B, G, slots, D)."""
     for pool, host, moves in ((key, host_key, key_moves), (value, host_value, value_moves)):
-        b, g, i = (moves.token >= 0).nonzero(as_tuple=True)
-        token, there = moves.token[b, g, i].long().to(host.device), [index.to(host.device) for index in (b, g)]
-        pool[b, g, moves.slot[b, g, i].long()] = host[there[0], there[1], token].to(pool.device)
+        source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
+        pool.view(-1, pool.shape[-1])[target] = host.view(-1, host.shape[-1])[source.to(host.device)].to(pool.device)
 
 
 def store_rows_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
@@ -83,36 +68,26 @@ def store_rows_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, lengt
 
 
 @triton.jit
-def _bring(
-    pool_ptr, host_ptr, token_ptr, slot_ptr, count_ptr, slots, capacity, pairs, PARTS: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Every so many-th of the work's items: a KV head of a sequence, or one of PARTS interleaved parts of its list."""
+def _bring(pool_ptr, host_ptr, source_ptr, target_ptr, count, D: tl.constexpr, ROWS: tl.constexpr):
     dim = tl.arange(0, D)
-    for item in range(tl.program_id(0), pairs * PARTS, tl.num_programs(0)):
-        pair = item // PARTS
-        count = tl.load(count_ptr + pair)
-        for at in range((item % PARTS) * ROWS, count, PARTS * ROWS):
-            nth = at + tl.arange(0, ROWS)
-            coming = nth < count
-            token = tl.load(token_ptr + pair * slots + nth, mask=coming, other=0).to(tl.int64)
-            slot = tl.load(slot_ptr + pair * slots + nth, mask=coming, other=0).to(tl.int64)
-            row = tl.load(host_ptr + (pair * capacity + token)[:, None] * D + dim, mask=coming[:, None])
-            tl.store(pool_ptr + (pair * slots + slot)[:, None] * D + dim, row, mask=coming[:, None])
+    for at in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        nth = at + tl.arange(0, ROWS)
+        coming = nth < count
+        source = tl.load(source_ptr + nth, mask=coming, other=0).to(tl.int64)
+        target = tl.load(target_ptr + nth, mask=coming, other=0).to(tl.int64)
+        row = tl.load(host_ptr + source[:, None] * D + dim, mask=coming[:, None])
+        tl.store(pool_ptr + target[:, None] * D + dim, row, mask=coming[:, None])
 
 
 @triton.jit
 def _bring_kernel(
-    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_token_ptr, key_slot_ptr, key_count_ptr, value_token_ptr,
-    value_slot_ptr, value_count_ptr, key_slots, value_slots, capacity, pairs,
-    PARTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_source_ptr, key_target_ptr, key_count_ptr, value_source_ptr,
+    value_target_ptr, value_count_ptr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
-        _bring(key_ptr, host_key_ptr, key_token_ptr, key_slot_ptr, key_count_ptr, key_slots, capacity, pairs,
-               PARTS, D, ROWS)  # fmt: skip
+        _bring(key_ptr, host_key_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), D, ROWS)
     else:
-        _bring(value_ptr, host_value_ptr, value_token_ptr, value_slot_ptr, value_count_ptr, value_slots, capacity,
-               pairs, PARTS, D, ROWS)  # fmt: skip
+        _bring(value_ptr, host_value_ptr, value_source_ptr, value_target_ptr, tl.load(value_count_ptr), D, ROWS)
 
 
 @triton.jit
@@ -148,12 +123,10 @@ def _store_kernel(
 def bring_rows_triton(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves
 ) -> None:
-    B, G, C, D = key.shape
-    pairs = B * G
-    movers = pick_movers(C)
-    _bring_kernel[(movers.programs, 2)](
-        key, value, host_key, host_value, *key_moves, *value_moves, C, value.shape[2], host_key.shape[2], pairs,
-        PARTS=triton.cdiv(movers.programs, pairs), D=D, ROWS=movers.rows, num_warps=movers.warps, num_stages=1,
+    assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value))
+    _bring_kernel[(MOVERS, 2)](
+        key, value, host_key, host_value, *key_moves, *value_moves, D=key.shape[3], ROWS=ROWS, num_warps=32,
+        num_stages=1,
     )  # fmt: skip
 
 
@@ -161,7 +134,7 @@ def store_rows_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, leng
     _, L, B, T, G, D = newest.shape
     assert newest[0].is_contiguous() and host_key.is_contiguous() and host_value.is_contiguous()
     lines = L * B * T * G
-    rows = min(STORED, triton.next_power_of_2(lines))
+    rows = min(ROWS, triton.next_power_of_2(lines))
     _store_kernel[(2,)](
         newest, host_key, host_value, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D, ROWS=rows,
         num_warps=max(4, rows // 16), num_stages=1,

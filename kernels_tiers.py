@@ -35,18 +35,20 @@ def assign_slots_torch(
 ) -> None:
     """Give every token whose tier is at least `lowest` a slot of the pool; see cache.assign_slots.
 
-    position (L, B, G, N) int32 is updated in place: the token in each slot, -1 if none. moves is written, by slot; the
-    newest token is not among them, its row is made on the device. newest_slot (L, B, G) int32 is written: where the
-    newest token lies. moved (1,) int64 grows by the rows to come.
+    position (L, B, G, N) int32 is updated in place: the token in each slot, -1 if none. moves (of the L layers) is
+    written; the newest token is not among them, its row is made on the device. newest_slot (L, B, G) int32 is written:
+    where the newest token lies. moved (1,) int64 grows by the rows to come.
     """
     after = cache.assign_slots(position.long().flatten(0, 1), (tier >= lowest).flatten(0, 1))[0].view_as(position)
     newest = length.long()[:, None, None] - 1
     newest_slot.copy_((after == newest).byte().argmax(-1))
     fresh = (after != position) & (after != newest) & (after >= 0)
-    order = fresh.byte().argsort(dim=-1, descending=True, stable=True)
-    moves.count.copy_(fresh.sum(-1))
-    moves.token.copy_(after.where(fresh, -1).gather(-1, order))
-    moves.slot.copy_(order.where(fresh.gather(-1, order), -1))
+    pair = torch.arange(fresh[0, :, :, 0].numel(), device=after.device).view(*fresh.shape[1:3], 1)  # b, g
+    slot = torch.arange(fresh.shape[3], device=after.device)
+    for layer, new in enumerate(fresh):
+        moves.count[layer] = count = new.sum()
+        moves.source[layer, :count] = (pair * tier.shape[3] + after[layer])[new].int()
+        moves.target[layer, :count] = (pair * fresh.shape[3] + slot)[new].int()
     position.copy_(after)
     moved += moves.count.sum()
 
@@ -90,7 +92,7 @@ def admit_newest(position: Tensor, length: Tensor, newest_slot: Tensor) -> None:
 
 @triton.jit
 def _assign_kernel(
-    position_ptr, tier_ptr, length_ptr, token_ptr, slot_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr, kept_ptr,
+    position_ptr, tier_ptr, length_ptr, source_ptr, target_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr, kept_ptr,
     slots, capacity, lowest, B,
     G: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -127,10 +129,12 @@ def _assign_kernel(
     last = tl.load(queue_ptr + base + entering - 1, mask=entering > 0, other=-1)
     count = entering - (last == length - 1).to(tl.int32)
     fresh = inside & (keep == 0) & (nth < count)
-    place = base + tl.where(fresh, nth, count + slot - tl.minimum(nth + 1, count))  # the fresh first, both in order
-    tl.store(token_ptr + place, tl.where(fresh, came, -1), mask=inside)
-    tl.store(slot_ptr + place, tl.where(fresh, slot, -1), mask=inside)
-    tl.store(count_ptr + pair, count)
+    pairs = B * G
+    layer = pair // pairs
+    first = tl.atomic_add(count_ptr + layer, count)  # of the layer's list, for this KV head
+    place = layer.to(tl.int64) * pairs * slots + first + nth
+    tl.store(source_ptr + place, pair % pairs * capacity + came, mask=fresh)
+    tl.store(target_ptr + place, pair % pairs * slots + slot, mask=fresh)
     tl.atomic_add(moved_ptr, count.to(tl.int64))
 
 
@@ -175,6 +179,7 @@ def assign_slots_triton(
     L, B, G, N = position.shape
     S = tier.shape[3]
     assert all(tensor.is_contiguous() for tensor in (position, tier, newest_slot, *moves))
+    moves.count.zero_()
     slots = triton.next_power_of_2(N)
     _assign_kernel[(L * B * G,)](
         position, tier, length, *moves, newest_slot, moved, torch.empty_like(position), torch.empty_like(tier),

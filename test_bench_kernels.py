@@ -132,7 +132,7 @@ def test_rows_that_come_are_those_counted(share):
     if "beside" in share:
         assert call.size == alone + sum(CASES[name]["LLM"](at).size for name in ("gate_product", "split_product"))
     else:
-        assert call.size == call.pcie + 2 * 2 * (2 * rows + 1) * 4  # sequences, heads: tokens, slots and the count
+        assert call.size == call.pcie + (2 * 2 * 2 * rows + 1) * 4  # sequences, heads: where from and to; the count
 
 
 def test_every_launch_of_the_slots_finds_a_tenth_that_enters():

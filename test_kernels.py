@@ -198,20 +198,19 @@ def pinned(tensor, device):
     return tensor.pin_memory() if device == "cuda" else tensor
 
 
-@pytest.mark.parametrize("head_dim, long", [(32, 2048), (128, 2048), (128, 17)])
-def test_movement_equals_its_twin_to_the_bit(head_dim, long, device, monkeypatch):
-    """Rows gathered from (pinned) host memory by either launch; slots that nothing comes to keep what they had."""
-    monkeypatch.setattr(kernels_move, "LONG", long)
+@pytest.mark.parametrize("head_dim, at_once", [(32, 512), (128, 512), (128, 4)])
+def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, device, monkeypatch):
+    """Rows gathered from (pinned) host memory, in one turn or many; slots that nothing comes to keep what they had."""
+    monkeypatch.setattr(kernels_move, "ROWS", at_once)
     dtype = HALF[device][0]
     host = [pinned(randn(2, 2, 99, head_dim, seed=seed, dtype=dtype), device) for seed in (0, 1)]
     moves = []
-    for slots in (17, 40):
+    for slots, count in ((17, 41), (40, 0 if at_once == 512 else 160)):
         generator = torch.Generator().manual_seed(slots)
-        count = torch.tensor([[0, slots], [5, 16]])
-        slot = torch.stack([torch.randperm(slots, generator=generator) for _ in range(4)]).view(2, 2, slots)
-        token = torch.randint(99, (2, 2, slots), generator=generator)
-        beyond = torch.arange(slots) >= count[..., None]
-        lists = token.masked_fill(beyond, -1), slot.masked_fill(beyond, -1), count
+        target = torch.randperm(4 * slots, generator=generator)
+        source = target // slots * 99 + torch.randint(99, (4 * slots,), generator=generator)
+        beyond = torch.arange(4 * slots) >= count
+        lists = source.masked_fill(beyond, 2**31 - 1), target.masked_fill(beyond, 2**31 - 1), torch.tensor(count)
         moves.append(kernels_move.Moves(*(tensor.int().to(device) for tensor in lists)))
     results = []
     for bring in (kernels_move.bring_rows_torch, kernels_move.bring_rows_triton):
@@ -226,7 +225,7 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, long, device, monkeypatch
 @pytest.mark.parametrize("at_once", [16, 512])
 def test_newest_rows_reach_the_host(tokens, at_once, device, monkeypatch):
     """Of some layers, one token a sequence or a round of them; to the bit, and nothing beside."""
-    monkeypatch.setattr(kernels_move, "STORED", at_once)
+    monkeypatch.setattr(kernels_move, "ROWS", at_once)
     newest, layers = randn(2, 7, 2, tokens, 2, 32, device=device), slice(2, 6)
     length = torch.tensor([5, 95], dtype=torch.int32, device=device)
     for store in (kernels_move.store_rows_torch, kernels_move.store_rows_triton):

@@ -243,8 +243,11 @@ def test_slots_equal_their_twin(slots, lengths, tokens, device, monkeypatch):
         lowest = 1 + step % 2
         for i, assign in enumerate((kernels_tiers.assign_slots_torch, kernels_tiers.assign_slots_triton)):
             assign(positions[i], tier, lowest, length, moves[i], newest[i], moved[i])
-        for pair in (positions, newest, moved, *zip(*moves)):
+        for pair in (positions, newest, moved, [each.count for each in moves]):
             assert torch.equal(*pair)
+        came = [set(zip(*(table[:count].tolist() for table in (each.source[layer], each.target[layer]))))
+                  for each in moves for layer, count in enumerate(each.count.tolist())]  # fmt: skip
+        assert came[:2] == came[2:] and [len(rows) for rows in came[:2]] == moves[0].count.tolist()
 
 
 @pytest.mark.parametrize("group", [1, 3])
