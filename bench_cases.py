@@ -191,6 +191,7 @@ def assign_slots(at: Shape, share: float) -> Call:
 
     def work():
         for tier in tiers:
+            moves.count.zero_()
             at.backend.assign_slots(position, tier, CRITICAL, at.length, moves, newest, moved)
 
     return Call(work, [tiers[0][..., : at.tokens], position, at.length, moved], [position, *moves, newest, moved],

@@ -46,7 +46,10 @@ class DrivenStep(Step):
 
     def body(self, plan: bool) -> None:
         if self.slm is not None and plan:
-            self.side.prior = self.driven.turn()
+            if self.side.planner is not None:  # beside the SLM: only the plan waits for it
+                self.side.planner.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side.planner):
+                self.side.prior = self.driven.turn()
         super().body(plan)
 
 

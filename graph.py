@@ -184,10 +184,13 @@ class TieredSide:
         if self.planner is not None:
             self.planner.wait_stream(torch.cuda.current_stream())
             self.mover.wait_stream(torch.cuda.current_stream())  # the last step read the slots there
+        with torch.cuda.stream(self.planner):  # None: where we are
+            for moves in (self.key_moves, self.value_moves):
+                moves.count.zero_()
         for layers in self.groups:
             if done is not None:
                 self.planner.wait_event(done[self.policy.needed[layers.start] - 1])
-            with torch.cuda.stream(self.planner):  # None: where we are
+            with torch.cuda.stream(self.planner):
                 self._plan(layers)
             if self.mover is not None:
                 self.mover.wait_stream(self.planner)

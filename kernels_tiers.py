@@ -35,9 +35,9 @@ def assign_slots_torch(
 ) -> None:
     """Give every token whose tier is at least `lowest` a slot of the pool; see cache.assign_slots.
 
-    position (L, B, G, N) int32 is updated in place: the token in each slot, -1 if none. moves (of the L layers) is
-    written; the newest token is not among them, its row is made on the device. newest_slot (L, B, G) int32 is written:
-    where the newest token lies. moved (1,) int64 grows by the rows to come.
+    position (L, B, G, N) int32 is updated in place: the token in each slot, -1 if none. moves, those of the L layers
+    with counts of 0, is written; the newest token is not among them, its row is made on the device. newest_slot (L, B,
+    G) int32 is written: where the newest token lies. moved (1,) int64 grows by the rows to come.
     """
     after = cache.assign_slots(position.long().flatten(0, 1), (tier >= lowest).flatten(0, 1))[0].view_as(position)
     newest = length.long()[:, None, None] - 1
@@ -179,7 +179,6 @@ def assign_slots_triton(
     L, B, G, N = position.shape
     S = tier.shape[3]
     assert all(tensor.is_contiguous() for tensor in (position, tier, newest_slot, *moves))
-    moves.count.zero_()
     slots = triton.next_power_of_2(N)
     _assign_kernel[(L * B * G,)](
         position, tier, length, *moves, newest_slot, moved, torch.empty_like(position), torch.empty_like(tier),

@@ -31,11 +31,14 @@ SINKS = 4  # first tokens left out of a reported similarity: every head looks at
 
 
 def layers_within(reach: float, layer: int, llm_layers: int, slm_layers: int) -> int:
-    """How many of the SLM's layers, the first ones, an LLM layer may be matched with: ceil(reach (l + 1) L' / L).
+    """How many of the SLM's layers, the first ones, an LLM layer may be matched with: those that begin at most `reach`
+    times as deep in the SLM as it begins in the LLM, l' / L' <= reach * l / L.
 
     reach 1 keeps both models in step, 2 lets the SLM be twice as fast, math.inf is every layer, as in the paper.
     """
-    return min(slm_layers, math.ceil(min(reach * (layer + 1) * slm_layers / llm_layers, slm_layers) - 1e-9))
+    if reach == math.inf:
+        return slm_layers
+    return min(slm_layers, math.floor(reach * layer * slm_layers / llm_layers + 1e-9) + 1)
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ def naive_fused(llm, slm, prompt, fed, settings, head_map):
 @torch.inference_mode()
 def test_fused_equals_a_naive_loop(decay, refresh, device):
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = Settings(budget=0.2, score_decay=decay, scores="fused", refresh=refresh)
+    settings = Settings(budget=0.2, score_decay=decay, scores="fused", refresh=refresh, reach=float("inf"))
     prompts, fed = random_prompts(110, 101), fed_tokens(2, 15)
     models = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     expected = [naive_fused(*models, *each, settings, head_map) for each in zip(prompts, fed)]

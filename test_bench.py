@@ -158,7 +158,7 @@ def test_a_prefill_that_is_timed_matches_heads(filled):
     session = bench_sessions.make_session("smallkv-graph", models, Setting(2, 120, 4), settings, 50, TORCH, filled)
     bench_sessions.fill(session) if filled else session.prefill()
     for b, prompt in enumerate(session.prompts):
-        index = match_heads(*models, prompt, settings.matcher).index
+        index = match_heads(*models, prompt, settings.matcher, settings.reach).index
         assert torch.equal(session.policy.maps[b].index, index) != filled
 
 

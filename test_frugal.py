@@ -84,7 +84,7 @@ def test_what_the_slm_has_dropped_ranks_last(pair, decay, budget, slm_budget):
     """Critical sets against a naive ranking: a KV head's sum over its query heads of what they hold, 0 for the rest."""
     llm, slm = pair
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = by_slm(budget=budget, score_decay=decay, slm_budget=slm_budget)
+    settings = by_slm(budget=budget, score_decay=decay, slm_budget=slm_budget, reach=float("inf"))
     session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), random_prompts(140, 113), 10)
     session.prefill()
     by_nobody = 0  # critical tokens that no matched head has a score for

@@ -54,7 +54,7 @@ def test_a_gate_closes_the_heads_below_it(pair):
     """Both tiers of every step, layer, sequence and KV head against a loop that asks each head by itself."""
     llm, slm = pair
     prompts = random_prompts(140, 96)  # the second meets the matching window while it decodes
-    found = match_heads(llm, slm, prompts[0], "cosine").similarity.view(2, 2, 3).mean(-1)
+    found = match_heads(llm, slm, prompts[0], "cosine", 2.0).similarity.view(2, 2, 3).mean(-1)
     gate = found.median().item() + 1e-6  # closes half of the first sequence's heads
     settings = by_slm(budget=0.3, marginal=True, score_decay=0.5, gate=gate, split="1:1:2")
     session = Session(llm, SmallKV(llm, slm, settings), prompts, 10)
@@ -64,7 +64,7 @@ def test_a_gate_closes_the_heads_below_it(pair):
         n = len(fed)
         if n < 100:
             continue
-        heads = match_heads(llm, slm, fed[: max(100, len(prompts[b]))][:200], "cosine")
+        heads = match_heads(llm, slm, fed[: max(100, len(prompts[b]))][:200], "cosine", 2.0)
         rows = window_rows(slm, torch.tensor([fed]))  # (8, n, n)
         weight = torch.tensor([0.5 ** (n - 1 - q) for q in range(n)])
         scores = (weight[:, None] * rows).sum(1)[heads.index].view(2, 2, 3, n).sum(2)  # (L, G, n)
@@ -107,7 +107,7 @@ def test_moves_are_limited_as_in_a_loop_over_sets(pair, moves, refresh):
     """Every KV head by itself: of those who are wanted and not held the best enter, the best of those held stay."""
     llm, slm = pair
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = by_slm(budget=0.2, max_moves=moves, refresh=refresh)
+    settings = by_slm(budget=0.2, max_moves=moves, refresh=refresh, reach=float("inf"))
     prompts = random_prompts(140, 113)
     session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), prompts, 12)
     session.prefill()

@@ -238,7 +238,7 @@ def test_slots_equal_their_twin(slots, lengths, tokens, device, monkeypatch):
             tier[layer, b, g, chosen] = 1 + (torch.rand(len(chosen), generator=generator) < 0.5).to(torch.int8)
             tier[layer, b, g, n - 1] = 2
         tier, length = tier.to(device), length.to(device)
-        moves = [kernels_move.Moves(*(torch.full_like(t, 7) for t in kernels_move.Moves.none(p))) for p in positions]
+        moves = [kernels_move.Moves.none(position) for position in positions]
         newest = [torch.full((2, B, 2), 7, dtype=torch.int32, device=device) for _ in range(2)]
         lowest = 1 + step % 2
         for i, assign in enumerate((kernels_tiers.assign_slots_torch, kernels_tiers.assign_slots_triton)):

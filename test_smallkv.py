@@ -260,7 +260,7 @@ def test_plan_ranks_by_the_matched_heads_and_sums_a_group(pair, decay):
     """Critical tokens of every layer, KV head and step against a naive top-k of sum_h sum_q d^age A_f(h)[q, j]."""
     llm, slm = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)
     head_map = torch.randint(8, (2, 6), generator=torch.Generator().manual_seed(5))
-    settings = by_slm(budget=0.2, score_decay=decay, marginal=True)
+    settings = by_slm(budget=0.2, score_decay=decay, marginal=True, reach=float("inf"))
     prompts = random_prompts(140, 113)
     session = Session(llm, SmallKV(llm, slm, settings, head_map=head_map), prompts, 10)
     session.prefill()

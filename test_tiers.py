@@ -167,14 +167,14 @@ def test_matching_stays_within_reach():
     """SLM layers within reach by counting them one by one; and the best head among those, not the best of all."""
     for layers, slm_layers, reach in itertools.product((1, 4, 7, 28), (1, 3, 7, 24), (1.0, 1.5, 2.0, math.inf)):
         for layer in range(layers):
-            deep = [n for n in range(slm_layers) if n == 0 or n * layers < reach * (layer + 1) * slm_layers]
+            deep = [n for n in range(slm_layers) if n == 0 or n * layers <= reach * layer * slm_layers or reach > 9]
             assert layers_within(reach, layer, layers, slm_layers) == len(deep)
     llm, slm = tiny_decoder(layers=6), tiny_decoder(layers=4, heads=4, seed=1)
     (window,) = random_prompts(120)
     every, near = (match_heads(llm, slm, window, "cosine", reach) for reach in (math.inf, 1.0))
     rows, slm_rows = (row_features(window_rows(model, torch.tensor([window]))) for model in (llm, slm))
     similarity = cosine_similarity(rows, slm_rows).view(6, 6, 16)
-    for layer, heads in enumerate((4, 8, 8, 12, 16, 16)):  # 2/3, 4/3, 2, 8/3, 10/3 and 4 layers, begun ones whole
+    for layer, heads in enumerate((4, 4, 8, 12, 12, 16)):  # 0, 2/3, 4/3, 2, 8/3, 10/3: how many SLM layers have begun
         assert torch.equal(near.index[layer], similarity[layer, :, :heads].argmax(-1))
     assert (every.index[0] >= 4).any() and torch.equal(every.index, similarity.argmax(-1))
     policy = SmallKV(llm, slm, Settings(reach=1.0))
@@ -187,8 +187,8 @@ def test_bad_reach_and_head_maps_beyond_it_are_refused():
         Settings(reach=0.5)
     llm, slm = tiny_decoder(layers=4), tiny_decoder(layers=4)
     head_map = torch.zeros(4, 6, dtype=torch.long)
-    head_map[0, 2] = 11  # layer 1
-    with pytest.raises(ValueError, match=r"SLM layers \[1, 0, 0, 0\] are not all among the first \[1, 2, 3, 4\]"):
+    head_map[1, 2] = 12  # layer 2
+    with pytest.raises(ValueError, match=r"SLM layers \[0, 2, 0, 0\] are not all among the first \[1, 2, 3, 4\]"):
         SmallKV(llm, slm, Settings(reach=1.0), head_map)
     SmallKV(llm, slm, Settings(reach=2.0), head_map)
 
