@@ -250,7 +250,7 @@ class TieredSide:
         cache = self.cache
         self.backend.bring_rows(
             cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer],
-            self.key_moves.of(layer), self.value_moves.of(layer),
+            self.key_moves.of(layer), self.value_moves.of(layer), layer == 0,
         )  # fmt: skip
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:

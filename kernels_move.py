@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOVERS = 2  # programs that bring keys, and as many for values
-ROWS = 512  # rows that a program moves at once, with all threads of a multiprocessor. A thousand rows under way fill
-# PCIe, and few whole multiprocessors are less of a loss than many halves: a product's blocks fill one and wait for it,
-# and whatever shares one with rows that wait for PCIe waits too
+# A mover has all threads of a multiprocessor: few whole ones are less of a loss than many halves, as a product's blocks
+# fill one and wait for it, and whatever shares one with rows that wait for PCIe waits too.
+ROWS = 512  # that a mover moves at once; a thousand under way fill PCIe
+MOVERS = 2  # that bring keys, and as many for values
+MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves take longer than a layer
+FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
 
 
 class Moves(NamedTuple):
@@ -43,9 +45,11 @@ class Moves(NamedTuple):
 
 
 def bring_rows_torch(
-    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves
-) -> None:
-    """Rows of one layer from the host, (B, G, S, D), into the slots that wait for them, (B, G, slots, D)."""
+    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
+    first: bool = False,
+) -> None:  # fmt: skip
+    """Rows of one layer from the host, (B, G, S, D), into the slots that wait for them, (B, G, slots, D). first: of the
+    step, for which the LLM waits."""
     for pool, host, moves in ((key, host_key, key_moves), (value, host_value, value_moves)):
         source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
         pool.view(-1, pool.shape[-1])[target] = host.view(-1, host.shape[-1])[source.to(host.device)].to(pool.device)
@@ -121,10 +125,12 @@ def _store_kernel(
 
 
 def bring_rows_triton(
-    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves
-) -> None:
+    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
+    first: bool = False,
+) -> None:  # fmt: skip
     assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value))
-    _bring_kernel[(MOVERS, 2)](
+    programs = FIRST if first else MORE if key[..., 0].numel() > LARGE else MOVERS
+    _bring_kernel[(programs, 2)](
         key, value, host_key, host_value, *key_moves, *value_moves, D=key.shape[3], ROWS=ROWS, num_warps=32,
         num_stages=1,
     )  # fmt: skip
