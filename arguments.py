@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--slm-budget", type=float, metavar="SHARE", help="of the SLM's own cache that stays, by H2O's "
                         "rule (default: 1, all)")  # fmt: skip
     method.add_argument("--paper", action="store_true", help="the paper's setting: the SLM's scores, "
-                        "decay 1, Jaccard, marginal tier")  # fmt: skip
+                        "decay 1, Jaccard over all layers, marginal tier")  # fmt: skip
     prompt = parser.add_argument_group("prompts")
     prompt.add_argument("prompt", nargs="*", help="prompts; with none, and no file, standard input is read")
     prompt.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")

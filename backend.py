@@ -1,7 +1,7 @@
 """Which functions do the work of a decode step: plain PyTorch or Triton. Chosen once, named in one line, never silent.
 
-Where it sits: handed to graph.py (and bench.py), which call a kernel only through it. Both have the same functions with
-the same signatures; the tests hold them against each other.
+Where it sits: handed to the static steps (graph.py, layers.py and their kin) and to the benchmarks, which call a kernel
+only through it. Both have the same functions with the same signatures; the tests hold them against each other.
 
 Shapes follow the legend in model.py.
 """

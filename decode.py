@@ -1,6 +1,6 @@
 """Prefill, the decode loop, sampling: how a batch of prompts becomes tokens.
 
-Where it sits: it owns the order of things. A decode step, the whole project in six lines (`Session.step`):
+Where it sits: it owns the order of things. A decode step, the whole project in a few lines (`Session.step`):
 
     policy.observe(tokens, span)            # one SLM step: attention rows -> scores (smallkv.py)
     cache.migrate(policy.plan, span)        # tier plan per layer -> rows move (cache.py)
@@ -42,10 +42,12 @@ class FullPolicy:
         config, device = self.llm.config, self.llm.device.type
         return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype)}
 
-    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
-        """Before the LLM's prefill of sequence b: tokens, and ids (1, n), the same on the LLM's device, which goes
-        through them by `chunks`, (start, end) each. What is returned is shown the LLM's queries and keys, as `observe`
-        of `Decoder.forward`; None: nothing is."""
+    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> Callable | None:
+        """Called before the LLM's prefill of sequence b; an SLM is run here.
+
+        ids (1, n): the tokens on the LLM's device. chunks: (start, end) of the parts in which the LLM will take them.
+        What is returned, if anything, is shown the LLM's queries and keys: the `observe` of `Decoder.forward`.
+        """
 
     def observe(self, tokens: list[int], span: Span) -> None:
         pass

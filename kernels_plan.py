@@ -1,9 +1,9 @@
 """The plan in Triton: which tokens are critical, which marginal. No index leaves the GPU.
 
-Where it sits: scores -> **plan** -> slots (kernels_tiers.py) -> movement -> LLM, between the SLM's step and the LLM's
-(graph.py). All scores are there by then, so several layers of the LLM share a launch: one program for each layer,
-sequence and KV head. `plan_layers` (Eq. 4, Eq. 5) exists twice with one signature: `..._torch` (the twin) and
-`..._triton`.
+Where it sits: scores -> **plan** -> slots (kernels_tiers.py) -> movement -> LLM, on a side stream of the decode step
+(graph.py). Layers of the LLM whose matched heads lie in the same SLM layers are planned as soon as these are done, and
+share a launch: one program for each layer, sequence and KV head. `plan_layers` (Eq. 4, Eq. 5) exists twice with one
+signature: `..._torch` (the twin) and `..._triton`.
 
 Ranking does not sort. Positive floats order like their bits, so the k-th largest is found bit by bit, the highest
 first: a bit stays if k tokens or more are as large with it. Random scores are told apart after some 20 of the 31 bits,

@@ -1,7 +1,7 @@
 """What a plan ranks by, in Triton: the rows of the matched SLM heads, and the score memory of `--scores fused`.
 
-Where it sits: under the plan (kernels_plan.py), which reads both and writes the memory for all tokens. After a layer's
-attention the memory of the critical tokens gets the LLM's own weights (kernels_eq6.py), for the next step's plan.
+Where it sits: under the plan (kernels_plan.py), which reads both and writes the memory for all tokens. In a layer's
+attention (kernels_eq6.py) the memory of the critical tokens gets the LLM's own weights, for the next step's plan.
 Beyond the paper, see `Settings.scores`.
 
 `head_rows` and `head_sum` are what its kernels share with the plan's. `fade_memory` is for a step without a plan:

@@ -2,9 +2,9 @@
 
 No index leaves the GPU.
 
-Where it sits: scores -> plan (kernels_plan.py) -> **slots** -> movement (kernels_move.py) -> LLM, between the SLM's
-step and the LLM's (graph.py), several layers in one launch: one program for each layer, sequence and KV head. Each
-function exists twice with one signature, `..._torch` (the twin) and `..._triton`.
+Where it sits: scores -> plan (kernels_plan.py) -> **slots** -> movement (kernels_move.py) -> LLM, right after the plan
+of the same layers on the same stream (graph.py): one program for each layer, sequence and KV head. The first two
+functions exist twice with one signature, `..._torch` (the twin) and `..._triton`.
 
 | function       | flow                                                                 | paper                  |
 | -------------- | -------------------------------------------------------------------- | ---------------------- |

@@ -1,7 +1,8 @@
 """What a round of drafts needs beside the kernels of a decode step: T tokens a sequence, verified in one forward.
 
 Where it sits: under graph_speculative.py, between the SLM's drafts and the LLM's answer to them. The attention of the
-newest token and its drafts is that of kernels_decode.py with a mask of its own for each: none sees a draft after it.
+newest token and its drafts is that of kernels_decode.py (full cache) and kernels_eq6.py (tiers) with a mask of its own
+for each: none sees a draft after it.
 The paper names speculative decoding as what makes the SLM pay for itself (appendix A.3). Each function exists twice
 with one signature, `..._torch` (the twin) and `..._triton`.
 

@@ -175,7 +175,7 @@ def score_similarity(llm: Decoder, slm: Decoder, text: list[int], matcher: str =
     """How alike the two models attend on one text, per LLM head: best cosine and matched cosine, each (L, H).
 
     Both are cosines of accumulated scores over the text without its first SINKS tokens. Best: the most similar SLM head
-    on this text. Matched: the head that `matcher` picks on the text's first WINDOW_MAX tokens, as in use.
+    on this text. Matched: the head that `matcher` picks on the text's first WINDOW_MAX tokens, in any layer.
     """
     shape = (llm.config.layers, llm.config.query_heads)
     tokens = torch.tensor([text], device=llm.device)
