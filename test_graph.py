@@ -15,7 +15,6 @@ from smallkv import SmallKV
 
 SETTINGS = {
     "default": Settings(),
-    "decay 0.5": Settings(score_decay=0.5),
     "newest row": Settings(scores="slm", score_decay=0.0),
     "paper": Settings.paper(),
     "marginal": Settings(marginal=True, score_decay=0.5),
@@ -23,9 +22,8 @@ SETTINGS = {
     "split": Settings(marginal=True, split="1:1:6"),
     "moves": Settings(max_moves=1),
     "moves, refresh": Settings(max_moves=1, refresh=3),
-    "fused": Settings(scores="fused", score_decay=0.5),
-    "fused, sums": Settings(scores="fused", score_decay=1.0, max_moves=2),
-    "fused, marginal, refresh": Settings(scores="fused", score_decay=0.9, marginal=True, refresh=3),
+    "sums, moves": Settings(score_decay=1.0, max_moves=2),
+    "marginal, refresh": Settings(score_decay=0.9, marginal=True, refresh=3),
 }
 LENGTHS = (130, 63, 97, 157)  # two of them meet the matching window, one while it decodes
 
@@ -59,8 +57,8 @@ def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
 
 
 @pytest.mark.parametrize("name, backend", [
-    ("fused", "torch"), ("fused, sums", "torch"), ("moves, refresh", "torch"), ("fused, marginal, refresh", "torch"),
-    ("fused", "triton"), ("moves, refresh", "triton"), ("fused, marginal, refresh", "triton"),
+    ("default", "torch"), ("sums, moves", "torch"), ("moves, refresh", "torch"), ("marginal, refresh", "torch"),
+    ("default", "triton"), ("moves, refresh", "triton"), ("marginal, refresh", "triton"),
 ])  # fmt: skip
 def test_fused_scores_have_the_memory_of_the_eager_path(name, backend, device):
     """After every step: the same tokens in the tiers, the same memory of all of them, and the SLM's newest row."""

@@ -21,7 +21,6 @@ from test_kernels import FINE, HERE, close, floats, kinds, randn
 
 SETTINGS = {
     "default": Settings(slm_budget=0.4),
-    "decay 0.5": Settings(slm_budget=0.4, score_decay=0.5),
     "decay 1": Settings(slm_budget=0.1, score_decay=1.0),
     "marginal": Settings(slm_budget=0.4, marginal=True),
     "paper": Settings.paper(slm_budget=0.4),
@@ -164,7 +163,7 @@ def test_static_session_is_a_session(name, device):
     assert [(entry["what"], entry["bytes"]) for entry in held] == [(entry.what, entry.size) for entry in foretold]
 
 
-@pytest.mark.parametrize("name", ["decay 0.5", "refresh, marginal"])
+@pytest.mark.parametrize("name", ["default", "refresh, marginal"])
 def test_static_step_with_triton(name):
     """Head dim 32, a pair of KV heads with two query heads each; few steps: the interpreter is slow."""
     settings, prompts, new = SETTINGS[name], random_prompts(120, 97), 6 if HERE == "cuda" else 5
