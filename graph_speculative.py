@@ -9,6 +9,7 @@ anywhere; on CUDA it is captured once and replayed:
     first side stream: plan -> slots; the drafts take free ones           kernels_tiers.py, kernels_verify.py
     second side stream, layer by layer: rows from the host                kernels_move.py
     LLM layers on B * T rows: attention of T queries, Eq. 6 for each      kernels_verify.py
+    first side stream again: K and V of the round to the host             kernels_move.py
     logits -> drafts accepted, the token after them, stop tokens          speculative.py
     kept rows into the scores, slots of refused drafts free, lengths      kernels_verify.py
 
@@ -81,7 +82,7 @@ class VerifyTiers(TieredSide):
         self.key_slots = torch.zeros(L, B, tokens, G, dtype=torch.int32, device=device)
         self.value_slots = torch.zeros_like(self.key_slots) if self.marginal else self.key_slots
         # The bytes of the eager table in the order in which the rows come: a sequence's tokens, then KV heads.
-        self.newest = self.cache.newest.view(2, L, B, tokens, G, -1).zero_()
+        self.newest = self.cache.newest.view(2, L, B, tokens, G, -1)
         if self.marginal:
             self.borrowed = torch.zeros(tokens, *self.borrowed.shape, device=device)  # (T, L, B, H, N)
 
