@@ -130,7 +130,7 @@ def measure(method: str, models, setting: Setting, settings: Settings, args, clo
         if args.profile and step is not None:
             profile(lap, f"{args.profile}.{method}.{setting.name}.txt")
         rows.append(row(method, models, setting, settings, length, laps, ttft, turnover, moved))
-        held = session_bytes(session, step, models)
+        held = session_bytes(session, step)
         rows[-1].update(
             first_step_s=first_fill, predicted_bytes=held, tiers=tiers(session),
             peak_bytes=torch.cuda.max_memory_allocated() - idle_bytes(method, models) if cuda else None,
@@ -144,7 +144,7 @@ def idle_bytes(method: str, models) -> int:
     return 0 if method.startswith("smallkv") else weights_of(models[1])
 
 
-def session_bytes(session: Session, step: Step | None, models) -> int:
+def session_bytes(session: Session, step: Step | None) -> int:
     """What the device should hold in a step: weights, ledgers, the step's own tables and its logits."""
     device = session.llm.device.type
     total = sum(entry["size"] for entry in tiers(session) if entry["device"] == device)

@@ -18,9 +18,8 @@ from backend import Backend
 from bench_clock import random_decoder
 from bench_count import Setting, layer_bytes, layer_products
 from cache import FullCache, ScoredCache
-from graph import STORE, WARPS, FullSide, ScoredSide
+from graph import STORE, FullSide, ScoredSide, layers_together
 from kernels_move import Moves
-from kernels_plan import row_warps
 from kernels_scores import CRITICAL
 from layers import Layers
 from model import Config, Decoder
@@ -64,7 +63,7 @@ class Shape:
         self.sizes = [kind.planned(self.tokens) for kind in kinds]  # without a marginal tier, and with
         self.slots = [pool_slots(kind, setting.prompt, self.capacity) for kind in kinds]  # of the K and V pool
         self.critical = self.sizes[0].critical
-        self.together = min(max(1, WARPS // (self.pairs * row_warps(self.capacity))), self.llm.layers)  # as TieredSide
+        self.together = min(layers_together(self.pairs, self.capacity), self.llm.layers)  # at most, in a step
         self.held: dict[str, list[Tensor]] = {}
 
     @property

@@ -6,8 +6,9 @@ ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captur
     first side stream: SLM layers, their attention rows into the scores       kernels_decode.py, graph_frugal.py
     second side stream, groups of LLM layers in one launch: plan -> slots     kernels_plan.py, kernels_tiers.py
     third side stream, layer by layer: rows from the host                     kernels_move.py
-    LLM layers, each after its rows arrived: attention on the tiers (Eq. 6)   kernels_eq6.py
-    with fused scores: the attention's weights into the memory                kernels_eq6.py
+    LLM layers, each after its rows arrived: attention on the tiers (Eq. 6),  kernels_eq6.py
+    with fused scores also its weights into the memory
+    second side stream, after the plans: the newest rows to the host          kernels_move.py
     logits -> the next token                                                  greedy, or Gumbel noise drawn beforehand
 
 With `Settings.refresh` r the plan and the movement run in every r-th step. In the steps between, nobody leaves and the
@@ -15,8 +16,8 @@ newest token takes a slot that the plan has left free (`Settings.planned`), so t
 steps are a second graph.
 
 The SLM runs beside the LLM: what an LLM layer is matched with lies within `Settings.reach`, so its plan needs the SLM's
-first few layers and not all of them. The SLM's small kernels fill what the LLM's leave of the GPU, and rows come over
-PCIe from the step's beginning on.
+first few layers and not all of them (with reach inf it needs all, and the LLM waits). The SLM's small kernels fill what
+the LLM's leave of the GPU, and rows come over PCIe from the step's beginning on.
 
 What changes from step to step (lengths, tokens, tiers) lives in device tensors that the step itself updates. Capacity
 is fixed at the start. `FullPolicy` gives the graphed full cache: the rival, with the same layers.
@@ -41,6 +42,11 @@ from quantize import run_on
 STORE = 4  # layers whose newest rows go to the host in one launch
 WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiprocessors, a long row's program. More would
 # fill it better, but the LLM waits for the first launch
+
+
+def layers_together(rows: int, capacity: int) -> int:
+    """How many LLM layers may share the launch of their plans; rows: of one layer, one for a sequence and KV head."""
+    return max(1, WARPS // (rows * row_warps(capacity)))
 
 
 def plan_groups(needed: list[int], together: int) -> list[slice]:
@@ -139,16 +145,15 @@ class TieredSide:
             self.cache.value_position = self.cache.key_position  # both pools hold the same tokens in the same slots
         else:
             self.borrowed = torch.zeros(L, B, self.policy.llm.config.query_heads, N, device=device)
-        together = max(1, WARPS // (B * G * row_warps(S)))  # layers
-        self.groups = plan_groups(policy.needed, together)
+        self.groups = plan_groups(policy.needed, layers_together(B * G, S))
         # First in the queue: the LLM's layer waits for them, and they leave room for the LLM's kernels beside them.
         cuda = device.type == "cuda"
         self.planner, self.mover = (torch.cuda.Stream(device, priority=-1) if cuda else None for _ in range(2))
         self.arrived: list[torch.cuda.Event] = []  # by layer, in a step that plans
 
     def tensors(self) -> list[Tensor]:
-        """What this object holds beside the caches, for the ledger."""
-        held = [value for value in vars(self).values() if torch.is_tensor(value)]
+        """What this object holds beside the caches, for the ledger; `newest` is a view of the cache's."""
+        held = [value for name, value in vars(self).items() if torch.is_tensor(value) and name != "newest"]
         held += [*self.key_moves, *self.value_moves]
         return list({tensor.data_ptr(): tensor for tensor in held}.values())
 
