@@ -247,7 +247,7 @@ class Oracle:
         device = self.llm.device.type
         return {"LLM": OracleCache.predict(self.llm.config, len(lengths), capacity, device, self.llm.dtype)}
 
-    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
+    def prefill(self, b: int, prompts, ids, chunks) -> None:
         pass
 
     def observe(self, tokens: list[int], span: Span) -> None:

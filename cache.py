@@ -69,16 +69,16 @@ class FullCache:
         self.key = torch.empty(shape, device=device, dtype=dtype)
         self.value = torch.zeros(shape, device=device, dtype=dtype)  # unseen columns weigh 0, and 0 * NaN is NaN
 
-    def sequence(self, b: int) -> "FullCache":
-        """The same memory seen as the cache of sequence b alone (B = 1), for its prefill."""
+    def sequence(self, b: int, count: int = 1) -> "FullCache":
+        """The same memory seen as the cache of sequence b alone (B = 1), or of `count` from there on, for a prefill."""
         view = copy.copy(self)
         for name in self.sliced:
-            setattr(view, name, getattr(self, name)[:, b : b + 1])
+            setattr(view, name, getattr(self, name)[:, b : b + count])
         return view
 
-    def staging(self, b: int, length: int) -> "FullCache":
-        """Where the prompt of sequence b is prefilled: here, in place."""
-        return self.sequence(b)
+    def staging(self, b: int, length: int, count: int = 1) -> "FullCache":
+        """Where the prompt of sequence b is prefilled, or `count` of that length from there on: here, in place."""
+        return self.sequence(b, count)
 
     def load(self, b: int, staged: "FullCache", length: int) -> None:
         """Take over a prefilled prompt: nothing to do, it was written in place."""
@@ -146,8 +146,8 @@ class ScoredCache(FullCache):
         self._remember(layer, rows[:, :, 0])
         return out
 
-    def staging(self, b: int, length: int) -> "ScoredCache":
-        view = super().staging(b, length)
+    def staging(self, b: int, length: int, count: int = 1) -> "ScoredCache":
+        view = super().staging(b, length, count)
         view.prompt = length
         return view
 

@@ -42,10 +42,13 @@ class FullPolicy:
         config, device = self.llm.config, self.llm.device.type
         return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype)}
 
-    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> Callable | None:
+    def prefill(
+        self, b: int, prompts: list[list[int]], ids: list[Tensor], chunks: list[tuple[int, int]]
+    ) -> Callable | None:
         """Called before the LLM's prefill of sequence b; an SLM is run here.
 
-        ids (1, n): the tokens on the LLM's device. chunks: (start, end) of the parts in which the LLM will take them.
+        prompts of all sequences, and their ids (n,) on the LLM's device. chunks: (start, end) of the parts in which the
+        LLM will take that of b.
         What is returned, if anything, is shown the LLM's queries and keys: the `observe` of `Decoder.forward`.
         """
 
@@ -114,7 +117,7 @@ class Session:
             chunk = len(prompt) if self.policy.whole_prompt else self.chunk
             chunks = [(start, min(start + chunk, len(prompt))) for start in range(0, len(prompt), chunk)]
             tokens = ids[b][None]  # (1, n)
-            observe = self.policy.prefill(b, prompt, tokens, chunks)
+            observe = self.policy.prefill(b, self.prompts, ids, chunks)
             staged = self.cache.staging(b, len(prompt))
             for start, end in chunks:
                 span = Span.block(start, end, tokens.device)

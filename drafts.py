@@ -60,9 +60,9 @@ class Waiting:
             for t in range(count):
                 view._remember(slice(None), view.rows[..., t, :])
 
-    def sequence(self, b: int):
-        view = super().sequence(b)
-        view.rows = self.rows[:, b : b + 1]
+    def sequence(self, b: int, count: int = 1):
+        view = super().sequence(b, count)
+        view.rows = self.rows[:, b : b + count]
         return view
 
     def ledger(self) -> list[Entry]:

@@ -155,7 +155,7 @@ class Evicting:
         shape = (self.llm.config, len(lengths), self.slots(lengths, capacity))
         return {"LLM": self.cache_type.predict(*shape, self.llm.device.type, self.llm.dtype)}
 
-    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
+    def prefill(self, b: int, prompts, ids, chunks) -> None:
         pass
 
     def staging(self, b: int, length: int) -> FullCache:

@@ -76,8 +76,8 @@ class FrugalCache(ScoredCache):
 
     # -- the prompt --
 
-    def staging(self, b: int, length: int) -> Prompt:
-        """A cache for the whole prompt, given up once `load` has picked from it."""
+    def staging(self, b: int, length: int, count: int = 1) -> Prompt:
+        """A cache for the whole prompt of one sequence, given up once `load` has picked from it."""
         return Prompt(self.config, 1, length, self.key.device, self.key.dtype, decay=self.decay, sums=self.sums)
 
     def load(self, b: int, staged: Prompt, length: int) -> None:

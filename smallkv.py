@@ -134,6 +134,7 @@ class SmallKV:
         self.slm_cache = self.make_slm_cache(batch, capacity)
         self.maps: list[HeadMap | None] = [None] * batch
         self.tokens: list[list[int]] = [[] for _ in lengths]
+        self.windows: dict[int, Window] = {}  # of sequences that the SLM has read and the LLM has not
         self.steps, self.kept = 0, {}  # layer -> the masks of the last plan, and who came since
         shape = (batch, self.llm.config.layers, self.llm.config.query_heads)
         self.index = torch.zeros(shape, dtype=torch.long, device=self.llm.device)  # f(i) of every sequence
@@ -168,29 +169,24 @@ class SmallKV:
             "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),
         }
 
-    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> Callable | None:
-        """Run the SLM over the prompt of sequence b; returns what matches the heads while the LLM does the same.
+    def prefill(
+        self, b: int, prompts: list[list[int]], ids: list[Tensor], chunks: list[tuple[int, int]]
+    ) -> Callable | None:
+        """Run the SLM over the prompt of sequence b, if it has not come with one before; returns what matches the heads
+        while the LLM does the same.
 
-        ids (1, n): the tokens on the LLM's device. chunks: (start, end) of the LLM's; the SLM takes several at once
-        while its activations are no larger, since launching its small kernels takes longer than running them. None is
-        returned where the map is given, or the prompt too short: it is matched in the step that makes it long enough.
+        prompts, and ids (n,) on the LLM's device: of all sequences. chunks: (start, end) of the LLM's. None is returned
+        where the map is given, or the prompt too short: it is matched in the step that makes it long enough.
         """
-        width, matching = min(len(tokens), WINDOW_MAX), self.given_map is None and len(tokens) >= WINDOW_MIN
-        slm_window = Window(self.slm, width)
-        together = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
-        groups = [chunks[i : i + together] for i in range(0, len(chunks), together)]
-        staged = self.slm_cache.staging(b, len(tokens))
-        ids, see = ids.to(self.slm.device), slm_window.observe if matching else None
-        for group in groups:
-            start, end = group[0][0], group[-1][1]
-            self.slm(ids[:, start:end], Span.block(start, end, ids.device), staged, logits="none", observe=see)
-        self.slm_cache.load(b, staged, len(tokens))
-        self.tokens[b] = list(tokens)
+        if b not in self.windows:
+            self._score_prompts(b, prompts, ids, chunks)
+        slm_window = self.windows.pop(b)
+        self.tokens[b] = list(prompts[b])
         if self.given_map is not None:
             self._take_map(b, HeadMap(self.given_map, torch.full_like(self.given_map, torch.nan, dtype=torch.float)))
-        if not matching:
+        if self.given_map is not None or slm_window.width < WINDOW_MIN:
             return None
-        llm_window, how = Window(self.llm, width), (self.settings.matcher, self.settings.reach)
+        llm_window, how = Window(self.llm, slm_window.width), (self.settings.matcher, self.settings.reach)
 
         def observe(layer: int, query: Tensor, key: Tensor) -> None:
             llm_window.observe(layer, query, key)
@@ -198,6 +194,34 @@ class SmallKV:
                 self._take_map(b, match_windows(llm_window, slm_window, *how))
 
         return observe
+
+    def _score_prompts(
+        self, first: int, prompts: list[list[int]], ids: list[Tensor], chunks: list[tuple[int, int]]
+    ) -> None:
+        """The SLM over the prompt of sequence `first`, several chunks at once; or if that is a single chunk, over those
+        that follow and are as long, too. No more than the LLM's activations are at once: launching the SLM's small
+        kernels takes longer than running them."""
+        at_once = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
+        n, count = len(prompts[first]), 1
+        if len(chunks) == 1 and self.settings.slm_budget == 1:  # a cut cache takes in its prompts one by one
+            alike = [len(prompt) == n for prompt in prompts[first : first + at_once]]
+            count = (alike + [False]).index(False)
+        windows = [Window(self.slm, min(n, WINDOW_MAX)) for _ in range(count)]
+        self.windows.update(zip(range(first, first + count), windows))
+
+        def observe(layer: int, query: Tensor, key: Tensor) -> None:
+            for window, own_query, own_key in zip(windows, query.split(1), key.split(1)):
+                window.observe(layer, own_query, own_key)
+
+        matching = self.given_map is None and n >= WINDOW_MIN
+        staged = self.slm_cache.staging(first, n, count)
+        tokens = torch.stack(ids[first : first + count]).to(self.slm.device)  # (count, n)
+        for i in range(0, len(chunks), at_once):
+            start, end = chunks[i][0], chunks[i : i + at_once][-1][1]
+            span = Span.block(start, end, tokens.device)
+            self.slm(tokens[:, start:end], span, staged, logits="none", observe=observe if matching else None)
+        for b in range(first, first + count):
+            self.slm_cache.load(b, staged, n)
 
     def _match(self, b: int) -> None:
         """In a step: match a sequence that was too short for it in its prefill, once it has WINDOW_MIN tokens."""

@@ -72,11 +72,11 @@ class SpeculativeFull(FullPolicy):
         shape = self.slm.config, len(lengths), capacity, self.slm.device.type, self.slm.dtype
         return {**super().predict(lengths, capacity), "SLM": FullCache.predict(*shape)}
 
-    def prefill(self, b: int, tokens: list[int], ids: Tensor, chunks: list[tuple[int, int]]) -> None:
-        ids = ids.to(self.slm.device)
-        staged = self.slm_cache.staging(b, len(tokens))
+    def prefill(self, b: int, prompts, ids, chunks) -> None:
+        tokens = ids[b][None].to(self.slm.device)  # (1, n)
+        staged = self.slm_cache.staging(b, len(prompts[b]))
         for start, end in chunks:
-            self.slm(ids[:, start:end], Span.block(start, end, ids.device), staged, logits="none")
+            self.slm(tokens[:, start:end], Span.block(start, end, tokens.device), staged, logits="none")
 
     def draft(self, tokens: list[int], span: Span, place: int, words: bool) -> Tensor | None:
         """One SLM step: the newest tokens at place 0, then drafts; logits (B, V') of what comes next if words."""
