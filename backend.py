@@ -110,6 +110,24 @@ TRITON = Backend(
 )
 
 
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. ValueError names a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"no such device {name!r}; use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:0")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"no device {name}: PyTorch sees {count} CUDA devices here; use --device cpu")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and kernels of ours are the current device's
+    return device
+
+
 def pick_backend(name: str, device: torch.device) -> Backend:
     """`auto` is Triton on CUDA and PyTorch elsewhere. ValueError names a choice that cannot run."""
     if name not in NAMES:

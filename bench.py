@@ -35,7 +35,7 @@ import torch
 import bench_overhead
 import bench_speculative
 import parallel
-from backend import NAMES, TORCH, pick_backend
+from backend import NAMES, TORCH, pick_backend, pick_device
 from bench_clock import Clock, ceilings, profile, random_decoder
 from bench_count import PAIRS, Setting, pair_configs, table
 from bench_sessions import (
@@ -172,7 +172,7 @@ def run(args) -> int:
     if team.size > 1 and (args.largest or args.speculate or "transformers" in args.methods):
         raise ValueError("--largest, --speculate and the method transformers are for one process; leave them out under "
                          "torchrun")  # fmt: skip
-    device = team.device or torch.device(args.device)
+    device = team.device or pick_device(args.device)
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend(args.backend, device)
     scores = args.scores or ("slm" if args.speculate else Settings.scores)

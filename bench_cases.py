@@ -16,9 +16,9 @@ from torch import Tensor
 
 from backend import Backend
 from bench_clock import random_decoder
-from bench_count import Setting, layer_bytes, layer_products
+from bench_count import Setting, layer_bytes, layer_products, observed_bytes
 from cache import FullCache, ScoredCache
-from graph import STORE, FullSide, ScoredSide, layers_together
+from graph_sides import STORE, FullSide, ScoredSide, layers_together
 from kernels_move import Moves
 from kernels_scores import CRITICAL
 from layers import Layers
@@ -157,9 +157,10 @@ def tiered_attention(at: Shape, marginal: bool, remembered: bool) -> Call:
 # ---- Plan, slots, memory ---------------------------------------------------------------------------------------------
 
 
-def plan_layers(at: Shape) -> Call:
-    """By logits, as in a step with fused scores."""
-    L, score, memory = at.together, at.ranking().log2_(), at.memory(at.together)
+def plan_layers(at: Shape, single: bool) -> Call:
+    """By logits, as in a step with fused scores. single: of one layer, as where the next needs more of the SLM."""
+    L = 1 if single else at.together
+    score, memory = at.ranking().log2_(), at.memory(L)
     lse = torch.zeros(score.shape[:3], device=at.device)
     index, rows = at.matched(L)
     tier = torch.zeros(memory.shape, dtype=torch.int8, device=at.device)
@@ -174,9 +175,10 @@ def plan_layers(at: Shape) -> Call:
     )  # fmt: skip
 
 
-def assign_slots(at: Shape, share: float) -> Call:
-    """From one critical set to another and back: `share` of it enters, the newest token stays."""
-    L, older, slots = at.together, at.tokens - 1, at.slots[0][0]
+def assign_slots(at: Shape, share: float, single: bool) -> Call:
+    """From one critical set to another and back: `share` of it enters, the newest token stays. A step clears the counts
+    once; here each launch does, which is timed with it."""
+    L, older, slots = 1 if single else at.together, at.tokens - 1, at.slots[0][0]
     moving = min(round(share * at.critical), at.tokens - at.critical)
     order = at.pick(at.critical - 1 + moving, older, L).long()
     tiers = []
@@ -193,16 +195,19 @@ def assign_slots(at: Shape, share: float) -> Call:
             moves.count.zero_()
             at.backend.assign_slots(position, tier, CRITICAL, at.length, moves, newest, moved)
 
-    return Call(work, [tiers[0][..., : at.tokens], position, at.length, moved], [position, *moves, newest, moved],
-                launches=2, layers=L)  # fmt: skip
+    lists = 2 * moves.source.itemsize * L * at.pairs * moving  # where from and to
+    return Call(work, [tiers[0][..., : at.tokens], position, at.length, moved],
+                [position, lists, moves.count, newest, moved], launches=2, layers=L)  # fmt: skip
 
 
 def fade_memory(at: Shape) -> Call:
-    row, memory, (index, rows) = at.ranking(), at.memory(at.llm.layers), at.matched(at.llm.layers)
+    """By logits, as in a step with fused scores."""
+    row, memory, (index, rows) = at.ranking().log2_(), at.memory(at.llm.layers), at.matched(at.llm.layers)
+    lse = torch.zeros(row.shape[:3], device=at.device)
     tier = torch.where(torch.rand_like(memory) < at.critical / at.tokens, CRITICAL, 0).to(torch.int8)
     seen = memory[..., : at.tokens]
-    return Call(lambda: at.backend.fade_memory(row, index, at.length, tier, memory, Settings.score_decay),
-                [rows, index, at.length, tier[..., : at.tokens], seen], [seen], layers=at.llm.layers)  # fmt: skip
+    return Call(lambda: at.backend.fade_memory(row, index, at.length, tier, memory, Settings.score_decay, lse),
+                [rows, lse, index, at.length, tier[..., : at.tokens], seen], [seen], layers=at.llm.layers)  # fmt: skip
 
 
 # ---- Movement --------------------------------------------------------------------------------------------------------
@@ -312,7 +317,8 @@ def layers(at: Shape, of: str, attention: str) -> Call:
     if of not in at.decoders:
         at.decoders[of] = random_decoder(config, at.device, at.dtype)
     stack, ids = Layers(at.decoders[of], at.capacity, at.backend), torch.zeros_like(at.length).long()
-    read, written = [layer_bytes(config, at.dtype.itemsize, False)], []
+    output = of == "llm"
+    read, written = [(layer_bytes if output else observed_bytes)(config, at.dtype.itemsize, False)], []
     if attention == "none":
         out = at.query(config)
         attend = lambda *_: out  # noqa: E731
@@ -328,7 +334,7 @@ def layers(at: Shape, of: str, attention: str) -> Call:
             side, written = ScoredSide(cache, at.backend, at.length, False), [cache.score[..., : at.tokens]]
         attend = side.attend
         read += [pool[:, :, :, : at.tokens] for pool in (cache.key, cache.value)]
-    return Call(lambda: stack.run(ids, attend), read, written, layers=config.layers)
+    return Call(lambda: stack.run(ids, attend, output), read, written, layers=config.layers)
 
 
 def tiers(at: Shape) -> tuple[Callable, list[Tensor | int]]:
@@ -362,8 +368,11 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
         "LLM, marginal": partial(tiered_attention, marginal=True, remembered=False),
         "LLM, marginal, memory": partial(tiered_attention, marginal=True, remembered=True),
     },
-    "plan_layers": {"fused": plan_layers},
-    "assign_slots": {"10 % enter": partial(assign_slots, share=0.1)},
+    "plan_layers": {"one layer": partial(plan_layers, single=True), "more": partial(plan_layers, single=False)},
+    "assign_slots": {
+        "10 % enter, one layer": partial(assign_slots, share=0.1, single=True),
+        "10 % enter": partial(assign_slots, share=0.1, single=False),
+    },
     "bring_rows": {
         "2 %": partial(bring_rows, share=0.02),
         "10 %": partial(bring_rows, share=0.1),

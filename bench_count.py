@@ -77,16 +77,24 @@ def layer_bytes(config: Config, itemsize: int, int4: bool) -> int:
     return itemsize * layer_parameters(config)
 
 
+def observed_bytes(slm: Config, itemsize: int, int4: bool) -> int:
+    """`layer_bytes` without what comes after the last layer's attention: all that is asked of an SLM without drafts."""
+    rest = layer_products(slm)[1:]
+    each = [int4_bytes(*product) if int4 else itemsize * product[0] * product[1] for product in rest]
+    return layer_bytes(slm, itemsize, int4) - sum(each)
+
+
 def step_bytes(
     llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool,
-    int4: tuple[bool, bool] = (False, False), fused: bool = False, slm_budget: float = 1.0,
+    int4: tuple[bool, bool] = (False, False), fused: bool = False, slm_budget: float = 1.0, drafts: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache, slm None a method without.
 
-    The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither. Scores are read
-    once by the plan, and with a marginal tier the rows are those lent; fused, the LLM's memory too. int4: whether the
-    layers of LLM and SLM are INT4, with their scales and zeros. slm_budget: below 1 the SLM's K, V and scores are those
-    of the tokens that it keeps, and what H2O's rule reads of each comes to it: attention gathered and position.
+    The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither, and nothing after
+    its last attention, but with drafts its layers are read whole. Scores are read once by the plan, and with a marginal
+    tier the rows are those lent; fused, the LLM's memory too. int4: whether the layers of LLM and SLM are INT4, with
+    their scales and zeros. slm_budget: below 1 the SLM's K, V and scores are those of the tokens that it keeps, and
+    what H2O's rule reads of each comes to it: attention gathered and position.
     """
     layers = [layer_bytes(config, itemsize, small) if config else 0 for config, small in zip((llm, slm), int4)]
     weights = layers[0] + itemsize * llm.vocab_size * llm.hidden_size
@@ -101,7 +109,7 @@ def step_bytes(
     found = {
         "LLM weights": weights,
         "LLM K, V": held,
-        "SLM weights": layers[1],
+        "SLM weights": layers[1] if drafts else observed_bytes(slm, itemsize, int4[1]),
         "SLM K, V": cache_bytes(slm, kept, batch, itemsize),
         "scores": numbers * slm.query_heads + 4 * fused * llm.layers * llm.kv_heads * length * batch,
     }

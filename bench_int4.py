@@ -19,7 +19,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from backend import NAMES, pick_backend
+from backend import NAMES, pick_backend, pick_device
 from bench_clock import Clock, ceilings
 from bench_count import PAIRS, layer_products, pair_configs
 from quantize import GROUP, int4_bytes
@@ -73,7 +73,7 @@ def seconds(make, backend, K: int, N: int, rows: int, clock: Clock) -> float | N
 
 @torch.inference_mode()
 def run(args) -> int:
-    clock = Clock(torch.device(args.device))
+    clock = Clock(pick_device(args.device))
     backend = pick_backend(args.backend, clock.device)
     copy = ceilings(clock)["copy_bytes_s"]
     name = torch.cuda.get_device_name() if clock.device.type == "cuda" else "CPU"

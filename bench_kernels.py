@@ -31,7 +31,7 @@ import torch
 import triton
 
 import kernels_layer
-from backend import NAMES, TRITON, pick_backend
+from backend import NAMES, TRITON, pick_backend, pick_device
 from bench_cases import CASES, Call, Shape
 from bench_clock import Clock, ceilings
 from bench_count import PAIRS, Setting, pair_configs
@@ -93,7 +93,7 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 @torch.no_grad()
 def run(args) -> int:
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     clock, cuda = Clock(device), device.type == "cuda"
     interpreted = not isinstance(kernels_layer._norm_kernel, triton.JITFunction)
     backend = TRITON if args.backend == "triton" and interpreted else pick_backend(args.backend, device)

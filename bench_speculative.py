@@ -75,7 +75,8 @@ def round_bytes(models, setting: Setting, length: int, settings: Settings | None
     itemsize, int4 = models[0].dtype.itemsize, tuple(bool(int4_modules(model)) for model in models)
     size, marginal = (settings.planned(length), settings.marginal) if settings else (None, False)
     once = step_bytes(llm, None, setting.batch, length, itemsize, size, marginal, int4)
-    again = step_bytes(llm, slm, setting.batch, length, itemsize, Settings().sizes(length), False, int4)
+    again = step_bytes(llm, slm, setting.batch, length, itemsize, Settings().sizes(length), False, int4,
+                       drafts=True)  # fmt: skip
     again = {kind: (drafts + 1) * again[kind] for kind in ("SLM weights", "SLM K, V", "scores")[: 2 + bool(settings)]}
     return {**once, **again, "SLM output": drafts * itemsize * slm.vocab_size * slm.hidden_size}
 

@@ -114,7 +114,7 @@ class ScoredCache(FullCache):
     """A full cache that also remembers what attention says of every token; the SLM's.
 
     score (L, B, H, S) fp32: the score memory, score = decay * score + newest row; decay 1 is Eq. 1's accumulation (a
-    static step may keep logits there, see graph.ScoredSide). row (L, B, H, S) fp32, with keep_row: the newest query's
+    static step may keep logits there, see graph_sides.py). row (L, B, H, S) fp32, with keep_row: the newest query's
     attention, which marginal tokens borrow. sums: what makes the scores of a prefill, `kernels.column_sums` or its
     Triton version.
     """

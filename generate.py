@@ -24,7 +24,7 @@ from tqdm import tqdm
 import demo
 import parallel
 from arguments import add_arguments, check_speculation, input_waits, make_settings, read_prompts
-from backend import TORCH, Backend, pick_backend
+from backend import TORCH, Backend, pick_backend, pick_device
 from baselines import BASELINES
 from checkpoint import (
     DTYPES,
@@ -72,22 +72,6 @@ class Answer:
     report: dict
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. ValueError names a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"no such device {name!r}; use auto, cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:0")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"no device {name}: PyTorch sees {count} CUDA devices here; use --device cpu")
-    return device
-
-
 def load_pair(
     llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
     slm_revision: str | None = None, slm_layers: int | None = None, team: parallel.Team = parallel.Team(),
@@ -133,6 +117,8 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
     on_host = {name: entry.size for name, entry in entries if entry.device != device.type}
     config = policy.llm.config
     prompt = 2 * config.layers * config.kv_heads * max(lengths) * config.head_dim * policy.llm.dtype.itemsize
+    if device.type == "cuda":  # one is on its way to the host while the next is made
+        prompt *= min(2, len(lengths))
     scored = max(model.config.query_heads for model in policy.models) * SCORE_BLOCK * max(lengths) * 4
     on_device["prefill of the longest prompt"] = prompt + 4 * scored  # logits, their softmax, and copies of both
     if device.type == "cpu":

@@ -1,6 +1,6 @@
 """The SLM's side of a static step when it keeps a share of its cache alone (`--slm-budget`, appendix A.3).
 
-Where it sits: beside `graph.ScoredSide`, in place of it when `Settings.slm_budget` is below 1: tokens -> **SLM ->
+Where it sits: beside `graph_sides.ScoredSide`, in place of it when `Settings.slm_budget` is below 1: tokens -> **SLM ->
 scores** -> tier plan. The rule of who leaves is frugal.py's, done on the device for all layers at the start of a step
 that plans (kernels_frugal.py): it asks for nothing that the step itself finds out.
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from backend import Backend
 from cache import FullCache
 from decode import Sampler
-from graph import FullSide, TieredSide
+from graph_sides import FullSide, TieredSide
 from layers import Layers
 from quantize import run_on
 from speculative import SpeculativeSession, accept_greedy, accept_sampled, draw

@@ -13,6 +13,7 @@ from bench_count import (
     PAIRS,
     Setting,
     layer_parameters,
+    layer_products,
     pair_configs,
     paper_throughput,
     prefill_flops,
@@ -95,7 +96,11 @@ def test_bytes_of_a_step_are_those_of_the_caches():
     entries = {entry.what: entry.size for entry in FrugalCache.predict(slm, 3, 100, "cpu", torch.float32, share=0.4)}
     assert less["SLM K, V"] == entries["kept K, V"] == whole // 2 * 40 // 100
     assert less["scores"] + less["SLM slots"] == entries["scores"] + entries["slot tables"] == 3 * 40 * (4 + 2 + 2) * 4
-    assert less["SLM weights"] == tiered["SLM weights"] // 2 and less["LLM K, V"] == tiered["LLM K, V"]
+    first, _, _, _ = layer_products(slm)  # q, k and v, all that is asked of a single layer
+    assert less["SLM weights"] == 4 * first[0] * first[1] and less["LLM K, V"] == tiered["LLM K, V"]
+    assert tiered["SLM weights"] == 4 * layer_parameters(slm) + less["SLM weights"]  # the whole layer before it
+    drafting = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True, drafts=True)
+    assert drafting["SLM weights"] == 4 * layer_parameters(slm)
     assert "SLM K, V" not in full
 
 

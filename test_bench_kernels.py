@@ -52,7 +52,6 @@ USES = [
     ("scored_attention", "SLM, decay 0.5", ["out"], ["score"]),
     ("tiered_attention", "LLM", ["out"], []),
     ("tiered_attention", "LLM, marginal", ["out"], []),
-    ("assign_slots", "10 % enter", ["moves", "newest_slot"], ["position", "moved"]),
     ("add_norm", "LLM, after o", ["out"], ["x"]),
     ("add_norm", "SLM, after down", ["out"], ["x"]),
     ("gate_product", "LLM", ["out"], []),
@@ -76,8 +75,7 @@ def test_bytes_of_a_plan_are_those_of_the_matched_rows():
             index, memory, tier = (found[name][0] for name in ("index", "memory", "tier"))
             rows = {(b, head) for b in range(3) for head in index[b].flatten().tolist()}
             naive = 4 * 121 * len(rows) + 2 * memory.nbytes + index.nbytes + tier.nbytes + found["length"][0].nbytes
-            if kernel == "plan_layers":
-                naive += 12 + found["lse"][0].nbytes  # 12: one line of the table of sizes
+            naive += found["lse"][0].nbytes + 12 * (kernel == "plan_layers")  # one line of the table of sizes
             assert call.size == naive
             assert call.layers == len(tier)
 
@@ -105,6 +103,9 @@ def test_bytes_of_the_layers_are_those_of_the_weights_and_the_cache():
         cached = 2 * 2 * 3 * 2 * 121 * 16 * 4  # K, V, layers, sequences, heads, tokens, D, fp32
         at = shape(FULL)
         sizes = {case.split()[-1]: make(at).size for case, make in CASES[f"{of}_layers"].items()}
+        if of == "slm":  # ends with the last layer's attention
+            weights -= 4 * sum(p.numel() for n, p in Decoder(config).layers[-1].named_parameters()
+                               if p.dim() == 2 and n.split(".")[-2] not in ("q_proj", "k_proj", "v_proj"))  # fmt: skip
         assert sizes.pop("none") == weights
         if of == "slm":
             assert sizes == {"scored": weights + cached + 2 * 3 * 4 * 121 * 4}  # layers, sequences, query heads
@@ -201,10 +202,12 @@ def test_the_command_times_every_kernel(capsys):
 
 def test_the_kernels_run_where_triton_does(device, capsys):
     """In the interpreter on a CPU, on a GPU compiled and in graphs."""
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU there")
     only = ["--only", "tiered_attention,assign_slots,store_rows,add_norm,rope_append", "--backend", "triton"]
     assert bench_kernels.main([*TINY, *only, "--device", device]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["backend"] == "triton" and len(report["rows"]) == 4 + 1 + 1 + 4 + 2
+    assert report["backend"] == "triton" and len(report["rows"]) == 4 + 2 + 1 + 4 + 2
 
 
 def test_a_kernel_that_fails_is_a_row(monkeypatch, capsys):

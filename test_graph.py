@@ -9,7 +9,8 @@ import torch
 from backend import TORCH, TRITON
 from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, generate_ids
-from graph import ScoredSide, StaticSession, Step, plan_groups
+from graph import StaticSession, Step
+from graph_sides import ScoredSide, plan_groups
 from settings import Settings
 from smallkv import SmallKV
 

@@ -198,10 +198,15 @@ def pinned(tensor, device):
     return tensor.pin_memory() if device == "cuda" else tensor
 
 
-@pytest.mark.parametrize("head_dim, at_once", [(32, 512), (128, 512), (128, 4)])
-def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, device, monkeypatch):
-    """Rows gathered from (pinned) host memory, in one turn or many; slots that nothing comes to keep what they had."""
+@pytest.mark.parametrize("head_dim, at_once, large, first", [
+    (32, 512, 1 << 18, False), (128, 512, 1 << 18, True), (128, 4, 1 << 18, False), (32, 4, 16, False),
+    (32, 4, 16, True),
+])  # fmt: skip
+def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, device, monkeypatch):
+    """Rows gathered from (pinned) host memory, in one turn or many, by two, four or eight programs; slots that nothing
+    comes to keep what they had."""
     monkeypatch.setattr(kernels_move, "ROWS", at_once)
+    monkeypatch.setattr(kernels_move, "LARGE", large)
     dtype = HALF[device][0]
     host = [pinned(randn(2, 2, 99, head_dim, seed=seed, dtype=dtype), device) for seed in (0, 1)]
     moves = []
@@ -215,7 +220,7 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, device, monkeypa
     results = []
     for bring in (kernels_move.bring_rows_torch, kernels_move.bring_rows_triton):
         pools = [randn(2, 2, slots, head_dim, seed=2, dtype=dtype, device=device) for slots in (17, 40)]
-        bring(*pools, *host, *moves)
+        bring(*pools, *host, *moves, first)
         results.append(pools)
     for ours, twins in zip(results[1], results[0]):
         assert torch.equal(ours, twins)
