@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Entry, FullCache, ScoredCache
 from evicting import Budget, Evicting, EvictingCache
+from full_cache import Entry, FullCache, ScoredCache
 from kernels import attention_rows, full_attention_step, tiered_attention
 from model import Config, Decoder, Span
 from pyramid import PyramidInfer

@@ -17,7 +17,7 @@ from torch import Tensor
 from backend import Backend
 from bench_clock import random_decoder
 from bench_count import Setting, layer_bytes, layer_products, observed_bytes
-from cache import FullCache, ScoredCache
+from full_cache import FullCache, ScoredCache
 from graph_sides import STORE, FullSide, ScoredSide, layers_together
 from kernels_move import Moves
 from kernels_scores import CRITICAL

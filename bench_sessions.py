@@ -13,10 +13,10 @@ import torch
 from backend import Backend
 from baselines import BASELINES
 from bench_count import Setting, paper_throughput, prefill_flops, step_bytes
-from cache import FullCache
 from decode import FullPolicy, Session
 from evicting import Budget
 from frugal import Prompt
+from full_cache import FullCache
 from graph import Step
 from match import HeadMap
 from model import Decoder

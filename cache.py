@@ -1,35 +1,20 @@
-"""The caches: full, full with scores, and the three tiers of SmallKV. And the ledger of what each of them holds where.
+"""The three tiers of SmallKV: critical, marginal, offloaded. And the ledger of what they hold where.
 
-Where it sits: between the plan (smallkv.py) and the model (model.py), which knows of a cache only `attend`. Every cache
-is made for a number of positions known at the start and holds token j of sequence b at index j:
-
-| cache         | keeps                                                                     | used by             |
-| ------------- | ------------------------------------------------------------------------- | ------------------- |
-| `FullCache`   | K and V of every token on the device                                      | full baseline       |
-| `ScoredCache` | the same, and what attention says of every token: newest row and score    | the SLM             |
-| `TieredCache` | critical: K, V on the device; marginal: V; the rest: on the host only     | the LLM (Section 4) |
+Where it sits: between the plan (smallkv.py) and the LLM (model.py), which knows of a cache only `attend`:
+scores -> tier plan -> **migration** -> LLM (Section 4). Caches that keep every token are full_cache.py's.
 
 Shapes follow the legend in model.py.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels import NEGLIGIBLE, causal_attention, column_sums, full_attention_block, move_rows, tiered_attention
+from full_cache import Entry, FullCache, ScoredCache, table_bytes
+from kernels import column_sums, move_rows, tiered_attention
 from model import Config, Span
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a ledger: bytes of one kind on one device."""
-
-    what: str
-    device: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -50,134 +35,6 @@ class TierPlan:
 def column(values: list[int], device) -> Tensor:
     """One number a sequence, to stand beside (B, G, n): (B, 1, 1)."""
     return torch.tensor(values, device=device)[:, None, None]
-
-
-def _bytes(dtype: torch.dtype, *shape: int) -> int:
-    return dtype.itemsize * torch.Size(shape).numel()
-
-
-# ---- Full ------------------------------------------------------------------------------------------------------------
-
-
-class FullCache:
-    """K and V of every token, (L, B, G, S, D) each, on the model's device."""
-
-    sliced = ("key", "value")  # tensors whose dimension 1 is the sequence
-
-    def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype):
-        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
-        self.key = torch.empty(shape, device=device, dtype=dtype)
-        self.value = torch.zeros(shape, device=device, dtype=dtype)  # unseen columns weigh 0, and 0 * NaN is NaN
-
-    def sequence(self, b: int, count: int = 1) -> "FullCache":
-        """The same memory seen as the cache of sequence b alone (B = 1), or of `count` from there on, for a prefill."""
-        view = copy.copy(self)
-        for name in self.sliced:
-            setattr(view, name, getattr(self, name)[:, b : b + count])
-        return view
-
-    def staging(self, b: int, length: int, count: int = 1) -> "FullCache":
-        """Where the prompt of sequence b is prefilled, or `count` of that length from there on: here, in place."""
-        return self.sequence(b, count)
-
-    def load(self, b: int, staged: "FullCache", length: int) -> None:
-        """Take over a prefilled prompt: nothing to do, it was written in place."""
-
-    def migrate(self, plan: Callable[[int], TierPlan], span: Span) -> None:
-        """A full cache has one tier: nothing moves."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        """Append key, value (B, G, T, D), then attend with query (B, H, T, D). A prompt comes alone (B = 1)."""
-        self._append(layer, key, value, span)
-        seen_key, seen_value = self.key[layer, :, :, : span.end], self.value[layer, :, :, : span.end]  # (B, G, end, D)
-        if len(query) == 1 and query.shape[2] > 1:
-            return causal_attention(query, seen_key, seen_value)
-        return full_attention_block(query, seen_key, seen_value, span.positions)[0]
-
-    def _append(self, layer: int, key: Tensor, value: Tensor, span: Span) -> None:
-        if span.end > self.key.shape[3]:
-            raise ValueError(f"position {span.end - 1} is beyond the cache's {self.key.shape[3]} positions")
-        index = span.positions[:, None, :, None].expand_as(key)  # (B, G, T, D)
-        self.key[layer].scatter_(2, index, key)
-        self.value[layer].scatter_(2, index, value)
-
-    def ledger(self) -> list[Entry]:
-        return [Entry("full K, V", self.key.device.type, self.key.nbytes + self.value.nbytes)]
-
-    @staticmethod
-    def predict(config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype) -> list[Entry]:
-        size = _bytes(dtype, config.layers, batch, config.kv_heads, capacity, config.head_dim)
-        return [Entry("full K, V", device, 2 * size)]
-
-
-class ScoredCache(FullCache):
-    """A full cache that also remembers what attention says of every token; the SLM's.
-
-    score (L, B, H, S) fp32: the score memory, score = decay * score + newest row; decay 1 is Eq. 1's accumulation (a
-    static step may keep logits there, see graph_sides.py). row (L, B, H, S) fp32, with keep_row: the newest query's
-    attention, which marginal tokens borrow. sums: what makes the scores of a prefill, `kernels.column_sums` or its
-    Triton version.
-    """
-
-    prompt: int | None = None  # tokens of the prompt that is being prefilled, where that is known
-
-    def __init__(
-        self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float,
-        sums: Callable = column_sums, keep_row: bool = False,
-    ):  # fmt: skip
-        super().__init__(config, batch, capacity, device, dtype)
-        shape = (config.layers, batch, config.query_heads, capacity)
-        self.decay, self.sums = decay, sums
-        self.score = torch.zeros(shape, device=device)
-        self.sliced = ("key", "value", "score") + ("row",) * keep_row
-        if keep_row:
-            self.row = torch.zeros(shape, device=device)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        self._append(layer, key, value, span)
-        T, end = query.shape[2], span.end
-        seen_key, seen_value = self.key[layer, :, :, :end], self.value[layer, :, :, :end]
-        if T > 1:
-            coming = 0 if self.prompt is None else self.prompt - end
-            if self.decay**coming >= NEGLIGIBLE:  # or nothing of this chunk is left at the prompt's end
-                self.score[layer, :, :, :end].mul_(self.decay**T).add_(self.sums(query, seen_key, self.decay))
-            return causal_attention(query, seen_key, seen_value)
-        out, rows = full_attention_block(query, seen_key, seen_value, span.positions)
-        self._remember(layer, rows[:, :, 0])
-        return out
-
-    def staging(self, b: int, length: int, count: int = 1) -> "ScoredCache":
-        view = super().staging(b, length, count)
-        view.prompt = length
-        return view
-
-    def _remember(self, layer: int | slice, row: Tensor) -> None:
-        """The newest query's attention (..., B, H, end), of one layer or of all."""
-        if "row" in self.sliced:
-            self.row[layer][..., : row.shape[-1]] = row
-        self.score[layer][..., : row.shape[-1]].mul_(self.decay).add_(row)
-
-    def begin(self, plans: bool) -> None:
-        """A step begins: a cache that drops tokens does so in the steps that plan (frugal.py)."""
-
-    def of_heads(self, table: Tensor, head: Tensor, end: int) -> Tensor:
-        """Rows of some heads by position: table (L, B, H, ..., S), head (B, h) as l * H + h -> (B, h, ..., end)."""
-        sequence = torch.arange(len(head), device=head.device)[:, None]
-        return table[head // table.shape[2], sequence, head % table.shape[2], ..., :end]
-
-    def ledger(self) -> list[Entry]:
-        size = sum(getattr(self, name).nbytes for name in self.sliced[2:])
-        return super().ledger() + [Entry("scores", self.score.device.type, size)]
-
-    @staticmethod
-    def predict(
-        config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype, keep_row: bool = False
-    ) -> list[Entry]:
-        scores = (1 + keep_row) * _bytes(torch.float32, config.layers, batch, config.query_heads, capacity)
-        return FullCache.predict(config, batch, capacity, device, dtype) + [Entry("scores", device, scores)]
-
-
-# ---- Three tiers -----------------------------------------------------------------------------------------------------
 
 
 def assign_slots(position: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -446,15 +303,17 @@ class TieredCache:
         """The ledger from the shapes alone, before anything is allocated."""
         rows, D = config.layers * batch * config.kv_heads, config.head_dim
         entries = [
-            Entry("critical K, V", device, 2 * _bytes(dtype, rows, critical_slots, D)),
-            Entry("marginal V", device, _bytes(dtype, rows, value_slots - critical_slots, D)),
+            Entry("critical K, V", device, 2 * table_bytes(dtype, rows, critical_slots, D)),
+            Entry("marginal V", device, table_bytes(dtype, rows, value_slots - critical_slots, D)),
             Entry(
                 "slot tables, newest K, V",
                 device,
-                _bytes(torch.int32, rows, 2 * critical_slots + value_slots) + _bytes(dtype, 2, rows, D),
+                table_bytes(torch.int32, rows, 2 * critical_slots + value_slots) + table_bytes(dtype, 2, rows, D),
             ),
-            Entry("host K, V", "pinned" if device == "cuda" else "host", 2 * _bytes(dtype, rows, capacity, D)),
+            Entry("host K, V", "pinned" if device == "cuda" else "host", 2 * table_bytes(dtype, rows, capacity, D)),
         ]
         if own_scores:
-            entries.append(Entry("scores", device, _bytes(torch.float32, rows, capacity) + one_way * rows * capacity))
+            entries.append(
+                Entry("scores", device, table_bytes(torch.float32, rows, capacity) + one_way * rows * capacity)
+            )
         return entries

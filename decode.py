@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache import FullCache
+from full_cache import FullCache
 from model import Decoder, Span
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that go through a model at once: bounds activations, not results

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Entry, ScoredCache, TieredCache
+from cache import TieredCache
 from frugal import FrugalCache
+from full_cache import Entry, ScoredCache
 from kernels import tiered_attention_block
 from model import Span
 

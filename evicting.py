@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache import Entry, FullCache, column
+from cache import column
+from full_cache import Entry, FullCache
 from kernels import tiered_attention
 from model import Config, Decoder, Span
 

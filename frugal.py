@@ -1,7 +1,7 @@
 """The SLM's cache cut to a share of its tokens (`--slm-budget`, appendix A.3, Table 5): H2O's rule on the small model.
 
-Where it sits: in place of `cache.ScoredCache` when `Settings.slm_budget` is below 1. Per layer and KV head there are
-slots for that share of the tokens and no more; half of them hold the newest tokens, half those that gathered most
+Where it sits: in place of `full_cache.ScoredCache` when `Settings.slm_budget` is below 1. Per layer and KV head there
+are slots for that share of the tokens and no more; half of them hold the newest tokens, half those that gathered most
 attention since they came (arXiv 2306.14048, as in baselines.py). What is dropped is gone: K, V and score.
 
 What the LLM's plan sees: a dropped token has no score in the rows of that KV head's query heads, so it counts 0 there,
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Entry, ScoredCache
+from full_cache import Entry, ScoredCache
 from kernels import column_sums, tiered_attention
 from model import Config, Span
 

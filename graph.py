@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from backend import Backend
-from cache import FullCache
 from decode import Session
+from full_cache import FullCache
 from graph_frugal import FrugalSide
 from graph_sides import FullSide, ScoredSide, TieredSide
 from layers import Layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backend import Backend
-from cache import FullCache
+from full_cache import FullCache
 from kernels_move import Moves
 from kernels_plan import row_warps
 from kernels_scores import CRITICAL, MARGINAL

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backend import Backend
-from cache import FullCache
 from decode import Sampler
+from full_cache import FullCache
 from graph_sides import FullSide, TieredSide
 from layers import Layers
 from quantize import run_on

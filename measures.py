@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from baselines import H2O
-from cache import ScoredCache
 from decode import FullPolicy, Session
 from evicting import Budget
 from frugal import FrugalCache
+from full_cache import ScoredCache
 from match import SINKS, WINDOW_MAX, WINDOW_MIN, head_scores, match_heads
 from model import Decoder, Span
 from tasks import Sample, converse

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from cache import Entry
 from evicting import Budget, Evicting, EvictingCache
+from full_cache import Entry
 from kernels import SCORE_BLOCK, attention_rows, causal_attention
 from model import Config, Span
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Words
 
-from cache import FullCache
 from decode import Session, Timing
 from evicting import EvictingCache
+from full_cache import FullCache
 from smallkv import SmallKV
 from speculative import SpeculativeFull, SpeculativeSession
 from text import Text

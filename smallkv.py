@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import ScoredCache, TieredCache, TierPlan, column
+from cache import TieredCache, TierPlan, column
 from frugal import FrugalCache
+from full_cache import ScoredCache
 from kernels import column_sums
 from match import WINDOW_MAX, WINDOW_MIN, HeadMap, Window, layers_within, match_heads, match_windows
 from model import Config, Decoder, Span

@@ -38,10 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Entry, FullCache, TierPlan
+from cache import TierPlan
 from decode import FullPolicy, Sampler, Session, Timing
 from drafts import DraftedFrugal, DraftedScores, DraftedTiers
 from frugal import kept_tokens
+from full_cache import Entry, FullCache
 from kernels import column_sums
 from model import Decoder, Span
 from settings import Settings

@@ -21,10 +21,10 @@ from bench_count import (
     table,
 )
 from bench_transformers import make_transformers
-from cache import FullCache
 from conftest import random_prompts
 from decode import Session
 from frugal import FrugalCache
+from full_cache import FullCache
 from graph import Step
 from match import match_heads
 from model import Decoder

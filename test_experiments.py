@@ -11,11 +11,11 @@ import experiments
 import measures
 import overhead
 import studies
-from cache import FullCache
 from checkpoint import weight_bytes
 from conftest import random_prompts, tiny_decoder
 from evaluate import METHODS
 from evicting import Budget
+from full_cache import FullCache
 from generate import load_pair
 from match import SINKS, WINDOW_MAX, match_heads, window_rows
 from model import Span

@@ -8,12 +8,12 @@ import torch
 import measures
 import overhead
 from baselines import H2O
-from cache import FullCache, ScoredCache
 from checkpoint import weight_bytes
 from conftest import by_slm, check_ledgers, random_prompts, tiny_decoder
 from decode import FullPolicy, Session, generate
 from evicting import Budget
 from frugal import FrugalCache, kept_tokens
+from full_cache import FullCache, ScoredCache
 from match import match_heads
 from model import Decoder, Span
 from smallkv import SmallKV

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as command
 from baselines import BASELINES
-from cache import FullCache
 from checkpoint import weight_bytes
 from conftest import by_slm, tiny_decoder
 from decode import FullPolicy, Session, generate
+from full_cache import FullCache
 from report import first_difference, print_comparison
 from settings import Settings
 from smallkv import SmallKV

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cache import FullCache
 from checkpoint import CheckpointError, check_fits, load_decoder, read_config, resolve, weight_bytes
 from conftest import tiny_decoder
 from decode import FullPolicy, generate
+from full_cache import FullCache
 from model import Config, Span
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests; see requirements-dev.txt")

@@ -9,8 +9,9 @@ import torch
 import bench
 from bench_count import layer_parameters
 from bench_overhead import Use, break_even, costs, shape, token_bytes, uses, weights
-from cache import ScoredCache, TieredCache
+from cache import TieredCache
 from checkpoint import weight_bytes
+from full_cache import ScoredCache
 from overhead import MODELS, PAPER_PAIRS
 from settings import Settings
 from smallkv import pool_slots
