@@ -42,15 +42,20 @@ class Driven:
 
 
 class DrivenStep(Step):
-    """The static step whose plan follows the ring."""
+    """The static step whose plan follows the ring. It is turned for the next plan when this step's are made, beside the
+    LLM: a plan waits for nothing that it would not wait for without the ring."""
 
     def body(self, plan: bool) -> None:
-        if self.slm is not None and plan:
-            if self.side.planner is not None:  # beside the SLM: only the plan waits for it
-                self.side.planner.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side.planner):
-                self.side.prior = self.driven.turn()
+        if self.slm is None:
+            super().body(plan)
+            return
+        self.side.prior = self.driven.rank
         super().body(plan)
+        if plan:
+            with torch.cuda.stream(self.side.planner):  # None: where we are
+                self.driven.turn()
+            if self.side.planner is not None:
+                torch.cuda.current_stream().wait_stream(self.side.planner)
 
 
 class DrivenSmallKV(SmallKV):

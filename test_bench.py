@@ -142,7 +142,7 @@ def test_the_ring_moves_what_it_is_asked_to():
                                    ["--quantize", "int4", "--slm-quantize", "int4"]])  # fmt: skip
 def test_the_command_measures_every_method(extra, capsys):
     """Rows, table and the last line; the turnover that is counted is the one asked for."""
-    command = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.02,0.2", "--steps", "4", "--table",
+    command = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.02,0.2", "--steps", "9", "--table",
                "--device", "cpu", "--methods", "full-eager,full-graph,smallkv-graph"]  # fmt: skip
     assert bench.main(command + extra) == 0
     lines = capsys.readouterr().out.splitlines()
