@@ -117,7 +117,7 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
     on_host = {name: entry.size for name, entry in entries if entry.device != device.type}
     config = policy.llm.config
     prompt = 2 * config.layers * config.kv_heads * max(lengths) * config.head_dim * policy.llm.dtype.itemsize
-    if device.type == "cuda":  # one is on its way to the host while the next is made
+    if device.type == "cuda" and isinstance(policy, SmallKV):  # one is on its way to the host, the next is being made
         prompt *= min(2, len(lengths))
     scored = max(model.config.query_heads for model in policy.models) * SCORE_BLOCK * max(lengths) * 4
     on_device["prefill of the longest prompt"] = prompt + 4 * scored  # logits, their softmax, and copies of both
