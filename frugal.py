@@ -31,13 +31,19 @@ def kept_tokens(share: float, length: Tensor | int) -> Tensor | int:
 
 
 def heavy_and_recent(position: Tensor, heavy: Tensor, length: Tensor | int, kept: Tensor | int) -> Tensor:
-    """H2O's rank of each token (0 stays first): the newest half of `kept`, then by attention gathered.
+    """The rank (..., N) of each in `heavy_order`; 0 stays first."""
+    return heavy_order(position, heavy, length, kept).argsort(-1)
 
-    position, heavy (..., N); position -1 is an empty slot and ranks last. length and kept count the coming token.
+
+def heavy_order(position: Tensor, heavy: Tensor, length: Tensor | int, kept: Tensor | int) -> Tensor:
+    """Indices (..., N) of tokens or slots by H2O's rule, who stays first: the newest half of `kept`, then by attention
+    gathered.
+
+    position, heavy (..., N); position -1 is an empty slot and comes last. length and kept count the coming token.
     """
     recent = kept - kept // 2
     priority = heavy.masked_fill(position >= length - recent, torch.inf).masked_fill(position < 0, -torch.inf)
-    return priority.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return priority.argsort(dim=-1, descending=True, stable=True)
 
 
 class Prompt(ScoredCache):
@@ -86,8 +92,8 @@ class FrugalCache(ScoredCache):
         heavy = staged.gathered[:, 0].view(L, G, group, length).sum(2)  # (L, G, n)
         k = kept_tokens(self.share, length + 1) - 1
         token = torch.arange(length, device=heavy.device).expand(L, G, length)
-        rank = heavy_and_recent(token, heavy, length + 1, k + 1)
-        stays = rank.argsort(-1)[:, :, :k].sort(-1).values  # (L, G, k), in order
+        order = heavy_order(token, heavy, length + 1, k + 1)
+        stays = order[:, :, :k].sort(-1).values  # (L, G, k), in order
         rows = stays[..., None].expand(-1, -1, -1, self.config.head_dim)
         self.key[:, b, :, :k] = staged.key[:, 0].gather(2, rows)
         self.value[:, b, :, :k] = staged.value[:, 0].gather(2, rows)

@@ -121,7 +121,8 @@ class TieredSide:
             self.cache.value_position = self.cache.key_position  # both pools hold the same tokens in the same slots
         else:
             self.borrowed = torch.zeros(L, B, self.policy.llm.config.query_heads, N, device=device)
-        self.groups = plan_groups(policy.needed, layers_together(B * G, S))
+        self.needed = policy.needed
+        self.groups = plan_groups(self.needed, layers_together(B * G, S))
         # First in the queue: the LLM's layer waits for them, and they leave room for the LLM's kernels beside them.
         cuda = device.type == "cuda"
         self.planner, self.mover = (torch.cuda.Stream(device, priority=-1) if cuda else None for _ in range(2))
@@ -166,11 +167,12 @@ class TieredSide:
             self.planner.wait_stream(torch.cuda.current_stream())
             self.mover.wait_stream(torch.cuda.current_stream())  # the last step read the slots there
         with torch.cuda.stream(self.planner):  # None: where we are
-            for moves in (self.key_moves, self.value_moves):
-                moves.count.zero_()
+            self.key_moves.count.zero_()
+            if self.marginal:  # else both are the same lists
+                self.value_moves.count.zero_()
         for layers in self.groups:
             if done is not None:
-                self.planner.wait_event(done[self.policy.needed[layers.start] - 1])
+                self.planner.wait_event(done[self.needed[layers.start] - 1])
             with torch.cuda.stream(self.planner):
                 self._plan(layers)
             if self.mover is not None:

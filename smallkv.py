@@ -135,7 +135,7 @@ class SmallKV:
         self.slm_cache = self.make_slm_cache(batch, capacity)
         self.maps: list[HeadMap | None] = [None] * batch
         self.tokens: list[list[int]] = [[] for _ in lengths]
-        self.windows: dict[int, Window] = {}  # of sequences that the SLM has read and the LLM has not
+        self.windows: dict[int, Window | None] = {}  # of sequences that the SLM has read and the LLM has not
         self.steps, self.kept = 0, {}  # layer -> the masks of the last plan, and who came since
         shape = (batch, self.llm.config.layers, self.llm.config.query_heads)
         self.index = torch.zeros(shape, dtype=torch.long, device=self.llm.device)  # f(i) of every sequence
@@ -177,7 +177,7 @@ class SmallKV:
         while the LLM does the same.
 
         prompts, and ids (n,) on the LLM's device: of all sequences. chunks: (start, end) of the LLM's. None is returned
-        where the map is given, or the prompt too short: it is matched in the step that makes it long enough.
+        where there is nothing to match (`_score_prompts`).
         """
         if b not in self.windows:
             self._score_prompts(b, prompts, ids, chunks)
@@ -185,7 +185,7 @@ class SmallKV:
         self.tokens[b] = list(prompts[b])
         if self.given_map is not None:
             self._take_map(b, HeadMap(self.given_map, torch.full_like(self.given_map, torch.nan, dtype=torch.float)))
-        if self.given_map is not None or slm_window.width < WINDOW_MIN:
+        if slm_window is None:
             return None
         llm_window, how = Window(self.llm, slm_window.width), (self.settings.matcher, self.settings.reach)
 
@@ -201,20 +201,24 @@ class SmallKV:
     ) -> None:
         """The SLM over the prompt of sequence `first`, several chunks at once; or if that is a single chunk, over those
         that follow and are as long, too. No more than the LLM's activations are at once: launching the SLM's small
-        kernels takes longer than running them."""
+        kernels takes longer than running them.
+
+        Leaves a window of each to match on, or None: the map is given, or the prompt too short, and matched in the step
+        that makes it long enough.
+        """
         at_once = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
         n, count = len(prompts[first]), 1
         if len(chunks) == 1 and self.settings.slm_budget == 1:  # a cut cache takes in its prompts one by one
             alike = [len(prompt) == n for prompt in prompts[first : first + at_once]]
             count = (alike + [False]).index(False)
-        windows = [Window(self.slm, min(n, WINDOW_MAX)) for _ in range(count)]
+        matching = self.given_map is None and n >= WINDOW_MIN
+        windows = [Window(self.slm, min(n, WINDOW_MAX)) if matching else None for _ in range(count)]
         self.windows.update(zip(range(first, first + count), windows))
 
         def observe(layer: int, query: Tensor, key: Tensor) -> None:
             for window, own_query, own_key in zip(windows, query.split(1), key.split(1)):
                 window.observe(layer, own_query, own_key)
 
-        matching = self.given_map is None and n >= WINDOW_MIN
         staged = self.slm_cache.staging(first, n, count)
         tokens = torch.stack(ids[first : first + count]).to(self.slm.device)  # (count, n)
         for i in range(0, len(chunks), at_once):
