@@ -70,18 +70,19 @@ def layer_parameters(config: Config) -> int:
     return config.layers * sum(inputs * outputs for inputs, outputs in layer_products(config))
 
 
+def product_bytes(products: list[tuple[int, int]], itemsize: int, int4: bool) -> int:
+    """Bytes of their weights; INT4 with scales and zeros."""
+    return sum(int4_bytes(*each) if int4 else itemsize * each[0] * each[1] for each in products)
+
+
 def layer_bytes(config: Config, itemsize: int, int4: bool) -> int:
-    """Bytes of the same."""
-    if int4:
-        return config.layers * sum(int4_bytes(*product) for product in layer_products(config))
-    return itemsize * layer_parameters(config)
+    """Bytes of all layers' weights."""
+    return config.layers * product_bytes(layer_products(config), itemsize, int4)
 
 
 def observed_bytes(slm: Config, itemsize: int, int4: bool) -> int:
     """`layer_bytes` without what comes after the last layer's attention: all that is asked of an SLM without drafts."""
-    rest = layer_products(slm)[1:]
-    each = [int4_bytes(*product) if int4 else itemsize * product[0] * product[1] for product in rest]
-    return layer_bytes(slm, itemsize, int4) - sum(each)
+    return layer_bytes(slm, itemsize, int4) - product_bytes(layer_products(slm)[1:], itemsize, int4)
 
 
 def step_bytes(

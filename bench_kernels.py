@@ -150,8 +150,6 @@ def main(argv: list[str] | None = None) -> int:
                          f"of at least {WINDOW_MIN} tokens (a shorter one stays whole) and a new token")  # fmt: skip
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here; leave it out, or --device cpu --pair tiny")
     try:
         return run(args)
     except ValueError as error:

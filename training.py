@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from backend import pick_device
 from corpus import END
 from model import Block, Config, Decoder
 
@@ -91,9 +92,7 @@ def options_from(args: argparse.Namespace) -> Options:
     for name in ("steps", "log_every", "eval_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
+    device = pick_device(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # the few fp32 products (attention rows) go to the tensor cores
     names = Options.__dataclass_fields__
