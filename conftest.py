@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():  # read when a kernel is defined: before the modules that define them
     os.environ["TRITON_INTERPRET"] = "1"
 
+from match import seen_window  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 from settings import Settings  # noqa: E402
 
@@ -59,6 +60,11 @@ def tiny_decoder(layers=2, heads=6, kv_heads=2, head_dim=16, seed=0, device="cpu
 def random_prompts(*lengths: int, seed: int = 0, vocab: int = 97) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+def window_rows(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """Attention matrices of every head on a whole text: (1, W) -> (L * H, W, W) fp32."""
+    return seen_window(decoder, tokens).rows(slice(None))
 
 
 def played(session, prompts, steps):

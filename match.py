@@ -116,11 +116,6 @@ def seen_window(decoder: Decoder, tokens: Tensor) -> Window:
     return window
 
 
-def window_rows(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Attention matrices of every head on one window: (1, W) -> (L * H, W, W) fp32. For the SLM, which is small."""
-    return seen_window(decoder, tokens).rows(slice(None))
-
-
 def match_heads(llm: Decoder, slm: Decoder, window: list[int], matcher: str, reach: float = math.inf) -> HeadMap:
     """Match every LLM head on a window of WINDOW_MIN..WINDOW_MAX token ids, which both models are run on."""
     tokens = torch.tensor([window], device=llm.device)

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from baselines import BASELINES, H2O, Oracle, PyramidInfer, SnapKV
-from conftest import random_prompts, tiny_decoder
+from conftest import random_prompts, tiny_decoder, window_rows
 from decode import FullPolicy, Session, generate, strip_pads
 from evicting import Budget
 from full_cache import FullCache
-from match import window_rows
 from naive_baselines import NAIVE, Naive, naive_h2o, naive_snapkv, top
 from pyramid import answer_shares, contexts, cosine, solve_pyramid
 from settings import Settings

@@ -12,12 +12,12 @@ import measures
 import overhead
 import studies
 from checkpoint import weight_bytes
-from conftest import random_prompts, tiny_decoder
+from conftest import random_prompts, tiny_decoder, window_rows
 from evaluate import METHODS
 from evicting import Budget
 from full_cache import FullCache
 from generate import load_pair
-from match import SINKS, WINDOW_MAX, match_heads, window_rows
+from match import SINKS, WINDOW_MAX, match_heads
 from model import Span
 from tasks import Sample
 from test_tasks import write_data, write_pair

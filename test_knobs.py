@@ -6,9 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from conftest import by_slm, played, random_prompts, tiny_decoder
+from conftest import by_slm, played, random_prompts, tiny_decoder, window_rows
 from decode import Session, generate
-from match import match_heads, window_rows
+from match import match_heads
 from settings import Settings, TierSizes
 from smallkv import SmallKV
 

@@ -8,10 +8,10 @@ import torch
 import kernels
 from backend import TRITON
 from cache import TieredCache
-from conftest import by_slm, check_ledgers, played, random_prompts, tiny_decoder
+from conftest import by_slm, check_ledgers, played, random_prompts, tiny_decoder, window_rows
 from decode import FullPolicy, Sampler, Session, generate, strip_pads
 from full_cache import FullCache, ScoredCache
-from match import accumulated_scores, window_rows
+from match import accumulated_scores
 from model import Span
 from settings import Settings, TierSizes
 from smallkv import SmallKV

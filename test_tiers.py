@@ -8,17 +8,9 @@ import pytest
 import torch
 
 from cache import assign_slots
-from conftest import random_prompts, tiny_decoder
+from conftest import random_prompts, tiny_decoder, window_rows
 from decode import Session
-from match import (
-    SINKS,
-    cosine_similarity,
-    jaccard_similarity,
-    layers_within,
-    match_heads,
-    row_features,
-    window_rows,
-)
+from match import SINKS, cosine_similarity, jaccard_similarity, layers_within, match_heads, row_features
 from settings import SMALL_BUDGET, Settings, TierSizes
 from smallkv import SmallKV, plan_tiers
 
