@@ -19,6 +19,7 @@ from bench_clock import random_decoder
 from bench_count import Setting, layer_bytes, layer_products, observed_bytes
 from full_cache import FullCache, ScoredCache
 from graph_sides import STORE, FullSide, ScoredSide, layers_together
+from host_memory import host_rows, rows_on_host
 from kernels_move import Moves
 from kernels_scores import CRITICAL
 from layers import Layers
@@ -111,10 +112,9 @@ class Shape:
             self.held[name] = make()
         return self.held[name]
 
-    def pinned(self, *shape: int) -> list[Tensor]:
+    def on_host(self, *shape: int) -> list[Tensor]:
         """K and V on the host; nobody looks at the numbers."""
-        cuda = self.device.type == "cuda"
-        return self.shared("host", lambda: [torch.empty(shape, dtype=self.dtype, pin_memory=cuda) for _ in range(2)])
+        return self.shared("host", lambda: [rows_on_host(shape, self.dtype, self.device) for _ in range(2)])
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def assign_slots(at: Shape, share: float, single: bool) -> Call:
     def work():
         for tier in tiers:
             moves.count.zero_()
-            at.backend.assign_slots(position, tier, CRITICAL, at.length, moves, newest, moved)
+            at.backend.assign_slots(position, tier, CRITICAL, at.length, at.capacity, moves, newest, moved)
 
     lists = 2 * moves.source.itemsize * L * at.pairs * moving  # where from and to
     return Call(work, [tiers[0][..., : at.tokens], position, at.length, moved],
@@ -217,10 +217,11 @@ def bring_rows(at: Shape, share: float, beside: bool = False) -> Call:
     """`share` of the critical set of one layer. beside: on a stream of its own, beside the LLM's two large products."""
     slots, count = at.slots[0][0], max(1, round(share * at.critical))
     key, value = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
-    host = at.pinned(at.batch, at.llm.kv_heads, at.capacity, at.llm.head_dim)
+    rows = host_rows(at.capacity)
+    host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim)
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
-    moves = Moves(*((pair * rows + at.pick(count, among).sort(-1).values).flatten().int()
-                    for rows, among in ((at.capacity, at.tokens - 1), (slots, at.critical))),
+    moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
+                    for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
                   torch.tensor(at.pairs * count, dtype=torch.int32, device=at.device))  # fmt: skip
     size = 2 * at.pairs * count * at.llm.head_dim * at.dtype.itemsize  # of K and V
     lists = [*moves]
@@ -249,7 +250,7 @@ def bring_rows(at: Shape, share: float, beside: bool = False) -> Call:
 
 def store_rows(at: Shape) -> Call:
     newest = at.draw(2, STORE, at.batch, 1, at.llm.kv_heads, at.llm.head_dim)
-    host = at.pinned(*newest.shape[1:3], at.llm.kv_heads, FEW, at.llm.head_dim)
+    host = at.on_host(*newest.shape[1:3], at.llm.kv_heads, host_rows(FEW), at.llm.head_dim)
     length = torch.full_like(at.length, FEW)
     return Call(lambda: at.backend.store_rows(newest, *host, length), [newest, length], [], pcie=newest.nbytes,
                 layers=STORE)  # fmt: skip

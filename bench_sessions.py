@@ -138,10 +138,7 @@ def ring_shift(turnover: float, session: Session) -> float:
 
 
 def largest(method: str, models, prompt: int, new: int, settings: Settings) -> Setting:
-    """The largest batch whose predicted caches fit: 92 % of the GPU beside the weights, 85 % of the host's free memory.
-
-    PyTorch rounds each pinned tensor up to a power of two, so K and V on the host are counted so.
-    """
+    """The largest batch whose predicted caches fit: 92 % of the GPU beside the weights, 85 % of the host's free RAM."""
     llm, slm = models
     policy = FullPolicy(llm) if method.startswith("full") else rival(method, llm, settings)
     policy = policy or SmallKV(llm, slm, settings)
@@ -150,11 +147,9 @@ def largest(method: str, models, prompt: int, new: int, settings: Settings) -> S
     device = sum(entry.size for entry in one if entry.device == llm.device.type)
     host = sum(entry.size for entry in one if entry.device != llm.device.type)
     room = 0.92 * torch.cuda.mem_get_info()[1] - sum(weights_of(model) for model in models)
-    batch = int(room // device)
     free = 0.85 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    while host and 2 << (batch * host // 2 - 1).bit_length() > free:
-        batch -= 1
-    return Setting(batch, prompt, new)
+    batch = min(room // device, free // host) if host else room // device
+    return Setting(int(batch), prompt, new)
 
 
 def moved_rows(method: str, session: Session, step) -> tuple[int, int]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from full_cache import Entry, FullCache, ScoredCache, table_bytes
-from kernels import column_sums, move_rows, tiered_attention
+from host_memory import host_rows, rows_on_host
+from kernels import column_sums, tiered_attention
 from model import Config, Span
 
 
@@ -64,13 +65,13 @@ class TieredCache:
 
     On the device there are two pools of slots, sized by the budget: the K pool (L, B, G, C, D) holds the keys of
     critical tokens, the V pool (L, B, G, N, D) the values of critical and marginal tokens. A token is critical if it is
-    in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token,
-    written once when the token is made; so leaving a pool copies nothing, a marginal token that turns critical brings
-    its key alone, and what comes back is the same to the bit.
+    in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token
+    (L, B, G, S', D), S' rows for S positions (host_memory.py), written once when the token is made; so leaving a pool
+    copies nothing, a marginal token that turns critical brings its key alone, and what comes back is the same to the
+    bit.
 
     prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
-    l + 1 begins. The plain path gathers them on the host, which waits for the indices: the copies overlap with the
-    LLM's kernels, the gathering does not. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its
+    l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its
     attention weights say of the tokens that it holds. one_way: and who has left the pools, for --no-saliency-shift.
     """
 
@@ -80,7 +81,7 @@ class TieredCache:
         sums: Callable = column_sums,
     ):  # fmt: skip
         device = torch.device(device)
-        self.config, self.prefetch, self.sums = config, prefetch, sums
+        self.config, self.capacity, self.prefetch, self.sums = config, capacity, prefetch, sums
         self.own_decay, self.one_way = own_decay, one_way
         base = (config.layers, batch, config.kv_heads)
         self.key = torch.empty(*base, critical_slots, config.head_dim, device=device, dtype=dtype)
@@ -88,9 +89,8 @@ class TieredCache:
         self.key_position = torch.full((*base, critical_slots), -1, dtype=torch.int32, device=device)
         self.value_position = torch.full((*base, value_slots), -1, dtype=torch.int32, device=device)
         self.value_slot = torch.zeros(*base, critical_slots, dtype=torch.int32, device=device)  # K slot -> V slot
-        pinned = device.type == "cuda"
-        self.host_key = torch.empty(*base, capacity, config.head_dim, dtype=dtype, pin_memory=pinned)
-        self.host_value = torch.empty(*base, capacity, config.head_dim, dtype=dtype, pin_memory=pinned)
+        shape = (*base, host_rows(capacity), config.head_dim)
+        self.host_key, self.host_value = (rows_on_host(shape, dtype, device) for _ in range(2))
         self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=dtype)  # this step's K and V
         self.newest_position: Tensor | None = None  # (B,), once a step has run
         if own_decay is not None:
@@ -169,9 +169,9 @@ class TieredCache:
         if self.newest_position is None:
             return
         B, G = self.host_key.shape[1:3]
-        position = self.newest_position.cpu()[None, :, None, None, None]  # (1, B, 1, 1, 1)
+        position = self.newest_position[None, :, None, None, None]  # (1, B, 1, 1, 1)
         index = position.expand(self.config.layers, B, G, 1, self.config.head_dim)
-        key, value = self.newest.cpu()[..., None, :]  # (L, B, G, 1, D)
+        key, value = self.newest[..., None, :]  # (L, B, G, 1, D)
         self.host_key.scatter_(3, index, key)
         self.host_value.scatter_(3, index, value)
 
@@ -215,15 +215,15 @@ class TieredCache:
         return weight * in_tier.repeat_interleave(share, 1)
 
     def _bring(self, pool: Tensor, slot: Tensor, host: Tensor, fresh: Tensor) -> int:
-        """Move the fresh tokens' rows from host (B, G, S, D) into pool (B, G, slots, D); returns how many.
+        """Move the fresh tokens' rows from host (B, G, S', D) into pool (B, G, slots, D); returns how many.
 
         The newest tokens of each sequence have slots but no rows yet: attention writes them.
         """
         moving = fresh & (torch.arange(fresh.shape[-1], device=fresh.device) < self._position[:, None, None])
         b, g, token = moving.nonzero(as_tuple=True)
         head = b * self.config.kv_heads + g
-        target = head * pool.shape[2] + slot[b, g, token]
-        move_rows(pool.view(-1, pool.shape[-1]), target, host.view(-1, host.shape[-1]), head * host.shape[2] + token)
+        target, source = head * pool.shape[2] + slot[b, g, token], head * host.shape[2] + token
+        pool.view(-1, pool.shape[-1])[target] = host.view(-1, host.shape[-1])[source]  # Algorithm 1, line 9
         return len(token)
 
     # -- attention --
@@ -289,7 +289,7 @@ class TieredCache:
             Entry("critical K, V", device, 2 * self.key.nbytes),
             Entry("marginal V", device, self.value.nbytes - self.key.nbytes),
             Entry("slot tables, newest K, V", device, tables),
-            Entry("host K, V", "pinned" if self.host_key.is_pinned() else "host", 2 * self.host_key.nbytes),
+            Entry("host K, V", "host", 2 * self.host_key.nbytes),
         ]
         if self.own_decay is not None:
             entries.append(Entry("scores", device, self.score.nbytes + self.one_way * self.score.numel()))
@@ -310,7 +310,7 @@ class TieredCache:
                 device,
                 table_bytes(torch.int32, rows, 2 * critical_slots + value_slots) + table_bytes(dtype, 2, rows, D),
             ),
-            Entry("host K, V", "pinned" if device == "cuda" else "host", 2 * table_bytes(dtype, rows, capacity, D)),
+            Entry("host K, V", "host", 2 * table_bytes(dtype, rows, host_rows(capacity), D)),
         ]
         if own_scores:
             entries.append(

@@ -116,10 +116,9 @@ class DraftedTiers(TieredCache):
 
     def keep(self, positions: list[int], kept: list[int]) -> None:
         """End the round: the kept tokens' K and V go to the host, the slots of the others are free."""
-        made = self.newest.cpu()
         for b, (at, count) in enumerate(zip(positions, kept)):
-            self.host_key[:, b, :, at : at + count] = made[0, :, b, :, :count]
-            self.host_value[:, b, :, at : at + count] = made[1, :, b, :, :count]
+            self.host_key[:, b, :, at : at + count] = self.newest[0, :, b, :, :count]
+            self.host_value[:, b, :, at : at + count] = self.newest[1, :, b, :, :count]
         ends = [at + count for at, count in zip(positions, kept)]
         free_from(self.key_position, ends)
         free_from(self.value_position, ends)

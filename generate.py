@@ -41,6 +41,7 @@ from decode import FullPolicy, Sampler, Session, Timing, check_positions, genera
 from evicting import Budget
 from graph import StaticSession
 from graph_speculative import StaticSpeculativeSession
+from host_memory import kind_of_host
 from kernels import SCORE_BLOCK
 from model import Decoder
 from quantize import int4_modules
@@ -298,6 +299,7 @@ def backend_line(pair: Pair, policy, backend: Backend) -> str:
     moving = "none (one tier)"
     if isinstance(policy, SmallKV):
         moving = "side stream" if static or (device.type == "cuda" and policy.settings.prefetch) else "in step"
+        moving += f", {kind_of_host(device)} memory" * (device.type == "cuda")
     dtype = str(pair.llm.dtype).removeprefix("torch.") + ", INT4 weights" * bool(int4_modules(pair.llm))
     return f"backend: {steps}, {device} ({name}), {dtype}, tier movement {moving}"
 

@@ -103,7 +103,7 @@ class TieredSide:
         self.marginal, self.fused, self.decay = settings.marginal, settings.fused, settings.score_decay
         self.moves, self.prior = None, None
         L, B, G, _ = self.cache.key_position.shape
-        N, S = self.cache.value_position.shape[3], self.cache.host_key.shape[3]
+        N, S = self.cache.value_position.shape[3], self.cache.capacity
         device = self.cache.key.device
         table = [settings.planned(n) for n in range(S + 1)]
         rows = [(size.critical, size.recent, size.marginal) for size in table]
@@ -203,12 +203,12 @@ class TieredSide:
             self.ranking, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior, position, self.moves,
             self.cache.score[layers] if self.fused else None, self.decay, self.lse,
         )  # fmt: skip
-        moves = self.key_moves.of(layers)
-        self.backend.assign_slots(position, tier, CRITICAL, self.length, moves, slot, self.moved[0])
+        moves, rows = self.key_moves.of(layers), self.cache.host_key.shape[3]
+        self.backend.assign_slots(position, tier, CRITICAL, self.length, rows, moves, slot, self.moved[0])
         if self.marginal:
             values, slot = self.cache.value_position[layers], self.new_value_slot[layers]
             moves = self.value_moves.of(layers)
-            self.backend.assign_slots(values, tier, MARGINAL, self.length, moves, slot, self.moved[1])
+            self.backend.assign_slots(values, tier, MARGINAL, self.length, rows, moves, slot, self.moved[1])
             self._lend(layers)
 
     def _admit(self) -> None:

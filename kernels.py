@@ -12,7 +12,6 @@ the twins that a faster kernel must equal, argument for argument.
 | `full_attention_block`   | drafts verified, full cache  | the same for several new tokens    |
 | `tiered_attention`       | LLM's decode step            | Eq. 6                              |
 | `tiered_attention_block` | drafts verified, three tiers | Eq. 6 for several new tokens       |
-| `move_rows`              | migration, host -> GPU slots | Algorithm 1, line 9                |
 
 Queries are scaled before the product, not after: unscaled products of fp16 can pass 65,504.
 
@@ -151,18 +150,3 @@ def tiered_attention_block(
     used = (weight != 0).any(2)[..., None]  # (B, G, N, 1)
     out = weight.to(value.dtype) @ value.where(used, 0)  # (B, G, H/G * T, D)
     return out.view(B, H, T, D), weight.view(B, H, T, N)
-
-
-def move_rows(target: Tensor, target_rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
-    """target[target_rows] = source[source_rows], bit for bit; both are (rows, D), the indices (moves,) int64.
-
-    Indices lie on the target's device. When the source is pinned host memory and the target a GPU, the rows are
-    gathered on the host and sent in one copy that does not block the caller's stream.
-    """
-    if source.device == target.device:
-        target[target_rows] = source[source_rows]
-        return
-    rows = source_rows.cpu()
-    staged = torch.empty(len(rows), source.shape[1], dtype=source.dtype, pin_memory=True)
-    torch.index_select(source, 0, rows, out=staged)
-    target[target_rows] = staged.to(target.device, non_blocking=True)

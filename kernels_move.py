@@ -1,9 +1,9 @@
-"""Rows that move between the tiers, in Triton: straight out of pinned host memory into slots, and the newest rows back.
+"""Rows that move between the tiers, in Triton: straight out of the host's memory into slots, and the newest rows back.
 
 Where it sits: slots (kernels_tiers.py) -> **movement** -> LLM, on side streams of the decode step (graph.py). The
-kernels read and write pinned memory themselves, so a captured graph moves whatever the tables on the device say
-(Algorithm 1, line 9); the bytes arrive as they left. Each function exists twice with one signature, `..._torch` (the
-twin) and `..._triton`.
+kernels read and write that memory themselves (host_memory.py), so a captured graph moves whatever the tables on the
+device say (Algorithm 1, line 9); the bytes arrive as they left. Each function exists twice with one signature,
+`..._torch` (the twin) and `..._triton`.
 
 Shapes follow the legend in model.py.
 """
@@ -48,21 +48,20 @@ def bring_rows_torch(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
     first: bool = False,
 ) -> None:  # fmt: skip
-    """Rows of one layer from the host, (B, G, S, D), into the slots that wait for them, (B, G, slots, D). first: of the
-    step, for which the LLM waits."""
+    """Rows of one layer from the host, (B, G, S', D), into the slots that wait for them, (B, G, slots, D). first: of
+    the step, for which the LLM waits."""
     for pool, host, moves in ((key, host_key, key_moves), (value, host_value, value_moves)):
         source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
-        pool.view(-1, pool.shape[-1])[target] = host.view(-1, host.shape[-1])[source.to(host.device)].to(pool.device)
+        pool.view(-1, pool.shape[-1])[target] = host.view(-1, host.shape[-1])[source]
 
 
 def store_rows_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
-    """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S, D).
+    """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S', D).
 
     length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous.
     """
-    newest = newest.to(host_key.device).transpose(3, 4)  # (2, L, B, G, T, D)
-    place = torch.arange(newest.shape[4], device=host_key.device)
-    position = length.long().to(host_key.device)[:, None] - 1 + place  # (B, T)
+    newest = newest.transpose(3, 4)  # (2, L, B, G, T, D)
+    position = length.long()[:, None] - 1 + torch.arange(newest.shape[4], device=newest.device)  # (B, T)
     index = position[None, :, None, :, None].expand(newest.shape[1:])
     for host, rows in zip((host_key, host_value), newest):
         host.scatter_(3, index, rows)

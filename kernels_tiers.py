@@ -31,13 +31,15 @@ TOKENS = 8192  # tokens at most that a program looks at together: 16 bytes a thr
 
 
 def assign_slots_torch(
-    position: Tensor, tier: Tensor, lowest: int, length: Tensor, moves: Moves, newest_slot: Tensor, moved: Tensor
-) -> None:
+    position: Tensor, tier: Tensor, lowest: int, length: Tensor, host_rows: int, moves: Moves, newest_slot: Tensor,
+    moved: Tensor,
+) -> None:  # fmt: skip
     """Give every token whose tier is at least `lowest` a slot of the pool; see cache.assign_slots.
 
     position (L, B, G, N) int32 is updated in place: the token in each slot, -1 if none. moves, those of the L layers
-    with counts of 0, is written; the newest token is not among them, its row is made on the device. newest_slot (L, B,
-    G) int32 is written: where the newest token lies. moved (1,) int64 grows by the rows to come.
+    with counts of 0, is written, where a KV head has host_rows rows on the host; the newest token is not among them,
+    its row is made on the device. newest_slot (L, B, G) int32 is written: where the newest token lies. moved (1,) int64
+    grows by the rows to come.
     """
     after = cache.assign_slots(position.long().flatten(0, 1), (tier >= lowest).flatten(0, 1))[0].view_as(position)
     newest = length.long()[:, None, None] - 1
@@ -47,7 +49,7 @@ def assign_slots_torch(
     slot = torch.arange(fresh.shape[3], device=after.device)
     for layer, new in enumerate(fresh):
         moves.count[layer] = count = new.sum()
-        moves.source[layer, :count] = (pair * tier.shape[3] + after[layer])[new].int()
+        moves.source[layer, :count] = (pair * host_rows + after[layer])[new].int()
         moves.target[layer, :count] = (pair * fresh.shape[3] + slot)[new].int()
     position.copy_(after)
     moved += moves.count.sum()
@@ -93,7 +95,7 @@ def admit_newest(position: Tensor, length: Tensor, newest_slot: Tensor) -> None:
 @triton.jit
 def _assign_kernel(
     position_ptr, tier_ptr, length_ptr, source_ptr, target_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr, kept_ptr,
-    slots, capacity, lowest, B,
+    slots, capacity, host_rows, lowest, B,
     G: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one sequence and layer. A scratch by token says who keeps his slot; the rest of the wanted queue
@@ -133,7 +135,7 @@ def _assign_kernel(
     layer = pair // pairs
     first = tl.atomic_add(count_ptr + layer, count)  # of the layer's list, for this KV head
     place = layer.to(tl.int64) * pairs * slots + first + nth
-    tl.store(source_ptr + place, pair % pairs * capacity + came, mask=fresh)
+    tl.store(source_ptr + place, pair % pairs * host_rows + came, mask=fresh)
     tl.store(target_ptr + place, pair % pairs * slots + slot, mask=fresh)
     tl.atomic_add(moved_ptr, count.to(tl.int64))
 
@@ -174,16 +176,17 @@ def slot_warps(width: int) -> int:
 
 
 def assign_slots_triton(
-    position: Tensor, tier: Tensor, lowest: int, length: Tensor, moves: Moves, newest_slot: Tensor, moved: Tensor
-) -> None:
+    position: Tensor, tier: Tensor, lowest: int, length: Tensor, host_rows: int, moves: Moves, newest_slot: Tensor,
+    moved: Tensor,
+) -> None:  # fmt: skip
     L, B, G, N = position.shape
     S = tier.shape[3]
     assert all(tensor.is_contiguous() for tensor in (position, tier, newest_slot, *moves))
     slots = triton.next_power_of_2(N)
     _assign_kernel[(L * B * G,)](
         position, tier, length, *moves, newest_slot, moved, torch.empty_like(position), torch.empty_like(tier),
-        N, S, lowest, B, G=G, SLOTS=slots, TOKENS=min(TOKENS, triton.next_power_of_2(S)), num_warps=slot_warps(slots),
-        num_stages=1,
+        N, S, host_rows, lowest, B, G=G, SLOTS=slots, TOKENS=min(TOKENS, triton.next_power_of_2(S)),
+        num_warps=slot_warps(slots), num_stages=1,
     )  # fmt: skip
 
 

@@ -89,12 +89,12 @@ def print_report(name: str, report: dict, console: Console) -> None:
     for entry in report["ledger"]:
         share = f"{entry['bytes'] / full:.1%}"
         table.add_row(entry["model"], entry["what"], entry["device"], _size(entry["bytes"]), share)
-    fast = sum(entry["bytes"] for entry in report["ledger"] if entry["device"] not in ("host", "pinned"))
+    fast = sum(entry["bytes"] for entry in report["ledger"] if entry["device"] != "host")
     table.add_section()
     table.add_row("both", "all but the host tier", "", _size(fast), f"{fast / full:.1%}", style="bold")
     console.print(table)
     if "ranks" in report:
-        sizes = [sum(entry["bytes"] for entry in rank if entry["device"] not in ("host", "pinned"))
+        sizes = [sum(entry["bytes"] for entry in rank if entry["device"] != "host")
                  for rank in report["ranks"]]  # fmt: skip
         console.print(f"on each of {len(sizes)} processes: {', '.join(map(_size, sizes))}", highlight=False)
     if report["ttft_s"] is None:

@@ -14,6 +14,7 @@ import kernels_eq6
 import kernels_layer
 import kernels_move
 import kernels_prefill
+from host_memory import rows_on_host
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs: without a GPU it interprets (conftest.py)
 HALF = {"cpu": [torch.float16], "cuda": [torch.bfloat16, torch.float16]}  # the interpreter has no bf16 arithmetic
@@ -194,8 +195,19 @@ def test_without_a_marginal_tier_a_value_is_at_its_keys_slot(critical, device):
 # ---- movement -------------------------------------------------------------------------------------------------------
 
 
-def pinned(tensor, device):
-    return tensor.pin_memory() if device == "cuda" else tensor
+def on_host(tensor, device):
+    return rows_on_host(tensor.shape, tensor.dtype, torch.device(device)).copy_(tensor)
+
+
+def test_memory_of_the_host_is_indexed_like_the_devices(device):
+    before = torch.cuda.memory_allocated()
+    rows = rows_on_host((3, 7, 32), torch.float16, torch.device(device))
+    assert rows.shape == (3, 7, 32) and rows.device.type == device and torch.cuda.memory_allocated() == before
+    rows.zero_()
+    index = torch.tensor([4, 1], device=device)
+    rows.view(-1, 32)[index] = 2.0
+    assert rows.sum().item() == 128 and (rows[0, index] == 2).all()
+    assert torch.equal(rows.cpu()[0, 1], torch.full((32,), 2.0, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("head_dim, at_once, large, first", [
@@ -203,12 +215,12 @@ def pinned(tensor, device):
     (32, 4, 16, True),
 ])  # fmt: skip
 def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, device, monkeypatch):
-    """Rows gathered from (pinned) host memory, in one turn or many, by two, four or eight programs; slots that nothing
+    """Rows gathered from host memory, in one turn or many, by two, four or eight programs; slots that nothing
     comes to keep what they had."""
     monkeypatch.setattr(kernels_move, "ROWS", at_once)
     monkeypatch.setattr(kernels_move, "LARGE", large)
     dtype = HALF[device][0]
-    host = [pinned(randn(2, 2, 99, head_dim, seed=seed, dtype=dtype), device) for seed in (0, 1)]
+    host = [on_host(randn(2, 2, 99, head_dim, seed=seed, dtype=dtype), device) for seed in (0, 1)]
     moves = []
     for slots, count in ((17, 41), (40, 0 if at_once == 512 else 160)):
         generator = torch.Generator().manual_seed(slots)
@@ -234,7 +246,7 @@ def test_newest_rows_reach_the_host(tokens, at_once, device, monkeypatch):
     newest, layers = randn(2, 7, 2, tokens, 2, 32, device=device), slice(2, 6)
     length = torch.tensor([5, 95], dtype=torch.int32, device=device)
     for store in (kernels_move.store_rows_torch, kernels_move.store_rows_triton):
-        host = [pinned(randn(7, 2, 2, 99, 32, seed=seed), device) for seed in (1, 2)]
+        host = [on_host(randn(7, 2, 2, 99, 32, seed=seed), device) for seed in (1, 2)]
         store(newest[:, layers], *(table[layers] for table in host), length)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -242,7 +254,7 @@ def test_newest_rows_reach_the_host(tokens, at_once, device, monkeypatch):
             expected = randn(7, 2, 2, 99, 32, seed=kind + 1)
             for b, at in enumerate((4, 94)):
                 expected[layers, b, :, at : at + tokens] = newest[kind, layers, b].cpu().transpose(1, 2)
-            assert torch.equal(made, expected)
+            assert torch.equal(made.cpu(), expected)
 
 
 # ---- prefill ---------------------------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_slots_equal_their_twin(slots, lengths, tokens, device, monkeypatch):
         newest = [torch.full((2, B, 2), 7, dtype=torch.int32, device=device) for _ in range(2)]
         lowest = 1 + step % 2
         for i, assign in enumerate((kernels_tiers.assign_slots_torch, kernels_tiers.assign_slots_triton)):
-            assign(positions[i], tier, lowest, length, moves[i], newest[i], moved[i])
+            assign(positions[i], tier, lowest, length, tier.shape[3] + 3, moves[i], newest[i], moved[i])
         for pair in (positions, newest, moved, [each.count for each in moves]):
             assert torch.equal(*pair)
         came = [set(zip(*(table[:count].tolist() for table in (each.source[layer], each.target[layer]))))
@@ -259,7 +259,7 @@ def test_lent_rows_equal_their_twin(group, device):
     for lowest, position in zip((2, 1), pools):
         unused = [kernels_move.Moves.none(position), torch.empty(2, 2, 2, dtype=torch.int32, device=device)]
         count = torch.zeros(1, dtype=torch.int64, device=device)
-        kernels_tiers.assign_slots_torch(position, tier, lowest, length, *unused, count)
+        kernels_tiers.assign_slots_torch(position, tier, lowest, length, tier.shape[3], *unused, count)
     results = []
     for lend, source in ((kernels_tiers.lend_rows_torch, row.nan_to_num(0)), (kernels_tiers.lend_rows_triton, row)):
         value_slot = torch.full_like(pools[0], 9)

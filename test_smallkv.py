@@ -149,7 +149,7 @@ def test_tiers_partition_the_positions_and_hold_the_right_bits(pair, name, devic
             for pool, names, host in ((cache.key, keys, cache.host_key), (cache.value, values, cache.host_value)):
                 for slot, j in enumerate(names):
                     if 0 <= j < n - 1:  # the newest token's row is on its way to the host
-                        assert torch.equal(pool[layer, b, g, slot].cpu(), host[layer, b, g, j])
+                        assert torch.equal(pool[layer, b, g, slot], host[layer, b, g, j])
             for slot, j in enumerate(keys):
                 if j >= 0:
                     assert values[cache.value_slot[layer, b, g, slot]] == j
@@ -187,7 +187,7 @@ def test_prompts_reach_the_host_while_others_are_prefilled(device):
     small.cache.finish_loading()
     for b, prompt in enumerate(prompts):
         for host, made in ((small.cache.host_key, full.cache.key), (small.cache.host_value, full.cache.value)):
-            torch.testing.assert_close(host[:, b, :, : len(prompt)], made[:, b, :, : len(prompt)].cpu())
+            torch.testing.assert_close(host[:, b, :, : len(prompt)], made[:, b, :, : len(prompt)])
     assert small.cache._copied is None
 
 
