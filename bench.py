@@ -54,7 +54,7 @@ from bench_transformers import time_transformers
 from decode import Session
 from graph import Step
 from model import Decoder
-from settings import SCORES, Settings
+from settings import OFFLOADS, SCORES, Settings
 
 METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph",
            *(f"{name}-eager" for name in RIVALS), "h2o-published")  # fmt: skip
@@ -178,7 +178,7 @@ def run(args) -> int:
     scores = args.scores or ("slm" if args.speculate else Settings.scores)
     settings = Settings(args.budget, score_decay=args.score_decay, scores=scores, marginal=args.marginal,
                         refresh=args.refresh, max_moves=args.max_moves, slm_budget=args.slm_budget,
-                        reach=args.reach)  # fmt: skip
+                        reach=args.reach, offload=args.offload)  # fmt: skip
     raws, configs = pair_configs(args.pair, args.slm_layers)
     rounded = args.quantize, args.slm_quantize
     models = [random_decoder(config, device, dtype, kind == "int4", each)
@@ -189,7 +189,7 @@ def run(args) -> int:
               "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
               "scores": scores, "max_moves": args.max_moves, "refresh": args.refresh,
-              "reach": str(args.reach),  # JSON has no inf
+              "reach": str(args.reach), "offload": args.offload,  # JSON has no inf
               "slm_layers": configs[1].layers, "slm_budget": args.slm_budget, "decode_only": args.decode_only,
               "ranks": team.size, "speculate": args.speculate, "ceilings": ceilings(clock), "rows": []}  # fmt: skip
     slm = f"SLM of {configs[1].layers} layers with {args.slm_budget:.0%} of its cache"
@@ -237,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
     parser.add_argument("--reach", type=float, default=Settings.reach, help="of the LLM's layers into the SLM's; inf: "
                         "into all, so that the SLM runs before the LLM and not beside it")  # fmt: skip
+    parser.add_argument("--offload", choices=OFFLOADS, default=Settings.offload, help="how the host holds K and V")
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")
     parser.add_argument("--slm-layers", type=int, metavar="N", help="the SLM's first N layers alone (A.3)")
     parser.add_argument("--slm-budget", type=float, default=1.0, metavar="SHARE",

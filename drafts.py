@@ -19,6 +19,7 @@ from torch import Tensor
 from cache import TieredCache
 from frugal import FrugalCache
 from full_cache import Entry, ScoredCache
+from host_memory import encode
 from kernels import tiered_attention_block
 from model import Span
 
@@ -117,8 +118,9 @@ class DraftedTiers(TieredCache):
     def keep(self, positions: list[int], kept: list[int]) -> None:
         """End the round: the kept tokens' K and V go to the host, the slots of the others are free."""
         for b, (at, count) in enumerate(zip(positions, kept)):
-            self.host_key[:, b, :, at : at + count] = self.newest[0, :, b, :, :count]
-            self.host_value[:, b, :, at : at + count] = self.newest[1, :, b, :, :count]
+            steps = self.steps_at((slice(None), b, slice(None), None))  # (L, G, 1, D) each
+            for host, made, step in zip((self.host_key, self.host_value), self.newest, steps):
+                host[:, b, :, at : at + count] = encode(made[:, b, :, :count], step)  # (L, G, count, D)
         ends = [at + count for at, count in zip(positions, kept)]
         free_from(self.key_position, ends)
         free_from(self.value_position, ends)

@@ -1,4 +1,4 @@
-"""Memory of the host that the GPU addresses by itself: where the offloaded tier lies.
+"""Memory of the host that the GPU addresses by itself, and 8-bit rows in it: where the offloaded tier lies.
 
 Where it sits: under the cache (cache.py), whose rows it holds; the movement (kernels_move.py) reads and writes it.
 
@@ -18,6 +18,11 @@ Managed memory lies in pieces of 2 MiB. Rows written at one step are at the same
 lie a multiple of some KiB apart, these rows fall on a few lines of the host's cache, and 4,096 of them took 10 ms
 instead of 0.04. So a KV head has an odd number of rows (`host_rows`).
 
+Rows may lie there in 8 bits (`Settings.offload`): round(x / step), with a step for each sequence, layer, KV head and
+channel, K's and V's alike. Keys have channels that are a hundred times as large as others, so one step a token would
+lose the small ones. The prompt says how large each channel gets (`steps_of`); what a later token has beyond that and
+a quarter is cut off.
+
 Shapes follow the legend in model.py.
 """
 
@@ -31,6 +36,23 @@ CONCURRENT_MANAGED_ACCESS = 89  # numbers of cuda.h
 ATTACH_GLOBAL = 1
 PREFERRED_LOCATION, ACCESSED_BY, HOST = 3, 5, -1
 PORTABLE_MAPPED = 1 | 2
+LEVELS = 127  # to either side of zero
+ROOM = 1.25  # how far beyond the prompt's largest a channel may go
+
+
+def steps_of(rows: Tensor) -> Tensor:
+    """What one level is worth in each channel: (..., n, D) -> (..., D) fp32."""
+    return (rows.abs().amax(-2).float() * (ROOM / LEVELS)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def encode(rows: Tensor, step: Tensor | None) -> Tensor:
+    """Rows as the host holds them: int8, step fp32 being broadcast over them; as they are if it is None."""
+    return rows if step is None else (rows.float() / step).clamp(-LEVELS, LEVELS).round().to(torch.int8)
+
+
+def decode(held: Tensor, step: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of the host as the GPU holds them."""
+    return held if step is None else (held * step).to(dtype)
 
 
 def host_rows(capacity: int) -> int:

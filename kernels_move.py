@@ -2,8 +2,8 @@
 
 Where it sits: slots (kernels_tiers.py) -> **movement** -> LLM, on side streams of the decode step (graph.py). The
 kernels read and write that memory themselves (host_memory.py), so a captured graph moves whatever the tables on the
-device say (Algorithm 1, line 9); the bytes arrive as they left. Each function exists twice with one signature,
-`..._torch` (the twin) and `..._triton`.
+device say (Algorithm 1, line 9); the bytes arrive as they left, or are rounded to 8 bits there and back
+(`Settings.offload`). Each function exists twice with one signature, `..._torch` (the twin) and `..._triton`.
 
 Shapes follow the legend in model.py.
 """
@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from host_memory import LEVELS, decode, encode
+
 # A mover has all threads of a multiprocessor: few whole ones are less of a loss than many halves, as a product's blocks
 # fill one and wait for it, and whatever shares one with rows that wait for PCIe waits too.
-ROWS = 512  # that a mover moves at once; a thousand under way fill PCIe
+ROWS = 512  # that a mover moves at once; a thousand under way fill PCIe. Half as many in 8 bits: registers
 MOVERS = 2  # that bring keys, and as many for values
 MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves take longer than a layer
 FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
+Steps = tuple[Tensor | None, Tensor | None]  # K's and V's where the host's rows are int8; else None
 
 
 class Moves(NamedTuple):
@@ -46,32 +49,42 @@ class Moves(NamedTuple):
 
 def bring_rows_torch(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
-    first: bool = False,
+    first: bool = False, steps: Steps = (None, None),
 ) -> None:  # fmt: skip
-    """Rows of one layer from the host, (B, G, S', D), into the slots that wait for them, (B, G, slots, D). first: of
-    the step, for which the LLM waits."""
-    for pool, host, moves in ((key, host_key, key_moves), (value, host_value, value_moves)):
+    """Rows of one layer from the host, (B, G, S', D), into the slots that wait for them, (B, G, slots, D).
+
+    first: of the step, for which the LLM waits. steps: K's and V's, (B, G, D) fp32 each, if the host's are int8.
+    """
+    both = (key, host_key, key_moves), (value, host_value, value_moves)
+    for (pool, host, moves), step in zip(both, steps):
         source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
-        pool.view(-1, pool.shape[-1])[target] = host.view(-1, host.shape[-1])[source]
+        step = None if step is None else step.flatten(0, 1)[source // host.shape[2]]  # (moves, D)
+        pool.view(-1, pool.shape[-1])[target] = decode(host.view(-1, host.shape[-1])[source], step, pool.dtype)
 
 
-def store_rows_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
+def store_rows_torch(
+    newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, steps: Steps = (None, None)
+) -> None:
     """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S', D).
 
-    length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous.
+    length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous. steps:
+    K's and V's, (L, B, G, D) fp32 each, if the host's are int8.
     """
     newest = newest.transpose(3, 4)  # (2, L, B, G, T, D)
     position = length.long()[:, None] - 1 + torch.arange(newest.shape[4], device=newest.device)  # (B, T)
     index = position[None, :, None, :, None].expand(newest.shape[1:])
-    for host, rows in zip((host_key, host_value), newest):
-        host.scatter_(3, index, rows)
+    for host, rows, step in zip((host_key, host_value), newest, steps):
+        host.scatter_(3, index, encode(rows, None if step is None else step[..., None, :]))
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _bring(pool_ptr, host_ptr, source_ptr, target_ptr, count, D: tl.constexpr, ROWS: tl.constexpr):
+def _bring(
+    pool_ptr, host_ptr, step_ptr, source_ptr, target_ptr, count, host_rows, D: tl.constexpr, ROWS: tl.constexpr,
+    INT8: tl.constexpr,
+):  # fmt: skip
     dim = tl.arange(0, D)
     for at in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         nth = at + tl.arange(0, ROWS)
@@ -79,24 +92,31 @@ def _bring(pool_ptr, host_ptr, source_ptr, target_ptr, count, D: tl.constexpr, R
         source = tl.load(source_ptr + nth, mask=coming, other=0).to(tl.int64)
         target = tl.load(target_ptr + nth, mask=coming, other=0).to(tl.int64)
         row = tl.load(host_ptr + source[:, None] * D + dim, mask=coming[:, None])
+        if INT8:
+            step = tl.load(step_ptr + (source // host_rows)[:, None] * D + dim, mask=coming[:, None])
+            row = (row.to(tl.float32) * step).to(pool_ptr.dtype.element_ty)
         tl.store(pool_ptr + target[:, None] * D + dim, row, mask=coming[:, None])
 
 
 @triton.jit
 def _bring_kernel(
-    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_source_ptr, key_target_ptr, key_count_ptr, value_source_ptr,
-    value_target_ptr, value_count_ptr, D: tl.constexpr, ROWS: tl.constexpr,
+    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_step_ptr, value_step_ptr, key_source_ptr, key_target_ptr,
+    key_count_ptr, value_source_ptr, value_target_ptr, value_count_ptr, host_rows,
+    D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
-        _bring(key_ptr, host_key_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), D, ROWS)
+        count = tl.load(key_count_ptr)
+        _bring(key_ptr, host_key_ptr, key_step_ptr, key_source_ptr, key_target_ptr, count, host_rows, D, ROWS, INT8)
     else:
-        _bring(value_ptr, host_value_ptr, value_source_ptr, value_target_ptr, tl.load(value_count_ptr), D, ROWS)
+        count = tl.load(value_count_ptr)
+        _bring(value_ptr, host_value_ptr, value_step_ptr, value_source_ptr, value_target_ptr, count, host_rows, D,
+               ROWS, INT8)  # fmt: skip
 
 
 @triton.jit
 def _store(
-    host_ptr, newest_ptr, length_ptr, lines, capacity, B: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr,
+    host_ptr, newest_ptr, step_ptr, length_ptr, lines, host_rows, B: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     dim = tl.arange(0, D)
     for at in range(0, lines, ROWS):
@@ -104,20 +124,27 @@ def _store(
         inside = line < lines
         sequence = line // (T * G)  # counts over the layers
         position = tl.load(length_ptr + sequence % B, mask=inside, other=1) - 1 + line // G % T
-        cell = ((sequence.to(tl.int64) * G + line % G) * capacity + position)[:, None] * D + dim
+        pair = sequence.to(tl.int64) * G + line % G
         row = tl.load(newest_ptr + line[:, None] * D + dim, mask=inside[:, None])
-        tl.store(host_ptr + cell, row, mask=inside[:, None])
+        if INT8:
+            step = tl.load(step_ptr + pair[:, None] * D + dim, mask=inside[:, None], other=1.0)
+            level = tl.minimum(tl.maximum(tl.div_rn(row.to(tl.float32), step), -LEVELS), LEVELS)
+            # Numbers near 1.5 * 2**23 have no fraction: adding that rounds, half to even as torch.round does.
+            row = ((level + 12582912.0) - 12582912.0).to(tl.int8)
+        tl.store(host_ptr + (pair * host_rows + position)[:, None] * D + dim, row, mask=inside[:, None])
 
 
 @triton.jit
 def _store_kernel(
-    newest_ptr, host_key_ptr, host_value_ptr, length_ptr, half, lines, capacity, B: tl.constexpr, G: tl.constexpr,
-    T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    newest_ptr, host_key_ptr, host_value_ptr, key_step_ptr, value_step_ptr, length_ptr, half, lines, host_rows,
+    B: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
-        _store(host_key_ptr, newest_ptr, length_ptr, lines, capacity, B, G, T, D, ROWS)
+        _store(host_key_ptr, newest_ptr, key_step_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS, INT8, LEVELS)
     else:
-        _store(host_value_ptr, newest_ptr + half, length_ptr, lines, capacity, B, G, T, D, ROWS)
+        _store(host_value_ptr, newest_ptr + half, value_step_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS, INT8,
+               LEVELS)  # fmt: skip
 
 
 # ---- The launchers ---------------------------------------------------------------------------------------------------
@@ -125,22 +152,28 @@ def _store_kernel(
 
 def bring_rows_triton(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
-    first: bool = False,
+    first: bool = False, steps: Steps = (None, None),
 ) -> None:  # fmt: skip
-    assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value))
+    int8 = steps[0] is not None
+    assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value, *steps[: 2 * int8]))
     programs = FIRST if first else MORE if key[..., 0].numel() > LARGE else MOVERS
+    steps = steps if int8 else (key, value)  # not read
     _bring_kernel[(programs, 2)](
-        key, value, host_key, host_value, *key_moves, *value_moves, D=key.shape[3], ROWS=ROWS, num_warps=32,
-        num_stages=1,
+        key, value, host_key, host_value, *steps, *key_moves, *value_moves, host_key.shape[2], D=key.shape[3],
+        ROWS=ROWS // (1 + int8), INT8=int8, num_warps=32, num_stages=1,
     )  # fmt: skip
 
 
-def store_rows_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
+def store_rows_triton(
+    newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, steps: Steps = (None, None)
+) -> None:
     _, L, B, T, G, D = newest.shape
-    assert newest[0].is_contiguous() and host_key.is_contiguous() and host_value.is_contiguous()
+    int8 = steps[0] is not None
+    assert all(tensor.is_contiguous() for tensor in (newest[0], host_key, host_value, *steps[: 2 * int8]))
     lines = L * B * T * G
-    rows = min(ROWS, triton.next_power_of_2(lines))
+    rows = min(ROWS // (1 + int8), triton.next_power_of_2(lines))
+    steps = steps if int8 else (newest, newest)  # not read
     _store_kernel[(2,)](
-        newest, host_key, host_value, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D, ROWS=rows,
-        num_warps=max(4, rows // 16), num_stages=1,
+        newest, host_key, host_value, *steps, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D,
+        ROWS=rows, INT8=int8, LEVELS=LEVELS, num_warps=max(4, rows // (16 >> int8)), num_stages=1,
     )  # fmt: skip

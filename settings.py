@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from match import MATCHERS, WINDOW_MIN
 
 SCORES = ("slm", "fused")
+OFFLOADS = ("exact", "int8")
 SMALL_BUDGET = 0.075  # below it the critical tokens stay as many as there (see Settings.sizes)
 
 
@@ -46,6 +47,9 @@ class Settings:
         in, and marginal tokens borrow from the newest row as ever; see `planned`.
     max_moves: at most that many tokens a KV head enter the critical set at a plan, see `limit_moves`; None: no limit.
     slm_budget: share of the SLM's own cache that it keeps, as H2O would; 1 keeps all. See frugal.py.
+    offload: how the host holds K and V: "exact", or "int8", half the bytes of 16-bit ones there and on their way. What
+        comes from the host is then rounded, the prompt too; what was made in a step is not until it has left the GPU
+        once. See host_memory.py; prompts must have WINDOW_MIN tokens.
 
     The defaults measured best on texts that nothing was chosen on (README, "Which setting"); `Settings.paper` is the
     paper's.
@@ -65,6 +69,7 @@ class Settings:
     gate: float | None = None
     max_moves: int | None = None
     slm_budget: float = 1.0
+    offload: str = "exact"
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
@@ -92,6 +97,8 @@ class Settings:
                              "marginal tier, which moves tokens of its own")  # fmt: skip
         if not 0 < self.slm_budget <= 1:
             raise ValueError(f"SLM budget {self.slm_budget} is outside (0, 1]; 0.4 keeps two fifths of the SLM's cache")
+        if self.offload not in OFFLOADS:
+            raise ValueError(f"unknown offload {self.offload!r}; supported: {', '.join(OFFLOADS)}")
 
     @classmethod
     def paper(cls, **changes) -> "Settings":

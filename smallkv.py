@@ -119,6 +119,7 @@ class SmallKV:
         self.models, self.sums = [llm, slm], sums
         self.keep_row = settings.marginal  # the SLM's newest row is lent to marginal tokens
         self.one_way = not settings.saliency_shift
+        self.int8 = settings.offload == "int8"
         self.own_scores = self.one_way or settings.fused  # the LLM's own attention on what it holds is remembered too
 
     @property
@@ -131,6 +132,9 @@ class SmallKV:
 
     def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
         """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
+        if self.int8 and min(lengths) < WINDOW_MIN:
+            raise ValueError(f"offload int8 takes its steps from the prompt: it needs {WINDOW_MIN} tokens, and one has "
+                             f"{min(lengths)}; offload exact takes any")  # fmt: skip
         batch, self.lengths = len(lengths), list(lengths)
         self.slm_cache = self.make_slm_cache(batch, capacity)
         self.maps: list[HeadMap | None] = [None] * batch
@@ -145,7 +149,7 @@ class SmallKV:
         slots = pool_slots(self.settings, min(lengths), capacity)
         self.cache = self.tiers(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch,
-            own_decay, self.one_way, self.sums,
+            own_decay, self.one_way, self.sums, self.int8,
         )  # fmt: skip
         return self.cache
 
@@ -164,7 +168,8 @@ class SmallKV:
         slots = pool_slots(self.settings, min(lengths), capacity)
         llm: Config = self.llm.config
         shape = (self.slm.config, batch, capacity, device, self.slm.dtype, self.keep_row)
-        share, refresh, own = self.settings.slm_budget, self.settings.refresh, (self.own_scores, self.one_way)
+        share, refresh = self.settings.slm_budget, self.settings.refresh
+        own = self.own_scores, self.one_way, self.int8
         return {
             "LLM": TieredCache.predict(llm, batch, capacity, *slots, device, self.llm.dtype, *own),
             "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),

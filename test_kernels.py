@@ -8,13 +8,14 @@ so are the weights of its values: a few units of bf16's 8 bits or fp16's 11. Pro
 import pytest
 import torch
 
+import host_memory
 import kernels
 import kernels_decode
 import kernels_eq6
 import kernels_layer
 import kernels_move
 import kernels_prefill
-from host_memory import rows_on_host
+from host_memory import encode, rows_on_host
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs: without a GPU it interprets (conftest.py)
 HALF = {"cpu": [torch.float16], "cuda": [torch.bfloat16, torch.float16]}  # the interpreter has no bf16 arithmetic
@@ -210,17 +211,37 @@ def test_memory_of_the_host_is_indexed_like_the_devices(device):
     assert torch.equal(rows.cpu()[0, 1], torch.full((32,), 2.0, dtype=torch.float16))
 
 
+def test_a_row_in_8_bits_is_within_half_a_step(device):
+    """Each channel by its own size; what passes the largest of the prompt by more than a quarter is cut off."""
+    prompt = randn(3, 40, 16, device=device) * torch.logspace(-3, 3, 16, device=device)
+    step = host_memory.steps_of(prompt)[:, None]  # (3, 1, 16)
+    assert torch.allclose(step, prompt.abs().amax(1, keepdim=True) * 1.25 / 127)
+    held = encode(prompt, step)
+    assert held.dtype == torch.int8 and held.abs().amax(1).eq(102).all()  # 127 / 1.25 is 101.6
+    assert ((host_memory.decode(held, step, torch.float32) - prompt).abs() <= 0.5001 * step).all()
+    assert (encode(2 * prompt, step).abs().amax(1) == 127).all()
+    assert encode(prompt, None) is prompt and host_memory.decode(prompt, None, torch.float32) is prompt
+    nothing = torch.zeros(2, 5, 16, device=device)
+    assert (encode(nothing, host_memory.steps_of(nothing)[:, None]) == 0).all()
+
+
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("head_dim, at_once, large, first", [
     (32, 512, 1 << 18, False), (128, 512, 1 << 18, True), (128, 4, 1 << 18, False), (32, 4, 16, False),
     (32, 4, 16, True),
 ])  # fmt: skip
-def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, device, monkeypatch):
+def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, int8, device, monkeypatch):
     """Rows gathered from host memory, in one turn or many, by two, four or eight programs; slots that nothing
     comes to keep what they had."""
     monkeypatch.setattr(kernels_move, "ROWS", at_once)
     monkeypatch.setattr(kernels_move, "LARGE", large)
     dtype = HALF[device][0]
-    host = [on_host(randn(2, 2, 99, head_dim, seed=seed, dtype=dtype), device) for seed in (0, 1)]
+    host, steps = [randn(2, 2, 99, head_dim, seed=seed, dtype=dtype) for seed in (0, 1)], (None, None)
+    if int8:
+        steps = [host_memory.steps_of(rows) for rows in host]  # (B, G, D)
+        host = [encode(rows, step[:, :, None]) for rows, step in zip(host, steps)]
+        steps = tuple(step.to(device) for step in steps)
+    host = [on_host(rows, device) for rows in host]
     moves = []
     for slots, count in ((17, 41), (40, 0 if at_once == 512 else 160)):
         generator = torch.Generator().manual_seed(slots)
@@ -232,10 +253,27 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, de
     results = []
     for bring in (kernels_move.bring_rows_torch, kernels_move.bring_rows_triton):
         pools = [randn(2, 2, slots, head_dim, seed=2, dtype=dtype, device=device) for slots in (17, 40)]
-        bring(*pools, *host, *moves, first)
+        bring(*pools, *host, *moves, first, steps)
         results.append(pools)
     for ours, twins in zip(results[1], results[0]):
         assert torch.equal(ours, twins)
+
+
+def test_newest_rows_in_8_bits_equal_their_twin(device):
+    """To the bit: numbers that lie half way between two levels, and some beyond the last one, are among them."""
+    step = [torch.rand(3, 2, 2, 32, generator=torch.Generator().manual_seed(seed)) + 0.01 for seed in (1, 2)]
+    level = torch.randint(-300, 300, (2, 3, 2, 5, 2, 32), generator=torch.Generator().manual_seed(0)) / 2
+    newest = (level * torch.stack(step)[:, :, :, None]).to(device)  # (2, L, B, T, G, D)
+    length, steps = torch.tensor([5, 90], dtype=torch.int32, device=device), tuple(each.to(device) for each in step)
+    tables = []
+    for store in (kernels_move.store_rows_torch, kernels_move.store_rows_triton):
+        host = [on_host(torch.zeros(3, 2, 2, 99, 32, dtype=torch.int8), device) for _ in range(2)]
+        store(newest, *host, length, steps)
+        tables.append([table.cpu() for table in host])
+    for kind, (twins, ours) in enumerate(zip(*tables)):
+        assert torch.equal(ours, twins)
+        expected = (level[kind, :, 1].transpose(1, 2)).clamp(-127, 127)  # (L, G, T, D)
+        assert ((twins[:, 1, :, 89:94].float() - expected).abs() <= 0.51).all() and twins[:, 1, :, 94:].eq(0).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])

@@ -1,0 +1,141 @@
+"""K and V on the host in 8 bits (`Settings.offload`): what is there, what comes back, on every path of a step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from backend import TORCH, TRITON
+from conftest import by_slm, check_ledgers, random_prompts
+from decode import FullPolicy, Session, generate
+from graph_speculative import StaticSpeculativeSession
+from host_memory import decode, encode, host_rows, steps_of
+from settings import Settings
+from smallkv import SmallKV
+from speculative import SpeculativeSession, SpeculativeSmallKV
+from test_graph import decoders, generate_static
+from test_graph_speculative import answers_of
+from test_speculative import near_pair
+
+INT8 = {
+    "default": Settings(offload="int8"),
+    "marginal": Settings(offload="int8", marginal=True),
+    "refresh, moves": Settings(offload="int8", refresh=3, max_moves=2),
+    "no prefetch": Settings(offload="int8", prefetch=False),
+    "no shift": by_slm(offload="int8", saliency_shift=False, marginal=True),
+}
+LENGTHS = (130, 157, 101)
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_the_host_has_levels_and_the_pools_what_they_stand_for(name, device):
+    """After every step: a prompt's rows are those of the full cache rounded, in the pools too; a token made later is
+    exact until it has left once, and on the host the rounding of that."""
+    llm, slm = decoders(device)
+    prompts = random_prompts(*LENGTHS)
+    session, full = (Session(llm, policy, prompts, 30) for policy in (SmallKV(llm, slm, INT8[name]), FullPolicy(llm)))
+    session.prefill(), full.prefill()
+    cache, exact = session.cache, set()
+    cache.finish_loading()
+    tables = (cache.host_key, cache.key_step, full.cache.key), (cache.host_value, cache.value_step, full.cache.value)
+    for (held, step, made), (b, n) in ((table, place) for table in tables for place in enumerate(LENGTHS)):
+        prompt = made[:, b, :, :n]  # (L, G, n, D)
+        assert torch.equal(step[:, b], steps_of(prompt))
+        assert torch.equal(held[:, b, :, :n], encode(prompt, step[:, b, :, None]))
+    for number in range(24):
+        session.step([number, 2 * number, 3 * number])
+        pools = (cache.key, cache.key_position, cache.host_key, cache.key_step), (
+            cache.value, cache.value_position, cache.host_value, cache.value_step)  # fmt: skip
+        for pool, position, held, step in pools:
+            for b, n in enumerate(LENGTHS):
+                rows, token = pool[:, b], position[:, b].long()  # (L, G, slots, D), (L, G, slots)
+                index = token.clamp(min=0)[..., None].expand_as(rows)
+                level, each = held[:, b].gather(2, index), step[:, b, :, None]
+                written = (token >= 0) & (token < session.lengths[b] - 1)  # the newest goes to the host a step later
+                assert torch.equal(encode(rows, each)[written], level[written])
+                same = (rows == decode(level, each, rows.dtype)).all(-1)
+                assert same[(token >= 0) & (token < n)].all()
+                exact |= {(b, t) for t in token[written & ~same].tolist()}
+    assert exact and all(t >= LENGTHS[b] for b, t in exact)
+
+
+@pytest.mark.parametrize("name", ["default", "marginal", "refresh, moves"])
+def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
+    """On a GPU captured, with Triton, against the eager path on the CPU: fp32 on both."""
+    prompts = random_prompts(*LENGTHS)
+    cpu, pair = decoders("cpu"), decoders(device)
+    expected = generate(cpu[0], SmallKV(*cpu, INT8[name]), prompts, 14)
+    session = Session(pair[0], SmallKV(*pair, INT8[name]), prompts, 14)
+    assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected
+
+
+def test_attention_hardly_sees_the_rounding(device):
+    """The whole budget, fixed tokens: logits beside those of the full cache."""
+    pair, prompts = decoders(device), random_prompts(*LENGTHS)
+    sessions = [Session(pair[0], policy, prompts, 10)
+                for policy in (FullPolicy(pair[0]), SmallKV(*pair, Settings(budget=1.0, offload="int8")))]  # fmt: skip
+    expected, rounded = [session.prefill() for session in sessions]
+    assert torch.equal(expected, rounded)
+    for number in range(8):
+        expected, rounded = [session.step([number] * 3) for session in sessions]
+        error = (rounded - expected).std() / expected.std()
+        assert 0 < error < 0.05, error
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+@torch.inference_mode()
+def test_rounds_with_drafts_keep_the_roundings(drafts, device):
+    """Eager rounds and static ones: the same answers and levels; of each kept token the rounding of what is held."""
+    prompts, backend = random_prompts(*LENGTHS), TORCH if device == "cpu" else TRITON
+    settings, pair = by_slm(offload="int8"), near_pair(device)
+    policies = [SpeculativeSmallKV(*pair, settings, drafts) for _ in range(2)]
+    eager = SpeculativeSession(pair[0], policies[0], prompts, 24)
+    static = StaticSpeculativeSession(backend, pair[0], policies[1], prompts, 24)
+    assert answers_of(static, 24) == answers_of(eager, 24)
+    for session in (eager, static):
+        cache = session.cache
+        if device == "cuda":
+            torch.cuda.synchronize()
+        for b, n in enumerate(session.lengths):
+            token = cache.key_position[:, b].long()  # (L, G, slots)
+            index, each = token.clamp(min=0)[..., None].expand_as(cache.key[:, b]), cache.key_step[:, b, :, None]
+            level, held = cache.host_key[:, b].gather(2, index), (token >= 0) & (token < n - 1)
+            assert torch.equal(encode(cache.key[:, b], each)[held], level[held]) and (token[held] >= LENGTHS[b]).any()
+    for b, n in enumerate(eager.lengths):
+        both = [session.cache.host_key[:, b, :, : n - 1] for session in (eager, static)]
+        assert (both[0] != both[1]).float().mean() < 0.01  # a last bit may tip a number that lies half way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ledger_counts_one_byte_a_number_and_the_steps(dtype, device):
+    pair = [model.to(dtype) for model in decoders(device)]
+    policy = SmallKV(*pair, INT8["marginal"])
+    check_ledgers(policy, [150, 120], 300)
+    ledgers = [SmallKV(*pair, replace(INT8["marginal"], offload=kind)).predict([150, 120], 300)["LLM"]
+               for kind in ("int8", "exact")]  # fmt: skip
+    host = [sum(entry.size for entry in ledger if entry.device == "host") for ledger in ledgers]
+    assert host[0] * dtype.itemsize == host[1] == 2 * 2 * 2 * 2 * host_rows(300) * 16 * dtype.itemsize
+    steps = [entry.size for entry in ledgers[0] if entry.what == "steps of 8 bits"]
+    assert steps == [2 * 2 * 2 * 2 * 16 * 4]
+
+
+def test_what_moves_is_counted_in_bytes_of_the_host(device):
+    pair, prompts, moved = decoders(device), random_prompts(*LENGTHS), []
+    for kind in ("exact", "int8"):
+        session = Session(pair[0], SmallKV(*pair, Settings(offload=kind)), prompts, 12)
+        session.prefill()
+        for number in range(6):
+            session.step([number] * 3)
+        rows = session.cache.keys_moved + session.cache.values_moved - session.cache.filled
+        moved.append(session.cache.moved_bytes() / rows)
+    assert moved[0] == pytest.approx(4 * moved[1])  # fp32
+
+
+def test_short_prompts_and_other_names_are_refused():
+    pair = decoders("cpu")
+    with pytest.raises(ValueError, match="unknown offload 'int4'; supported: exact, int8"):
+        Settings(offload="int4")
+    policy = SmallKV(*pair, INT8["default"])
+    with pytest.raises(ValueError, match="needs 100 tokens, and one has 99; offload exact takes any"):
+        Session(pair[0], policy, random_prompts(130, 99), 4)
+    assert len(generate(pair[0], policy, random_prompts(100), 4)[0]) == 4
