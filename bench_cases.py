@@ -378,6 +378,7 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
         "2 %": partial(bring_rows, share=0.02),
         "10 %": partial(bring_rows, share=0.1),
         "20 %": partial(bring_rows, share=0.2),
+        "2 %, beside gate_product, split_product": partial(bring_rows, share=0.02, beside=True),
         "10 %, beside gate_product, split_product": partial(bring_rows, share=0.1, beside=True),
     },
     "store_rows": {"some layers": store_rows},

@@ -19,7 +19,8 @@ from host_memory import LEVELS, decode, encode
 
 # A mover has all threads of a multiprocessor: few whole ones are less of a loss than many halves, as a product's blocks
 # fill one and wait for it, and whatever shares one with rows that wait for PCIe waits too.
-ROWS = 512  # that a mover moves at once; a thousand under way fill PCIe. Half as many in 8 bits: registers
+ROWS = 512  # that a mover moves at once; a thousand under way fill PCIe
+BRING8, STORE8 = 256, 128  # at once in 8 bits: what fits into the registers of its threads
 MOVERS = 2  # that bring keys, and as many for values
 MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves take longer than a layer
 FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
@@ -160,7 +161,7 @@ def bring_rows_triton(
     steps = steps if int8 else (key, value)  # not read
     _bring_kernel[(programs, 2)](
         key, value, host_key, host_value, *steps, *key_moves, *value_moves, host_key.shape[2], D=key.shape[3],
-        ROWS=ROWS // (1 + int8), INT8=int8, num_warps=32, num_stages=1,
+        ROWS=min(ROWS, BRING8) if int8 else ROWS, INT8=int8, num_warps=32, num_stages=1,
     )  # fmt: skip
 
 
@@ -171,9 +172,10 @@ def store_rows_triton(
     int8 = steps[0] is not None
     assert all(tensor.is_contiguous() for tensor in (newest[0], host_key, host_value, *steps[: 2 * int8]))
     lines = L * B * T * G
-    rows = min(ROWS // (1 + int8), triton.next_power_of_2(lines))
+    most = STORE8 if int8 else ROWS
+    rows = min(ROWS, most, triton.next_power_of_2(lines))
     steps = steps if int8 else (newest, newest)  # not read
     _store_kernel[(2,)](
         newest, host_key, host_value, *steps, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D,
-        ROWS=rows, INT8=int8, LEVELS=LEVELS, num_warps=max(4, rows // (16 >> int8)), num_stages=1,
+        ROWS=rows, INT8=int8, LEVELS=LEVELS, num_warps=max(4, 32 * rows // most), num_stages=1,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def test_bytes_of_the_layers_are_those_of_the_weights_and_the_cache():
         assert call.size == 4 * (3 * inputs + inputs * outputs + (number == 0) * outputs + 3 * outputs)
 
 
-@pytest.mark.parametrize("share", ["2 %", "10 %", "20 %", "10 %, beside gate_product, split_product"])
+@pytest.mark.parametrize("share", CASES["bring_rows"])
 def test_rows_that_come_are_those_counted(share):
     """Host memory is NaN here (conftest.py): each row that came is seen in the pool."""
     at = shape(Setting(2, 400, 8))
@@ -129,7 +129,7 @@ def test_rows_that_come_are_those_counted(share):
     for pool in (key, value):
         assert pool.isnan().all(-1).sum(-1).tolist() == [[rows] * 2] * 2
     assert call.pcie == 2 * pool.isnan().sum().item() * pool.itemsize
-    alone = CASES["bring_rows"]["10 %"](at).size
+    alone = CASES["bring_rows"][share.split(",")[0]](at).size
     if "beside" in share:
         assert call.size == alone + sum(CASES[name]["LLM"](at).size for name in ("gate_product", "split_product"))
     else:
