@@ -20,9 +20,9 @@ from host_memory import LEVELS, decode, encode
 # A mover has all threads of a multiprocessor: few whole ones are less of a loss than many halves, as a product's blocks
 # fill one and wait for it, and whatever shares one with rows that wait for PCIe waits too.
 ROWS = 512  # that a mover moves at once; a thousand under way fill PCIe
-BRING8, STORE8 = 256, 128  # at once in 8 bits: what fits into the registers of its threads
+PARTS8, STORE8 = 4, 128  # 8 bits: rows on their way are small, but not what they become: a part of them at a time
 MOVERS = 2  # that bring keys, and as many for values
-MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves take longer than a layer
+MORE, MORE8, LARGE = 4, 6, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves outlast a layer
 FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
 Steps = tuple[Tensor | None, Tensor | None]  # K's and V's where the host's rows are int8; else None
 
@@ -84,34 +84,41 @@ def store_rows_torch(
 @triton.jit
 def _bring(
     pool_ptr, host_ptr, step_ptr, source_ptr, target_ptr, count, host_rows, D: tl.constexpr, ROWS: tl.constexpr,
-    INT8: tl.constexpr,
+    PARTS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    dim = tl.arange(0, D)
-    for at in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
-        nth = at + tl.arange(0, ROWS)
-        coming = nth < count
-        source = tl.load(source_ptr + nth, mask=coming, other=0).to(tl.int64)
-        target = tl.load(target_ptr + nth, mask=coming, other=0).to(tl.int64)
-        row = tl.load(host_ptr + source[:, None] * D + dim, mask=coming[:, None])
-        if INT8:
-            step = tl.load(step_ptr + (source // host_rows)[:, None] * D + dim, mask=coming[:, None])
-            row = (row.to(tl.float32) * step).to(pool_ptr.dtype.element_ty)
-        tl.store(pool_ptr + target[:, None] * D + dim, row, mask=coming[:, None])
+    # Eight numbers a thread, where they come from and where they go: else threads would have to exchange them.
+    dim = tl.max_contiguous(tl.arange(0, D), 8)
+    for at in range(tl.program_id(0) * PARTS * ROWS, count, tl.num_programs(0) * PARTS * ROWS):
+        sources, rows = (), ()
+        for part in tl.static_range(PARTS):  # all are on their way before the first is waited for
+            nth = at + part * ROWS + tl.arange(0, ROWS)
+            source = tl.load(source_ptr + nth, mask=nth < count, other=0)
+            row = tl.load(host_ptr + source.to(tl.int64)[:, None] * D + dim, mask=(nth < count)[:, None])
+            sources, rows = sources + (source,), rows + (row,)
+        for part in tl.static_range(PARTS):
+            nth = at + part * ROWS + tl.arange(0, ROWS)
+            row = rows[part]
+            if INT8:
+                step = tl.load(step_ptr + (sources[part] // host_rows)[:, None] * D + dim)
+                row = (row.to(tl.float32) * step).to(pool_ptr.dtype.element_ty)
+            target = tl.load(target_ptr + nth, mask=nth < count, other=0)
+            tl.store(pool_ptr + target.to(tl.int64)[:, None] * D + dim, row, mask=(nth < count)[:, None])
 
 
 @triton.jit
 def _bring_kernel(
     key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_step_ptr, value_step_ptr, key_source_ptr, key_target_ptr,
     key_count_ptr, value_source_ptr, value_target_ptr, value_count_ptr, host_rows,
-    D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
         count = tl.load(key_count_ptr)
-        _bring(key_ptr, host_key_ptr, key_step_ptr, key_source_ptr, key_target_ptr, count, host_rows, D, ROWS, INT8)
+        _bring(key_ptr, host_key_ptr, key_step_ptr, key_source_ptr, key_target_ptr, count, host_rows, D, ROWS, PARTS,
+               INT8)  # fmt: skip
     else:
         count = tl.load(value_count_ptr)
         _bring(value_ptr, host_value_ptr, value_step_ptr, value_source_ptr, value_target_ptr, count, host_rows, D,
-               ROWS, INT8)  # fmt: skip
+               ROWS, PARTS, INT8)  # fmt: skip
 
 
 @triton.jit
@@ -157,11 +164,12 @@ def bring_rows_triton(
 ) -> None:  # fmt: skip
     int8 = steps[0] is not None
     assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value, *steps[: 2 * int8]))
-    programs = FIRST if first else MORE if key[..., 0].numel() > LARGE else MOVERS
+    more, parts = (MORE8, PARTS8) if int8 else (MORE, 1)
+    programs = FIRST if first else more if key[..., 0].numel() > LARGE else MOVERS
     steps = steps if int8 else (key, value)  # not read
     _bring_kernel[(programs, 2)](
         key, value, host_key, host_value, *steps, *key_moves, *value_moves, host_key.shape[2], D=key.shape[3],
-        ROWS=min(ROWS, BRING8) if int8 else ROWS, INT8=int8, num_warps=32, num_stages=1,
+        ROWS=ROWS // parts, PARTS=parts, INT8=int8, num_warps=32, num_stages=1,
     )  # fmt: skip
 
 
