@@ -149,8 +149,11 @@ def largest(method: str, models, prompt: int, new: int, settings: Settings) -> S
     host = sum(entry.size for entry in one if entry.device != llm.device.type)
     room = 0.92 * torch.cuda.mem_get_info()[1] - sum(weights_of(model) for model in models)
     free = 0.85 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    batch = min(room // device, free // host) if host else room // device
-    return Setting(int(batch), prompt, new)
+    batch = int(min(room // device, free // host) if host else room // device)
+    if batch < 1:
+        raise ValueError(f"--largest: {prompt} + {new} tokens of {method} need {device / 1e9:.1f} GB on the GPU and "
+                         f"{host / 1e9:.1f} on the host; free are {room / 1e9:.1f} and {free / 1e9:.1f}")  # fmt: skip
+    return Setting(batch, prompt, new)
 
 
 def moved_rows(method: str, session: Session, step) -> tuple[int, int]:

@@ -71,8 +71,8 @@ class TieredCache:
     bit; with int8 it is the nearest of 255 levels, steps apart: K's and V's, (L, B, G, D) fp32 each, from the prompt.
 
     prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
-    l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its
-    attention weights say of the tokens that it holds. one_way: and who has left the pools, for --no-saliency-shift.
+    l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its attention weights say of
+    the tokens that it holds. one_way: and who has left the pools, for --no-saliency-shift.
     """
 
     def __init__(
@@ -199,6 +199,8 @@ class TieredCache:
     def _move(self, layer: int) -> Tensor:
         """Carry out one layer's plan; returns the borrowed weights by V slot (B, H, N), 0 on critical tokens."""
         plan = self._plan(layer)
+        if layer + 1 == self.config.layers:
+            self._plan = None  # a policy that holds a cache that holds the policy is given back late
         G = self.config.kv_heads
         keys, key_slot, fresh_keys = assign_slots(self.key_position[layer].long(), plan.critical)
         held = plan.critical | plan.marginal

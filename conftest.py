@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():  # read when a kernel is defined: before the modules that define them
     os.environ["TRITON_INTERPRET"] = "1"
 
+import bench_cases  # noqa: E402
+import cache  # noqa: E402
+import host_memory  # noqa: E402
 from match import seen_window  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 from settings import Settings  # noqa: E402
@@ -30,8 +33,9 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Every `torch.empty` of floats comes filled with NaN: whoever reads a hole in a tier must show it."""
-    empty = torch.empty
+    """Every `torch.empty` of floats comes filled with NaN: whoever reads a hole in a tier must show it. So do the rows
+    of the host; in 8 bits they are -128, which no number is rounded to."""
+    empty, rows_on_host = torch.empty, host_memory.rows_on_host
 
     def poisoned(*size, **options):
         tensor = empty(*size, **options)
@@ -39,7 +43,12 @@ def poisoned_memory(monkeypatch):
             tensor.fill_(torch.nan)
         return tensor
 
+    def poisoned_rows(shape, dtype, device):
+        return rows_on_host(shape, dtype, device).fill_(torch.nan if dtype.is_floating_point else -128)
+
     monkeypatch.setattr(torch, "empty", poisoned)
+    for module in (cache, bench_cases):
+        monkeypatch.setattr(module, "rows_on_host", poisoned_rows)
 
 
 def tiny_decoder(layers=2, heads=6, kv_heads=2, head_dim=16, seed=0, device="cpu", vocab=97, **changes) -> Decoder:

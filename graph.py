@@ -25,6 +25,8 @@ is fixed at the start. `FullPolicy` gives the graphed full cache: the rival, wit
 Shapes follow the legend in model.py; decode drops the T dimension.
 """
 
+import gc
+
 import torch
 from torch import Tensor
 
@@ -137,6 +139,7 @@ class Step:
 
     def capture(self) -> None:
         """Record the body as a CUDA graph, or two, once `warm` steps have compiled the kernels and filled the pools."""
+        gc.collect()  # or an older session's memory on the host is given back in mid-capture, which must not wait
         torch.cuda.synchronize()
         graphs, pool = {}, None
         for plan in (True, False)[: self.refresh]:

@@ -26,6 +26,8 @@ Shapes follow the legend in model.py; T = K + 1 tokens of a round. Rows of the L
 own one after the other.
 """
 
+import gc
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -239,6 +241,7 @@ class Round:
 
     def capture(self) -> None:
         """Record the body as a CUDA graph, once `warm` rounds have compiled the kernels and filled the pools."""
+        gc.collect()  # as in graph.Step.capture
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         # Recording runs nothing: the state stays as it is. thread_local: NCCL's own thread may go on meanwhile.

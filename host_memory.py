@@ -21,13 +21,14 @@ instead of 0.04. So a KV head has an odd number of rows (`host_rows`).
 Rows may lie there in 8 bits (`Settings.offload`): round(x / step), with a step for each sequence, layer, KV head and
 channel, K's and V's alike. Keys have channels that are a hundred times as large as others, so one step a token would
 lose the small ones. The prompt says how large each channel gets (`steps_of`); what a later token has beyond that and
-a quarter is cut off.
+a quarter is cut off. All numbers are taken to be finite.
 
 Shapes follow the legend in model.py.
 """
 
 import ctypes
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -38,11 +39,14 @@ PREFERRED_LOCATION, ACCESSED_BY, HOST = 3, 5, -1
 PORTABLE_MAPPED = 1 | 2
 LEVELS = 127  # to either side of zero
 ROOM = 1.25  # how far beyond the prompt's largest a channel may go
+LEAST = 0.01  # of a head's mean step: what a channel has that the prompt did not use
+OUT_OF_MEMORY = 2
 
 
 def steps_of(rows: Tensor) -> Tensor:
     """What one level is worth in each channel: (..., n, D) -> (..., D) fp32."""
-    return (rows.abs().amax(-2).float() * (ROOM / LEVELS)).clamp(min=torch.finfo(torch.float32).tiny)
+    step = rows.abs().amax(-2).float() * (ROOM / LEVELS)
+    return step.maximum(LEAST * step.mean(-1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def encode(rows: Tensor, step: Tensor | None) -> Tensor:
@@ -75,7 +79,9 @@ def kind_of_host(device: str | torch.device) -> str:
 def rows_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of `device`, not filled, whose bytes lie in the host's memory and are given back with it.
 
-    RuntimeError names the driver's call that failed, most likely for want of memory.
+    torch.OutOfMemoryError if the driver says so; where it promises more than the host has, Linux may end the process
+    when the memory is written to: who asks for much looks first (generate.check_caches_fit). RuntimeError names another
+    failed call.
     """
     kind = kind_of_host(device)
     if kind == "host":
@@ -84,7 +90,8 @@ def rows_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
         torch.cuda.synchronize()  # now the driver has a context
         held = _HostBytes(math.prod(shape) * dtype.itemsize, kind, torch.cuda.current_device())
         flat = torch.as_tensor(held, device=device)
-    assert flat.data_ptr() == held.address, "the tensor is a copy"
+    if flat.data_ptr() != held.address:
+        raise RuntimeError(f"host memory at {held.address:#x} was copied to {device} instead of being addressed there")
     return flat.view(dtype).view(shape)
 
 
@@ -93,14 +100,14 @@ class _HostBytes:
 
     def __init__(self, size: int, kind: str, number: int):
         where = ctypes.c_uint64()
+        self.device, self._free = number, "cuMemFree_v2" if kind == "managed" else "cuMemFreeHost"
         if kind == "managed":
             _call("cuMemAllocManaged", ctypes.byref(where), ctypes.c_size_t(size), ATTACH_GLOBAL)
-            self._free = "cuMemFree_v2"
-            _call("cuMemAdvise", where, ctypes.c_size_t(size), PREFERRED_LOCATION, HOST)
         else:
             _call("cuMemHostAlloc", ctypes.byref(where), ctypes.c_size_t(size), PORTABLE_MAPPED)
-            self._free = "cuMemFreeHost"
         self.address = where.value
+        if kind == "managed":
+            _call("cuMemAdvise", where, ctypes.c_size_t(size), PREFERRED_LOCATION, HOST)
         # Written once by the host: before that there are no pages to map.
         torch.frombuffer((ctypes.c_ubyte * size).from_address(self.address), dtype=torch.uint8).zero_()
         if kind == "managed":
@@ -110,8 +117,11 @@ class _HostBytes:
         }  # fmt: skip
 
     def __del__(self):
-        if hasattr(self, "address"):
-            _driver()[self._free](ctypes.c_uint64(self.address))  # waits for the device; at exit it may be gone
+        if not hasattr(self, "address") or sys.is_finalizing():  # at exit the driver gives everything back
+            return
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()  # a kernel may still be at it
+            _call(self._free, ctypes.c_uint64(self.address))
 
 
 def _driver() -> ctypes.CDLL:
@@ -122,4 +132,5 @@ def _call(name: str, *arguments) -> None:
     if error := _driver()[name](*arguments):
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(error, ctypes.byref(text))
-        raise RuntimeError(f"{name} failed: {(text.value or b'unknown error').decode()} ({error})")
+        kind = torch.OutOfMemoryError if error == OUT_OF_MEMORY else RuntimeError
+        raise kind(f"{name} failed: {(text.value or b'unknown error').decode()} ({error})")

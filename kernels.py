@@ -1,7 +1,7 @@
-"""Every attention and every movement of a tier, each behind one function: the plain PyTorch truth.
+"""Every attention, each behind one function: the plain PyTorch truth.
 
-Where it sits: below the caches (cache.py), which call nothing else to attend or to move bytes. The functions here are
-the twins that a faster kernel must equal, argument for argument.
+Where it sits: below the caches (cache.py), which call nothing else to attend. The functions here are the twins that a
+faster kernel must equal, argument for argument.
 
 | function                 | flow                         | paper                              |
 | ------------------------ | ---------------------------- | ---------------------------------- |

@@ -1,10 +1,14 @@
 """K and V on the host in 8 bits (`Settings.offload`): what is there, what comes back, on every path of a step."""
 
+import gc
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+import bench
+import generate as command
 from backend import TORCH, TRITON
 from conftest import by_slm, check_ledgers, random_prompts
 from decode import FullPolicy, Session, generate
@@ -106,11 +110,49 @@ def test_rounds_with_drafts_keep_the_roundings(drafts, device):
         assert (both[0] != both[1]).float().mean() < 0.01  # a last bit may tip a number that lies half way
 
 
+def test_a_later_outlier_is_cut_and_harms_no_other_channel(device):
+    """Of a token that was made in a step, in the eager store and the static one; the next plan may bring it."""
+    (llm, slm), prompts = decoders(device), random_prompts(*LENGTHS)
+    session = Session(llm, SmallKV(llm, slm, INT8["default"]), prompts, 10)
+    session.prefill()
+    session.step([1, 2, 3])
+    cache, position = session.cache, torch.tensor(LENGTHS, dtype=torch.int32, device=device) + 1
+    cache.newest[0, 1, 2, 1, 5] = 1e4
+    expected = encode(cache.newest[0], cache.key_step)  # (L, B, G, D)
+    assert expected[1, 2, 1, 5] == 127 and expected[1, 2, 1].abs().sum() > 127
+    store = (TORCH if device == "cpu" else TRITON).store_rows
+    store(cache.newest[:, :, :, None], cache.host_key, cache.host_value, position, cache.steps_at(...))
+    static = cache.host_key.clone()
+    cache._store_newest()
+    for held in (static, cache.host_key):
+        for b, n in enumerate(LENGTHS):
+            assert torch.equal(held[:, b, :, n], expected[:, b])
+
+
+def test_a_capture_is_not_disturbed_by_a_session_that_is_gone():
+    """Its memory on the host is given back, which waits for the device: not while a graph is recorded."""
+    if not torch.cuda.is_available():
+        pytest.skip("captures need a GPU")
+    pair, prompts = decoders("cuda"), random_prompts(*LENGTHS)
+    expected = generate(pair[0], SmallKV(*pair, Settings()), prompts, 8)
+    older = Session(pair[0], SmallKV(*pair, Settings()), prompts, 8)
+    generate_static(older, 8, TRITON)
+    older.itself = older
+    session, before = Session(pair[0], SmallKV(*pair, Settings()), prompts, 8), gc.get_threshold()
+    del older
+    try:
+        gc.set_threshold(1)
+        assert generate_static(session, 8, TRITON) == expected
+    finally:
+        gc.set_threshold(*before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ledger_counts_one_byte_a_number_and_the_steps(dtype, device):
     pair = [model.to(dtype) for model in decoders(device)]
     policy = SmallKV(*pair, INT8["marginal"])
     check_ledgers(policy, [150, 120], 300)
+    check_ledgers(SpeculativeSmallKV(*pair, by_slm(offload="int8"), 3), [150, 120], 300)
     ledgers = [SmallKV(*pair, replace(INT8["marginal"], offload=kind)).predict([150, 120], 300)["LLM"]
                for kind in ("int8", "exact")]  # fmt: skip
     host = [sum(entry.size for entry in ledger if entry.device == "host") for ledger in ledgers]
@@ -129,6 +171,26 @@ def test_what_moves_is_counted_in_bytes_of_the_host(device):
         rows = session.cache.keys_moved + session.cache.values_moved - session.cache.filled
         moved.append(session.cache.moved_bytes() / rows)
     assert moved[0] == pytest.approx(4 * moved[1])  # fp32
+
+
+def test_the_commands_know_it(tmp_path, capsys):
+    """The embedded pair: named in one line, half of 16-bit bytes counted; a short prompt is one line, too."""
+    assert command.main(["--offload", "int8", "--device", "cpu", "--max-new-tokens", "2", "Where is Dora?"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: offload int8 takes its steps from the prompt")
+    asked = ["--offload", "int8", "--device", "cpu", "--max-new-tokens", "3", "--json", str(tmp_path / "r.json")]
+    assert command.main([*asked, "Dora's home is in Stony Ashby. " * 30]) == 0
+    assert "in 8 bits" in capsys.readouterr().err
+    ledger = json.loads((tmp_path / "r.json").read_text())["smallkv"]["report"]["ledger"]
+    assert any(entry["what"] == "steps of 8 bits" for entry in ledger)
+    bytes_of = {}
+    for kind in ("exact", "int8"):
+        flags = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.1", "--steps", "4", "--device", "cpu",
+                 "--methods", "smallkv-eager,smallkv-graph", "--decode-only", "--offload", kind]  # fmt: skip
+        assert bench.main(flags) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert report["offload"] == kind
+        bytes_of[kind] = [row["pcie_bytes_step"] for row in report["rows"]]
+    assert bytes_of["exact"] == [4 * size for size in bytes_of["int8"]] and bytes_of["int8"][0] > 0
 
 
 def test_short_prompts_and_other_names_are_refused():

@@ -77,7 +77,7 @@ def test_a_batch_changes_nothing(pair, full_answers, name):
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_prefetch_and_device_change_nothing(prefetch, device):
-    """On a GPU: the side stream, pinned memory and all, against the same run on the CPU."""
+    """On a GPU: the side stream, the host's memory and all, against the same run on the CPU."""
     settings = by_slm(budget=0.2, score_decay=0.5, marginal=True, prefetch=prefetch)
     prompts = random_prompts(*LENGTHS)
     cpu = tiny_decoder(), tiny_decoder(heads=4, head_dim=8, seed=1)

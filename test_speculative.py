@@ -240,7 +240,7 @@ def test_a_batch_changes_nothing(pair, name):
 
 
 def test_the_device_changes_nothing(pair, device):
-    """On a GPU: side stream and pinned memory, against the same run on the CPU."""
+    """On a GPU: side stream and the host's memory, against the same run on the CPU."""
     settings, prompts = VARIANTS["marginal"], random_prompts(*LENGTHS)
     expected = run(SpeculativeSmallKV(*pair, settings, 3), prompts, 20)[0]
     assert run(SpeculativeSmallKV(*near_pair(device), settings, 3), prompts, 20)[0] == expected
