@@ -112,9 +112,9 @@ class Shape:
             self.held[name] = make()
         return self.held[name]
 
-    def on_host(self, *shape: int) -> list[Tensor]:
+    def on_host(self, *shape: int, dtype: torch.dtype) -> list[Tensor]:
         """K and V on the host; nobody looks at the numbers."""
-        return self.shared("host", lambda: [rows_on_host(shape, self.dtype, self.device) for _ in range(2)])
+        return self.shared(f"host, {dtype}", lambda: [rows_on_host(shape, dtype, self.device) for _ in range(2)])
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -213,24 +213,25 @@ def fade_memory(at: Shape) -> Call:
 # ---- Movement --------------------------------------------------------------------------------------------------------
 
 
-def bring_rows(at: Shape, share: float, beside: bool = False) -> Call:
+def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False) -> Call:
     """`share` of the critical set of one layer. beside: on a stream of its own, beside the LLM's two large products."""
     slots, count = at.slots[0][0], max(1, round(share * at.critical))
     key, value = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
-    rows = host_rows(at.capacity)
-    host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim)
+    rows, dtype = host_rows(at.capacity), torch.int8 if int8 else at.dtype
+    host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=dtype)
+    steps = (torch.ones(at.batch, at.llm.kv_heads, at.llm.head_dim, device=at.device) if int8 else None,) * 2
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
                   torch.tensor(at.pairs * count, dtype=torch.int32, device=at.device))  # fmt: skip
-    size = 2 * at.pairs * count * at.llm.head_dim * at.dtype.itemsize  # of K and V
-    lists = [*moves]
+    numbers = 2 * at.pairs * count * at.llm.head_dim  # of K and V
+    size, pcie, lists = numbers * at.dtype.itemsize, numbers * dtype.itemsize, [*moves, *steps[: 2 * int8]]
 
     def bring():
-        at.backend.bring_rows(key, value, *host, moves, moves)
+        at.backend.bring_rows(key, value, *host, moves, moves, steps=steps)
 
     if not beside:
-        return Call(bring, lists, [size], pcie=size)
+        return Call(bring, lists, [size], pcie=pcie)
     products = [gate_product(at, "llm"), split_product(at, "llm")]
     stream = torch.cuda.Stream(priority=-1) if at.device.type == "cuda" else None
 
@@ -245,12 +246,12 @@ def bring_rows(at: Shape, share: float, beside: bool = False) -> Call:
             torch.cuda.current_stream().wait_stream(stream)
 
     return Call(both, [*lists, *(part for call in products for part in call.read)],
-                [size, *(part for call in products for part in call.written)], pcie=size)  # fmt: skip
+                [size, *(part for call in products for part in call.written)], pcie=pcie)  # fmt: skip
 
 
 def store_rows(at: Shape) -> Call:
     newest = at.draw(2, STORE, at.batch, 1, at.llm.kv_heads, at.llm.head_dim)
-    host = at.on_host(*newest.shape[1:3], at.llm.kv_heads, host_rows(FEW), at.llm.head_dim)
+    host = at.on_host(*newest.shape[1:3], at.llm.kv_heads, host_rows(FEW), at.llm.head_dim, dtype=at.dtype)
     length = torch.full_like(at.length, FEW)
     return Call(lambda: at.backend.store_rows(newest, *host, length), [newest, length], [], pcie=newest.nbytes,
                 layers=STORE)  # fmt: skip
@@ -318,8 +319,7 @@ def layers(at: Shape, of: str, attention: str) -> Call:
     if of not in at.decoders:
         at.decoders[of] = random_decoder(config, at.device, at.dtype)
     stack, ids = Layers(at.decoders[of], at.capacity, at.backend), torch.zeros_like(at.length).long()
-    output = of == "llm"
-    read, written = [(layer_bytes if output else observed_bytes)(config, at.dtype.itemsize, False)], []
+    read, written = [(layer_bytes if of == "llm" else observed_bytes)(config, at.dtype.itemsize, False)], []
     if attention == "none":
         out = at.query(config)
         attend = lambda *_: out  # noqa: E731
@@ -335,7 +335,7 @@ def layers(at: Shape, of: str, attention: str) -> Call:
             side, written = ScoredSide(cache, at.backend, at.length, False), [cache.score[..., : at.tokens]]
         attend = side.attend
         read += [pool[:, :, :, : at.tokens] for pool in (cache.key, cache.value)]
-    return Call(lambda: stack.run(ids, attend, output), read, written, layers=config.layers)
+    return Call(lambda: stack.run(ids, attend, of == "llm"), read, written, layers=config.layers)
 
 
 def tiers(at: Shape) -> tuple[Callable, list[Tensor | int]]:
@@ -377,7 +377,7 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
     "bring_rows": {
         "2 %": partial(bring_rows, share=0.02),
         "10 %": partial(bring_rows, share=0.1),
-        "20 %": partial(bring_rows, share=0.2),
+        "10 %, in 8 bits": partial(bring_rows, share=0.1, int8=True),
         "2 %, beside gate_product, split_product": partial(bring_rows, share=0.02, beside=True),
         "10 %, beside gate_product, split_product": partial(bring_rows, share=0.1, beside=True),
     },

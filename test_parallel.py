@@ -253,7 +253,7 @@ def test_methods_that_mix_heads_are_refused():
 
 
 def on_a_gpu(team: Team) -> list:
-    cases = [("paper", None), ("full", TRITON), ("default", TRITON), ("paper", TRITON)]
+    cases = [("paper", None), ("full", TRITON), ("default", TRITON), ("paper", TRITON), ("int8", TRITON)]
     return [answers(team, name, Sampler(), static, {"head_dim": 32}) for name, static in cases]
 
 
