@@ -12,7 +12,8 @@ rows of 256 bytes, read by a kernel while products keep the GPU's own memory bus
 | managed                     | 42            | 29             |
 | pinned, with PyTorch or not | 31            | 10             |
 
-(alone: 48 and 40, 47 and 24.) And managed memory is there in a tenth of the time, of just the size that was asked for.
+(Alone: 48 and 40, 47 and 24; by a script outside the repository, `bench_kernels.py --only bring_rows` times the managed
+kind.) And managed memory is there in a tenth of the time, of just the size that was asked for.
 
 Managed memory lies in pieces of 2 MiB. Rows written at one step are at the same place of every KV head: where heads
 lie a multiple of some KiB apart, these rows fall on a few lines of the host's cache, and 4,096 of them took 10 ms
@@ -39,14 +40,12 @@ PREFERRED_LOCATION, ACCESSED_BY, HOST = 3, 5, -1
 PORTABLE_MAPPED = 1 | 2
 LEVELS = 127  # to either side of zero
 ROOM = 1.25  # how far beyond the prompt's largest a channel may go
-LEAST = 0.01  # of a head's mean step: what a channel has that the prompt did not use
 OUT_OF_MEMORY = 2
 
 
 def steps_of(rows: Tensor) -> Tensor:
     """What one level is worth in each channel: (..., n, D) -> (..., D) fp32."""
-    step = rows.abs().amax(-2).float() * (ROOM / LEVELS)
-    return step.maximum(LEAST * step.mean(-1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows.abs().amax(-2).float() * (ROOM / LEVELS)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def encode(rows: Tensor, step: Tensor | None) -> Tensor:

@@ -241,10 +241,10 @@ def test_a_row_in_8_bits_is_within_half_a_step(device):
     assert held.dtype == torch.int8 and held.abs().amax(1).eq(102).all()  # 127 / 1.25 is 101.6
     assert ((host_memory.decode(held, step, torch.float32) - prompt).abs() <= 0.5001 * step).all()
     assert (encode(2 * prompt, step).abs().amax(1) == 127).all()
+    scale = torch.ones(16, device=device)
+    scale[[3, 11]] = 128.0  # two channels of very large keys: all numbers are rounded as before
+    assert torch.equal(encode(prompt * scale, host_memory.steps_of(prompt * scale)[:, None]), held)
     assert encode(prompt, None) is prompt and host_memory.decode(prompt, None, torch.float32) is prompt
-    prompt[:, :, 5] = 0  # a channel that the prompt did not use
-    step, mean = host_memory.steps_of(prompt), prompt.abs().amax(1).mean(-1) * 1.25 / 127
-    torch.testing.assert_close(step[:, 5], 0.01 * mean)
     nothing = torch.zeros(2, 5, 16, device=device)
     assert (encode(nothing, host_memory.steps_of(nothing)[:, None]) == 0).all()
 
