@@ -108,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--gate", type=float, metavar="X", help="no marginal tier below this similarity of the heads")
     method.add_argument("--slm-budget", type=float, metavar="SHARE", help="of the SLM's own cache that stays, by H2O's "
                         "rule (default: 1, all)")  # fmt: skip
-    method.add_argument("--offload", choices=OFFLOADS, help="how the host holds K and V: exact (default), or rounded "
-                        "to int8, half the bytes there and on their way")  # fmt: skip
+    method.add_argument("--offload", choices=OFFLOADS, help="how SmallKV's host tier holds K and V: exact "
+                        "(default), or in one byte a number, for prompts of 100 tokens or more")  # fmt: skip
     method.add_argument("--paper", action="store_true", help="the paper's setting: the SLM's scores, "
                         "decay 1, Jaccard over all layers, marginal tier")  # fmt: skip
     prompt = parser.add_argument_group("prompts")

@@ -237,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
     parser.add_argument("--reach", type=float, default=Settings.reach, help="of the LLM's layers into the SLM's; inf: "
                         "into all, so that the SLM runs before the LLM and not beside it")  # fmt: skip
-    parser.add_argument("--offload", choices=OFFLOADS, default=Settings.offload, help="how the host holds K and V")
+    parser.add_argument("--offload", choices=OFFLOADS, default=Settings.offload,
+                        help="how the host holds K and V: exact, or in one byte a number")  # fmt: skip
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")
     parser.add_argument("--slm-layers", type=int, metavar="N", help="the SLM's first N layers alone (A.3)")
     parser.add_argument("--slm-budget", type=float, default=1.0, metavar="SHARE",

@@ -219,16 +219,16 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
     key, value = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
     rows, dtype = host_rows(at.capacity), torch.int8 if int8 else at.dtype
     host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=dtype)
-    steps = (torch.ones(at.batch, at.llm.kv_heads, at.llm.head_dim, device=at.device) if int8 else None,) * 2
+    scales = (torch.ones(at.batch, at.llm.kv_heads, at.llm.head_dim, device=at.device) if int8 else None,) * 2
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
                   torch.tensor(at.pairs * count, dtype=torch.int32, device=at.device))  # fmt: skip
     numbers = 2 * at.pairs * count * at.llm.head_dim  # of K and V
-    size, pcie, lists = numbers * at.dtype.itemsize, numbers * dtype.itemsize, [*moves, *steps[: 2 * int8]]
+    size, pcie, lists = numbers * at.dtype.itemsize, numbers * dtype.itemsize, [*moves, *scales[: 2 * int8]]
 
     def bring():
-        at.backend.bring_rows(key, value, *host, moves, moves, steps=steps)
+        at.backend.bring_rows(key, value, *host, moves, moves, scales=scales)
 
     if not beside:
         return Call(bring, lists, [size], pcie=pcie)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from full_cache import Entry, FullCache, ScoredCache, table_bytes
-from host_memory import decode, encode, host_rows, rows_on_host, steps_of
+from host_memory import decode, encode, host_rows, rows_on_host, scales_of
 from kernels import column_sums, tiered_attention
 from model import Config, Span
 
@@ -68,7 +68,7 @@ class TieredCache:
     in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token
     (L, B, G, S', D), S' rows for S positions (host_memory.py), written once when the token is made; so leaving a pool
     copies nothing, a marginal token that turns critical brings its key alone, and what comes back is the same to the
-    bit; with int8 it is the nearest of 255 levels, steps apart: K's and V's, (L, B, G, D) fp32 each, from the prompt.
+    bit; with int8 it is the nearest of 255 levels: key_scale and value_scale, (L, B, G, D) fp32, say how far apart.
 
     prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
     l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its attention weights say of
@@ -93,7 +93,7 @@ class TieredCache:
         held = torch.int8 if int8 else dtype
         self.host_key, self.host_value = (rows_on_host(shape, held, device) for _ in range(2))
         if int8:
-            self.key_step, self.value_step = torch.ones(2, *base, config.head_dim, device=device)
+            self.key_scale, self.value_scale = torch.ones(2, *base, config.head_dim, device=device)
         self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=dtype)  # this step's K and V
         self.newest_position: Tensor | None = None  # (B,), once a step has run
         if own_decay is not None:
@@ -106,9 +106,9 @@ class TieredCache:
         self._plan: Callable[[int], TierPlan] | None = None
         self._ready: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> borrowed weights, arrival
 
-    def steps_at(self, at) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def scales(self, at) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """K's and V's at this index, (L, B, G, D); None where the host's rows are exact."""
-        return (self.key_step[at], self.value_step[at]) if self.host_key.dtype == torch.int8 else (None, None)
+        return (self.key_scale[at], self.value_scale[at]) if self.host_key.dtype == torch.int8 else (None, None)
 
     def staging(self, b: int, length: int) -> FullCache:
         """A full cache of one sequence for its prefill, given up once `load` has taken it over."""
@@ -142,11 +142,11 @@ class TieredCache:
     def _to_host(self, b: int, staged: FullCache, length: int) -> None:
         for layer in range(self.config.layers):
             both = (self.host_key[layer, b], staged.key[layer, 0]), (self.host_value[layer, b], staged.value[layer, 0])
-            for (host, made), step in zip(both, self.steps_at((layer, b, slice(None), None))):
-                if step is not None:
-                    step[:, 0] = steps_of(made)  # (G, 1, D)
+            for (host, made), scale in zip(both, self.scales((layer, b, slice(None), None))):
+                if scale is not None:
+                    scale[:, 0] = scales_of(made)  # (G, 1, D)
                 # One KV head is contiguous on both sides: a straight copy that nobody waits for.
-                for target, source in zip(host[:, :length].unbind(), encode(made, step).unbind()):
+                for target, source in zip(host[:, :length].unbind(), encode(made, scale).unbind()):
                     target.copy_(source, non_blocking=True)
 
     def finish_loading(self) -> None:
@@ -181,8 +181,8 @@ class TieredCache:
         B, G = self.host_key.shape[1:3]
         position = self.newest_position[None, :, None, None, None]  # (1, B, 1, 1, 1)
         index = position.expand(self.config.layers, B, G, 1, self.config.head_dim)
-        for host, rows, step in zip((self.host_key, self.host_value), self.newest, self.steps_at(...)):
-            host.scatter_(3, index, encode(rows, step)[..., None, :])  # (L, B, G, 1, D)
+        for host, rows, scale in zip((self.host_key, self.host_value), self.newest, self.scales(...)):
+            host.scatter_(3, index, encode(rows, scale)[..., None, :])  # (L, B, G, 1, D)
 
     def _prefetch(self, layer: int) -> None:
         if layer == self.config.layers:
@@ -207,9 +207,9 @@ class TieredCache:
         values, value_slot, fresh_values = assign_slots(self.value_position[layer].long(), held)
         self.key_position[layer], self.value_position[layer] = keys, values
         self.value_slot[layer] = value_slot.gather(-1, keys.clamp(min=0)).clamp(min=0)
-        steps = self.steps_at(layer)
-        self.keys_moved += self._bring(self.key[layer], key_slot, self.host_key[layer], fresh_keys, steps[0])
-        self.values_moved += self._bring(self.value[layer], value_slot, self.host_value[layer], fresh_values, steps[1])
+        scales = self.scales(layer)
+        self.keys_moved += self._bring(self.key[layer], key_slot, self.host_key[layer], fresh_keys, scales[0])
+        self.values_moved += self._bring(self.value[layer], value_slot, self.host_value[layer], fresh_values, scales[1])
         if self.own_decay is not None:
             score = self.score[layer].mul_(self.own_decay)
             if plan.gained is not None:
@@ -226,7 +226,7 @@ class TieredCache:
         weight = plan.borrowed.gather(-1, index.repeat_interleave(share, 1))  # (B, H, N)
         return weight * in_tier.repeat_interleave(share, 1)
 
-    def _bring(self, pool: Tensor, slot: Tensor, host: Tensor, fresh: Tensor, step: Tensor | None) -> int:
+    def _bring(self, pool: Tensor, slot: Tensor, host: Tensor, fresh: Tensor, scale: Tensor | None) -> int:
         """Move the fresh tokens' rows from host (B, G, S', D) into pool (B, G, slots, D); returns how many.
 
         The newest tokens of each sequence have slots but no rows yet: attention writes them.
@@ -235,8 +235,8 @@ class TieredCache:
         b, g, token = moving.nonzero(as_tuple=True)
         head = b * self.config.kv_heads + g
         target, source = head * pool.shape[2] + slot[b, g, token], head * host.shape[2] + token
-        step = None if step is None else step[b, g]  # (moves, D)
-        rows = decode(host.view(-1, host.shape[-1])[source], step, pool.dtype)
+        scale = None if scale is None else scale[b, g]  # (moves, D)
+        rows = decode(host.view(-1, host.shape[-1])[source], scale, pool.dtype)
         pool.view(-1, pool.shape[-1])[target] = rows  # Algorithm 1, line 9
         return len(token)
 
@@ -306,7 +306,7 @@ class TieredCache:
             Entry("host K, V", "host", 2 * self.host_key.nbytes),
         ]
         if self.host_key.dtype == torch.int8:
-            entries.append(Entry("steps of 8 bits", device, 2 * self.key_step.nbytes))
+            entries.append(Entry("int8 scales", device, 2 * self.key_scale.nbytes))
         if self.own_decay is not None:
             entries.append(Entry("scores", device, self.score.nbytes + self.one_way * self.score.numel()))
         return entries
@@ -330,7 +330,7 @@ class TieredCache:
             Entry("host K, V", "host", 2 * table_bytes(held, rows, host_rows(capacity), D)),
         ]
         if int8:
-            entries.append(Entry("steps of 8 bits", device, 2 * table_bytes(torch.float32, rows, D)))
+            entries.append(Entry("int8 scales", device, 2 * table_bytes(torch.float32, rows, D)))
         if own_scores:
             entries.append(
                 Entry("scores", device, table_bytes(torch.float32, rows, capacity) + one_way * rows * capacity)

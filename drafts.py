@@ -118,9 +118,9 @@ class DraftedTiers(TieredCache):
     def keep(self, positions: list[int], kept: list[int]) -> None:
         """End the round: the kept tokens' K and V go to the host, the slots of the others are free."""
         for b, (at, count) in enumerate(zip(positions, kept)):
-            steps = self.steps_at((slice(None), b, slice(None), None))  # (L, G, 1, D) each
-            for host, made, step in zip((self.host_key, self.host_value), self.newest, steps):
-                host[:, b, :, at : at + count] = encode(made[:, b, :, :count], step)  # (L, G, count, D)
+            scales = self.scales((slice(None), b, slice(None), None))  # (L, G, 1, D) each
+            for host, made, scale in zip((self.host_key, self.host_value), self.newest, scales):
+                host[:, b, :, at : at + count] = encode(made[:, b, :, :count], scale)  # (L, G, count, D)
         ends = [at + count for at, count in zip(positions, kept)]
         free_from(self.key_position, ends)
         free_from(self.value_position, ends)

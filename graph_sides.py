@@ -194,7 +194,7 @@ class TieredSide:
             cache = self.cache
             self.backend.store_rows(
                 self.newest[:, layers], cache.host_key[layers], cache.host_value[layers], self.length,
-                cache.steps_at(layers),
+                cache.scales(layers),
             )
 
     def _plan(self, layers: slice) -> None:
@@ -234,7 +234,7 @@ class TieredSide:
         cache = self.cache
         self.backend.bring_rows(
             cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer],
-            self.key_moves.of(layer), self.value_moves.of(layer), layer == 0, cache.steps_at(layer),
+            self.key_moves.of(layer), self.value_moves.of(layer), layer == 0, cache.scales(layer),
         )  # fmt: skip
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:

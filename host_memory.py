@@ -12,17 +12,17 @@ rows of 256 bytes, read by a kernel while products keep the GPU's own memory bus
 | managed                     | 42            | 29             |
 | pinned, with PyTorch or not | 31            | 10             |
 
-(Alone: 48 and 40, 47 and 24; by a script outside the repository, `bench_kernels.py --only bring_rows` times the managed
-kind.) And managed memory is there in a tenth of the time, of just the size that was asked for.
+(Alone: 48 and 40, 47 and 24; by a script outside the repository, commit b0b89af. `bench_kernels.py` times the managed
+kind.) And it is allocated in a tenth of the time, and not rounded up to a power of two as PyTorch's pinned tensors are.
 
 Managed memory lies in pieces of 2 MiB. Rows written at one step are at the same place of every KV head: where heads
 lie a multiple of some KiB apart, these rows fall on a few lines of the host's cache, and 4,096 of them took 10 ms
 instead of 0.04. So a KV head has an odd number of rows (`host_rows`).
 
-Rows may lie there in 8 bits (`Settings.offload`): round(x / step), with a step for each sequence, layer, KV head and
-channel, K's and V's alike. Keys have channels that are a hundred times as large as others, so one step a token would
-lose the small ones. The prompt says how large each channel gets (`steps_of`); what a later token has beyond that and
-a quarter is cut off. All numbers are taken to be finite.
+Rows may lie there in 8 bits (`Settings.offload`): round(x / scale), with a scale for each sequence, layer, KV head and
+channel, K's and V's alike. Keys have channels that are a hundred times as large as others, so one scale a token would
+lose the small ones. The prompt says how large each channel gets (`scales_of`); a later number beyond 1.25 times the
+largest there is cut off. All numbers are taken to be finite.
 
 Shapes follow the legend in model.py.
 """
@@ -43,19 +43,19 @@ ROOM = 1.25  # how far beyond the prompt's largest a channel may go
 OUT_OF_MEMORY = 2
 
 
-def steps_of(rows: Tensor) -> Tensor:
+def scales_of(rows: Tensor) -> Tensor:
     """What one level is worth in each channel: (..., n, D) -> (..., D) fp32."""
     return (rows.abs().amax(-2).float() * (ROOM / LEVELS)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def encode(rows: Tensor, step: Tensor | None) -> Tensor:
-    """Rows as the host holds them: int8, step fp32 being broadcast over them; as they are if it is None."""
-    return rows if step is None else (rows.float() / step).clamp(-LEVELS, LEVELS).round().to(torch.int8)
+def encode(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Rows as the host holds them: int8, scale fp32 being broadcast over them; as they are if it is None."""
+    return rows if scale is None else (rows.float() / scale).clamp(-LEVELS, LEVELS).round().to(torch.int8)
 
 
-def decode(held: Tensor, step: Tensor | None, dtype: torch.dtype) -> Tensor:
+def decode(held: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Rows of the host as the GPU holds them."""
-    return held if step is None else (held * step).to(dtype)
+    return held if scale is None else (held * scale).to(dtype)
 
 
 def host_rows(capacity: int) -> int:
@@ -76,7 +76,7 @@ def kind_of_host(device: str | torch.device) -> str:
 
 
 def rows_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of `device`, not filled, whose bytes lie in the host's memory and are given back with it.
+    """A tensor of `device`, of any contents, whose bytes lie in the host's memory and are given back with it.
 
     torch.OutOfMemoryError if the driver says so; where it promises more than the host has, Linux may end the process
     when the memory is written to: who asks for much looks first (generate.check_caches_fit). RuntimeError names another

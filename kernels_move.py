@@ -17,14 +17,16 @@ from torch import Tensor
 
 from host_memory import LEVELS, decode, encode
 
-# A mover has all threads of a multiprocessor: few whole ones are less of a loss than many halves, as a product's blocks
-# fill one and wait for it, and whatever shares one with rows that wait for PCIe waits too.
+# A mover has as many threads as a block can, and all registers of a multiprocessor: few whole ones are less of a loss
+# than many halves, as a product's blocks fill one and wait for it, and whatever shares one with rows that wait for PCIe
+# waits too.
 ROWS = 512  # that a mover moves at once; a thousand under way fill PCIe
-PARTS8, STORE8 = 4, 128  # 8 bits: rows on their way are small, but not what they become: a part of them at a time
+PARTS8, STORE8 = 4, 128  # int8: ROWS come in four parts, decoded one by one; rows encoded at once. Registers limit both
 MOVERS = 2  # that bring keys, and as many for values
-MORE, MORE8, LARGE = 4, 6, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves outlast a layer
+MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves outlast a layer
+MORE8 = 6  # instead of MORE for int8: with half the bytes under way each mover is slower
 FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
-Steps = tuple[Tensor | None, Tensor | None]  # K's and V's where the host's rows are int8; else None
+Scales = tuple[Tensor | None, Tensor | None]  # K's and V's where the host's rows are int8; else None
 
 
 class Moves(NamedTuple):
@@ -50,32 +52,32 @@ class Moves(NamedTuple):
 
 def bring_rows_torch(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
-    first: bool = False, steps: Steps = (None, None),
+    first: bool = False, scales: Scales = (None, None),
 ) -> None:  # fmt: skip
     """Rows of one layer from the host, (B, G, S', D), into the slots that wait for them, (B, G, slots, D).
 
-    first: of the step, for which the LLM waits. steps: K's and V's, (B, G, D) fp32 each, if the host's are int8.
+    first: of the step, for which the LLM waits. scales: K's and V's, (B, G, D) fp32 each, if the host's are int8.
     """
     both = (key, host_key, key_moves), (value, host_value, value_moves)
-    for (pool, host, moves), step in zip(both, steps):
+    for (pool, host, moves), scale in zip(both, scales):
         source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
-        step = None if step is None else step.flatten(0, 1)[source // host.shape[2]]  # (moves, D)
-        pool.view(-1, pool.shape[-1])[target] = decode(host.view(-1, host.shape[-1])[source], step, pool.dtype)
+        scale = None if scale is None else scale.flatten(0, 1)[source // host.shape[2]]  # (moves, D)
+        pool.view(-1, pool.shape[-1])[target] = decode(host.view(-1, host.shape[-1])[source], scale, pool.dtype)
 
 
 def store_rows_torch(
-    newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, steps: Steps = (None, None)
+    newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, scales: Scales = (None, None)
 ) -> None:
     """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S', D).
 
-    length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous. steps:
+    length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous. scales:
     K's and V's, (L, B, G, D) fp32 each, if the host's are int8.
     """
     newest = newest.transpose(3, 4)  # (2, L, B, G, T, D)
     position = length.long()[:, None] - 1 + torch.arange(newest.shape[4], device=newest.device)  # (B, T)
     index = position[None, :, None, :, None].expand(newest.shape[1:])
-    for host, rows, step in zip((host_key, host_value), newest, steps):
-        host.scatter_(3, index, encode(rows, None if step is None else step[..., None, :]))
+    for host, rows, scale in zip((host_key, host_value), newest, scales):
+        host.scatter_(3, index, encode(rows, None if scale is None else scale[..., None, :]))
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def store_rows_torch(
 
 @triton.jit
 def _bring(
-    pool_ptr, host_ptr, step_ptr, source_ptr, target_ptr, count, host_rows, D: tl.constexpr, ROWS: tl.constexpr,
+    pool_ptr, host_ptr, scale_ptr, source_ptr, target_ptr, count, host_rows, D: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     # Eight numbers a thread, where they come from and where they go: else threads would have to exchange them.
@@ -99,31 +101,31 @@ def _bring(
             nth = at + part * ROWS + tl.arange(0, ROWS)
             row = rows[part]
             if INT8:
-                step = tl.load(step_ptr + (sources[part] // host_rows)[:, None] * D + dim)
-                row = (row.to(tl.float32) * step).to(pool_ptr.dtype.element_ty)
+                scale = tl.load(scale_ptr + (sources[part] // host_rows)[:, None] * D + dim)
+                row = (row.to(tl.float32) * scale).to(pool_ptr.dtype.element_ty)
             target = tl.load(target_ptr + nth, mask=nth < count, other=0)
             tl.store(pool_ptr + target.to(tl.int64)[:, None] * D + dim, row, mask=(nth < count)[:, None])
 
 
 @triton.jit
 def _bring_kernel(
-    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_step_ptr, value_step_ptr, key_source_ptr, key_target_ptr,
+    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_scale_ptr, value_scale_ptr, key_source_ptr, key_target_ptr,
     key_count_ptr, value_source_ptr, value_target_ptr, value_count_ptr, host_rows,
     D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
         count = tl.load(key_count_ptr)
-        _bring(key_ptr, host_key_ptr, key_step_ptr, key_source_ptr, key_target_ptr, count, host_rows, D, ROWS, PARTS,
+        _bring(key_ptr, host_key_ptr, key_scale_ptr, key_source_ptr, key_target_ptr, count, host_rows, D, ROWS, PARTS,
                INT8)  # fmt: skip
     else:
         count = tl.load(value_count_ptr)
-        _bring(value_ptr, host_value_ptr, value_step_ptr, value_source_ptr, value_target_ptr, count, host_rows, D,
+        _bring(value_ptr, host_value_ptr, value_scale_ptr, value_source_ptr, value_target_ptr, count, host_rows, D,
                ROWS, PARTS, INT8)  # fmt: skip
 
 
 @triton.jit
 def _store(
-    host_ptr, newest_ptr, step_ptr, length_ptr, lines, host_rows, B: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
+    host_ptr, newest_ptr, scale_ptr, length_ptr, lines, host_rows, B: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     dim = tl.arange(0, D)
@@ -135,8 +137,8 @@ def _store(
         pair = sequence.to(tl.int64) * G + line % G
         row = tl.load(newest_ptr + line[:, None] * D + dim, mask=inside[:, None])
         if INT8:
-            step = tl.load(step_ptr + pair[:, None] * D + dim, mask=inside[:, None], other=1.0)
-            level = tl.minimum(tl.maximum(tl.div_rn(row.to(tl.float32), step), -LEVELS), LEVELS)
+            scale = tl.load(scale_ptr + pair[:, None] * D + dim, mask=inside[:, None], other=1.0)
+            level = tl.minimum(tl.maximum(tl.div_rn(row.to(tl.float32), scale), -LEVELS), LEVELS)
             # Numbers near 1.5 * 2**23 have no fraction: adding that rounds, half to even as torch.round does.
             row = ((level + 12582912.0) - 12582912.0).to(tl.int8)
         tl.store(host_ptr + (pair * host_rows + position)[:, None] * D + dim, row, mask=inside[:, None])
@@ -144,14 +146,14 @@ def _store(
 
 @triton.jit
 def _store_kernel(
-    newest_ptr, host_key_ptr, host_value_ptr, key_step_ptr, value_step_ptr, length_ptr, half, lines, host_rows,
+    newest_ptr, host_key_ptr, host_value_ptr, key_scale_ptr, value_scale_ptr, length_ptr, half, lines, host_rows,
     B: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
-        _store(host_key_ptr, newest_ptr, key_step_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS, INT8, LEVELS)
+        _store(host_key_ptr, newest_ptr, key_scale_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS, INT8, LEVELS)
     else:
-        _store(host_value_ptr, newest_ptr + half, value_step_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS, INT8,
+        _store(host_value_ptr, newest_ptr + half, value_scale_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS, INT8,
                LEVELS)  # fmt: skip
 
 
@@ -160,30 +162,30 @@ def _store_kernel(
 
 def bring_rows_triton(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
-    first: bool = False, steps: Steps = (None, None),
+    first: bool = False, scales: Scales = (None, None),
 ) -> None:  # fmt: skip
-    int8 = steps[0] is not None
-    assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value, *steps[: 2 * int8]))
+    int8 = scales[0] is not None
+    assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value, *scales[: 2 * int8]))
     more, parts = (MORE8, PARTS8) if int8 else (MORE, 1)
     programs = FIRST if first else more if key[..., 0].numel() > LARGE else MOVERS
-    steps = steps if int8 else (key, value)  # not read
+    scales = scales if int8 else (key, value)  # not read
     _bring_kernel[(programs, 2)](
-        key, value, host_key, host_value, *steps, *key_moves, *value_moves, host_key.shape[2], D=key.shape[3],
+        key, value, host_key, host_value, *scales, *key_moves, *value_moves, host_key.shape[2], D=key.shape[3],
         ROWS=ROWS // parts, PARTS=parts, INT8=int8, num_warps=32, num_stages=1,
     )  # fmt: skip
 
 
 def store_rows_triton(
-    newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, steps: Steps = (None, None)
+    newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, scales: Scales = (None, None)
 ) -> None:
     _, L, B, T, G, D = newest.shape
-    int8 = steps[0] is not None
-    assert all(tensor.is_contiguous() for tensor in (newest[0], host_key, host_value, *steps[: 2 * int8]))
+    int8 = scales[0] is not None
+    assert all(tensor.is_contiguous() for tensor in (newest[0], host_key, host_value, *scales[: 2 * int8]))
     lines = L * B * T * G
     most = STORE8 if int8 else ROWS
     rows = min(ROWS, most, triton.next_power_of_2(lines))
-    steps = steps if int8 else (newest, newest)  # not read
+    scales = scales if int8 else (newest, newest)  # not read
     _store_kernel[(2,)](
-        newest, host_key, host_value, *steps, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D,
+        newest, host_key, host_value, *scales, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D,
         ROWS=rows, INT8=int8, LEVELS=LEVELS, num_warps=max(4, 32 * rows // most), num_stages=1,
     )  # fmt: skip

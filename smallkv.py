@@ -133,8 +133,8 @@ class SmallKV:
     def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
         """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
         if self.int8 and min(lengths) < WINDOW_MIN:
-            raise ValueError(f"offload int8 takes its steps from the prompt: it needs {WINDOW_MIN} tokens, and one has "
-                             f"{min(lengths)}; offload exact takes any")  # fmt: skip
+            raise ValueError(f"offload int8 takes its scales from the prompt, which needs {WINDOW_MIN} tokens; one has "
+                             f"{min(lengths)}: offload exact takes any")  # fmt: skip
         batch, self.lengths = len(lengths), list(lengths)
         self.slm_cache = self.make_slm_cache(batch, capacity)
         self.maps: list[HeadMap | None] = [None] * batch

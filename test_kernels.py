@@ -232,21 +232,21 @@ def test_memory_of_the_host_belongs_to_the_device_asked_for():
     assert torch.cuda.current_device() == 0 and made.isfinite().all()
 
 
-def test_a_row_in_8_bits_is_within_half_a_step(device):
+def test_a_row_in_8_bits_is_within_half_a_level(device):
     """Each channel by its own size; what passes the largest of the prompt by more than a quarter is cut off."""
     prompt = randn(3, 40, 16, device=device) * torch.logspace(-1, 1, 16, device=device)
-    step = host_memory.steps_of(prompt)[:, None]  # (3, 1, 16)
-    assert torch.allclose(step, prompt.abs().amax(1, keepdim=True) * 1.25 / 127)
-    held = encode(prompt, step)
+    scale = host_memory.scales_of(prompt)[:, None]  # (3, 1, 16)
+    assert torch.allclose(scale, prompt.abs().amax(1, keepdim=True) * 1.25 / 127)
+    held = encode(prompt, scale)
     assert held.dtype == torch.int8 and held.abs().amax(1).eq(102).all()  # 127 / 1.25 is 101.6
-    assert ((host_memory.decode(held, step, torch.float32) - prompt).abs() <= 0.5001 * step).all()
-    assert (encode(2 * prompt, step).abs().amax(1) == 127).all()
-    scale = torch.ones(16, device=device)
-    scale[[3, 11]] = 128.0  # two channels of very large keys: all numbers are rounded as before
-    assert torch.equal(encode(prompt * scale, host_memory.steps_of(prompt * scale)[:, None]), held)
+    assert ((host_memory.decode(held, scale, torch.float32) - prompt).abs() <= 0.5001 * scale).all()
+    assert (encode(2 * prompt, scale).abs().amax(1) == 127).all()
+    factor = torch.ones(16, device=device)
+    factor[[3, 11]] = 128.0  # two channels of very large keys: all numbers are rounded as before
+    assert torch.equal(encode(prompt * factor, host_memory.scales_of(prompt * factor)[:, None]), held)
     assert encode(prompt, None) is prompt and host_memory.decode(prompt, None, torch.float32) is prompt
     nothing = torch.zeros(2, 5, 16, device=device)
-    assert (encode(nothing, host_memory.steps_of(nothing)[:, None]) == 0).all()
+    assert (encode(nothing, host_memory.scales_of(nothing)[:, None]) == 0).all()
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -260,11 +260,11 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, in
     monkeypatch.setattr(kernels_move, "ROWS", at_once)
     monkeypatch.setattr(kernels_move, "LARGE", large)
     dtype = HALF[device][0]
-    host, steps = [randn(2, 2, 99, head_dim, seed=seed, dtype=dtype) for seed in (0, 1)], (None, None)
+    host, scales = [randn(2, 2, 99, head_dim, seed=seed, dtype=dtype) for seed in (0, 1)], (None, None)
     if int8:
-        steps = [host_memory.steps_of(rows) for rows in host]  # (B, G, D)
-        host = [encode(rows, step[:, :, None]) for rows, step in zip(host, steps)]
-        steps = tuple(step.to(device) for step in steps)
+        scales = [host_memory.scales_of(rows) for rows in host]  # (B, G, D)
+        host = [encode(rows, scale[:, :, None]) for rows, scale in zip(host, scales)]
+        scales = tuple(scale.to(device) for scale in scales)
     host = [on_host(rows, device) for rows in host]
     moves = []
     for slots, count in ((17, 41), (40, 0 if at_once == 512 else 160)):
@@ -277,7 +277,7 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, in
     results = []
     for bring in (kernels_move.bring_rows_torch, kernels_move.bring_rows_triton):
         pools = [randn(2, 2, slots, head_dim, seed=2, dtype=dtype, device=device) for slots in (17, 40)]
-        bring(*pools, *host, *moves, first, steps)
+        bring(*pools, *host, *moves, first, scales)
         results.append(pools)
     for ours, twins in zip(results[1], results[0]):
         assert torch.equal(ours, twins)
@@ -285,14 +285,14 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, in
 
 def test_newest_rows_in_8_bits_equal_their_twin(device):
     """To the bit: numbers that lie half way between two levels, and some beyond the last one, are among them."""
-    step = [torch.rand(3, 2, 2, 32, generator=torch.Generator().manual_seed(seed)) + 0.01 for seed in (1, 2)]
+    scale = [torch.rand(3, 2, 2, 32, generator=torch.Generator().manual_seed(seed)) + 0.01 for seed in (1, 2)]
     level = torch.randint(-300, 300, (2, 3, 2, 5, 2, 32), generator=torch.Generator().manual_seed(0)) / 2
-    newest = (level * torch.stack(step)[:, :, :, None]).to(device)  # (2, L, B, T, G, D)
-    length, steps = torch.tensor([5, 90], dtype=torch.int32, device=device), tuple(each.to(device) for each in step)
+    newest = (level * torch.stack(scale)[:, :, :, None]).to(device)  # (2, L, B, T, G, D)
+    length, scales = torch.tensor([5, 90], dtype=torch.int32, device=device), tuple(each.to(device) for each in scale)
     tables = []
     for store in (kernels_move.store_rows_torch, kernels_move.store_rows_triton):
         host = [on_host(torch.zeros(3, 2, 2, 99, 32, dtype=torch.int8), device) for _ in range(2)]
-        store(newest, *host, length, steps)
+        store(newest, *host, length, scales)
         tables.append([table.cpu() for table in host])
     for kind, (twins, ours) in enumerate(zip(*tables)):
         assert torch.equal(ours, twins)

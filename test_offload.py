@@ -13,7 +13,7 @@ from backend import TORCH, TRITON
 from conftest import by_slm, check_ledgers, random_prompts
 from decode import FullPolicy, Session, generate
 from graph_speculative import StaticSpeculativeSession
-from host_memory import decode, encode, host_rows, steps_of
+from host_memory import decode, encode, host_rows, scales_of
 from settings import Settings
 from smallkv import SmallKV
 from speculative import SpeculativeSession, SpeculativeSmallKV
@@ -41,20 +41,20 @@ def test_the_host_has_levels_and_the_pools_what_they_stand_for(name, device):
     session.prefill(), full.prefill()
     cache, exact = session.cache, set()
     cache.finish_loading()
-    tables = (cache.host_key, cache.key_step, full.cache.key), (cache.host_value, cache.value_step, full.cache.value)
-    for (held, step, made), (b, n) in ((table, place) for table in tables for place in enumerate(LENGTHS)):
+    tables = (cache.host_key, cache.key_scale, full.cache.key), (cache.host_value, cache.value_scale, full.cache.value)
+    for (held, scale, made), (b, n) in ((table, place) for table in tables for place in enumerate(LENGTHS)):
         prompt = made[:, b, :, :n]  # (L, G, n, D)
-        assert torch.equal(step[:, b], steps_of(prompt))
-        assert torch.equal(held[:, b, :, :n], encode(prompt, step[:, b, :, None]))
+        assert torch.equal(scale[:, b], scales_of(prompt))
+        assert torch.equal(held[:, b, :, :n], encode(prompt, scale[:, b, :, None]))
     for number in range(24):
         session.step([number, 2 * number, 3 * number])
-        pools = (cache.key, cache.key_position, cache.host_key, cache.key_step), (
-            cache.value, cache.value_position, cache.host_value, cache.value_step)  # fmt: skip
-        for pool, position, held, step in pools:
+        pools = (cache.key, cache.key_position, cache.host_key, cache.key_scale), (
+            cache.value, cache.value_position, cache.host_value, cache.value_scale)  # fmt: skip
+        for pool, position, held, scale in pools:
             for b, n in enumerate(LENGTHS):
                 rows, token = pool[:, b], position[:, b].long()  # (L, G, slots, D), (L, G, slots)
                 index = token.clamp(min=0)[..., None].expand_as(rows)
-                level, each = held[:, b].gather(2, index), step[:, b, :, None]
+                level, each = held[:, b].gather(2, index), scale[:, b, :, None]
                 written = (token >= 0) & (token < session.lengths[b] - 1)  # the newest goes to the host a step later
                 assert torch.equal(encode(rows, each)[written], level[written])
                 same = (rows == decode(level, each, rows.dtype)).all(-1)
@@ -102,7 +102,7 @@ def test_rounds_with_drafts_keep_the_roundings(drafts, device):
             torch.cuda.synchronize()
         for b, n in enumerate(session.lengths):
             token = cache.key_position[:, b].long()  # (L, G, slots)
-            index, each = token.clamp(min=0)[..., None].expand_as(cache.key[:, b]), cache.key_step[:, b, :, None]
+            index, each = token.clamp(min=0)[..., None].expand_as(cache.key[:, b]), cache.key_scale[:, b, :, None]
             level, held = cache.host_key[:, b].gather(2, index), (token >= 0) & (token < n - 1)
             assert torch.equal(encode(cache.key[:, b], each)[held], level[held]) and (token[held] >= LENGTHS[b]).any()
     for b, n in enumerate(eager.lengths):
@@ -118,10 +118,10 @@ def test_a_later_outlier_is_cut_and_harms_no_other_channel(device):
     session.step([1, 2, 3])
     cache, position = session.cache, torch.tensor(LENGTHS, dtype=torch.int32, device=device) + 1
     cache.newest[0, 1, 2, 1, 5] = 1e4
-    expected = encode(cache.newest[0], cache.key_step)  # (L, B, G, D)
+    expected = encode(cache.newest[0], cache.key_scale)  # (L, B, G, D)
     assert expected[1, 2, 1, 5] == 127 and expected[1, 2, 1].abs().sum() > 127
     store = (TORCH if device == "cpu" else TRITON).store_rows
-    store(cache.newest[:, :, :, None], cache.host_key, cache.host_value, position, cache.steps_at(...))
+    store(cache.newest[:, :, :, None], cache.host_key, cache.host_value, position, cache.scales(...))
     static = cache.host_key.clone()
     cache._store_newest()
     for held in (static, cache.host_key):
@@ -148,7 +148,7 @@ def test_a_capture_is_not_disturbed_by_a_session_that_is_gone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ledger_counts_one_byte_a_number_and_the_steps(dtype, device):
+def test_ledger_counts_one_byte_a_number_and_the_scales(dtype, device):
     pair = [model.to(dtype) for model in decoders(device)]
     policy = SmallKV(*pair, INT8["marginal"])
     check_ledgers(policy, [150, 120], 300)
@@ -157,8 +157,8 @@ def test_ledger_counts_one_byte_a_number_and_the_steps(dtype, device):
                for kind in ("int8", "exact")]  # fmt: skip
     host = [sum(entry.size for entry in ledger if entry.device == "host") for ledger in ledgers]
     assert host[0] * dtype.itemsize == host[1] == 2 * 2 * 2 * 2 * host_rows(300) * 16 * dtype.itemsize
-    steps = [entry.size for entry in ledgers[0] if entry.what == "steps of 8 bits"]
-    assert steps == [2 * 2 * 2 * 2 * 16 * 4]
+    scales = [entry.size for entry in ledgers[0] if entry.what == "int8 scales"]
+    assert scales == [2 * 2 * 2 * 2 * 16 * 4]
 
 
 def test_what_moves_is_counted_in_bytes_of_the_host(device):
@@ -174,14 +174,14 @@ def test_what_moves_is_counted_in_bytes_of_the_host(device):
 
 
 def test_the_commands_know_it(tmp_path, capsys):
-    """The embedded pair: named in one line, half of 16-bit bytes counted; a short prompt is one line, too."""
+    """The embedded pair: named in one line, a quarter of fp32's bytes counted; a short prompt is one line, too."""
     assert command.main(["--offload", "int8", "--device", "cpu", "--max-new-tokens", "2", "Where is Dora?"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: offload int8 takes its steps from the prompt")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: offload int8 takes its scales from the prompt")
     asked = ["--offload", "int8", "--device", "cpu", "--max-new-tokens", "3", "--json", str(tmp_path / "r.json")]
     assert command.main([*asked, "Dora's home is in Stony Ashby. " * 30]) == 0
     assert "in 8 bits" in capsys.readouterr().err
     ledger = json.loads((tmp_path / "r.json").read_text())["smallkv"]["report"]["ledger"]
-    assert any(entry["what"] == "steps of 8 bits" for entry in ledger)
+    assert any(entry["what"] == "int8 scales" for entry in ledger)
     bytes_of = {}
     for kind in ("exact", "int8"):
         flags = ["--pair", "tiny", "--settings", "2x400+60", "--turnover", "0.1", "--steps", "4", "--device", "cpu",
@@ -198,6 +198,6 @@ def test_short_prompts_and_other_names_are_refused():
     with pytest.raises(ValueError, match="unknown offload 'int4'; supported: exact, int8"):
         Settings(offload="int4")
     policy = SmallKV(*pair, INT8["default"])
-    with pytest.raises(ValueError, match="needs 100 tokens, and one has 99; offload exact takes any"):
+    with pytest.raises(ValueError, match="needs 100 tokens; one has 99: offload exact takes any"):
         Session(pair[0], policy, random_prompts(130, 99), 4)
     assert len(generate(pair[0], policy, random_prompts(100), 4)[0]) == 4
