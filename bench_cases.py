@@ -219,7 +219,7 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
     key, value = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
     rows, dtype = host_rows(at.capacity), torch.int8 if int8 else at.dtype
     host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=dtype)
-    scales = (torch.ones(at.batch, at.llm.kv_heads, at.llm.head_dim, device=at.device) if int8 else None,) * 2
+    scales = (torch.ones(at.batch, at.llm.kv_heads, 2, at.llm.head_dim, device=at.device) if int8 else None,) * 2
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),

@@ -68,7 +68,7 @@ class TieredCache:
     in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token
     (L, B, G, S', D), S' rows for S positions (host_memory.py), written once when the token is made; so leaving a pool
     copies nothing, a marginal token that turns critical brings its key alone, and what comes back is the same to the
-    bit; with int8 it is the nearest of 255 levels: key_scale and value_scale, (L, B, G, D) fp32, say how far apart.
+    bit; with int8 it is the nearest of 255 levels: see key_scale and value_scale, (L, B, G, 2, D) fp32.
 
     prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
     l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its attention weights say of
@@ -93,7 +93,7 @@ class TieredCache:
         held = torch.int8 if int8 else dtype
         self.host_key, self.host_value = (rows_on_host(shape, held, device) for _ in range(2))
         if int8:
-            self.key_scale, self.value_scale = torch.ones(2, *base, config.head_dim, device=device)
+            self.key_scale, self.value_scale = torch.ones(2, *base, 2, config.head_dim, device=device)
         self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=dtype)  # this step's K and V
         self.newest_position: Tensor | None = None  # (B,), once a step has run
         if own_decay is not None:
@@ -144,7 +144,7 @@ class TieredCache:
             both = (self.host_key[layer, b], staged.key[layer, 0]), (self.host_value[layer, b], staged.value[layer, 0])
             for (host, made), scale in zip(both, self.scales((layer, b, slice(None), None))):
                 if scale is not None:
-                    scale[:, 0] = scales_of(made)  # (G, 1, D)
+                    scale[:, 0] = scales_of(made)  # (G, 1, 2, D)
                 # One KV head is contiguous on both sides: a straight copy that nobody waits for.
                 for target, source in zip(host[:, :length].unbind(), encode(made, scale).unbind()):
                     target.copy_(source, non_blocking=True)
@@ -235,7 +235,7 @@ class TieredCache:
         b, g, token = moving.nonzero(as_tuple=True)
         head = b * self.config.kv_heads + g
         target, source = head * pool.shape[2] + slot[b, g, token], head * host.shape[2] + token
-        scale = None if scale is None else scale[b, g]  # (moves, D)
+        scale = None if scale is None else scale[b, g]  # (moves, 2, D)
         rows = decode(host.view(-1, host.shape[-1])[source], scale, pool.dtype)
         pool.view(-1, pool.shape[-1])[target] = rows  # Algorithm 1, line 9
         return len(token)
@@ -330,7 +330,7 @@ class TieredCache:
             Entry("host K, V", "host", 2 * table_bytes(held, rows, host_rows(capacity), D)),
         ]
         if int8:
-            entries.append(Entry("int8 scales", device, 2 * table_bytes(torch.float32, rows, D)))
+            entries.append(Entry("int8 scales", device, 2 * table_bytes(torch.float32, rows, 2, D)))
         if own_scores:
             entries.append(
                 Entry("scores", device, table_bytes(torch.float32, rows, capacity) + one_way * rows * capacity)

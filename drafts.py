@@ -118,7 +118,7 @@ class DraftedTiers(TieredCache):
     def keep(self, positions: list[int], kept: list[int]) -> None:
         """End the round: the kept tokens' K and V go to the host, the slots of the others are free."""
         for b, (at, count) in enumerate(zip(positions, kept)):
-            scales = self.scales((slice(None), b, slice(None), None))  # (L, G, 1, D) each
+            scales = self.scales((slice(None), b, slice(None), None))  # (L, G, 1, 2, D) each
             for host, made, scale in zip((self.host_key, self.host_value), self.newest, scales):
                 host[:, b, :, at : at + count] = encode(made[:, b, :, :count], scale)  # (L, G, count, D)
         ends = [at + count for at, count in zip(positions, kept)]

@@ -26,7 +26,7 @@ MOVERS = 2  # that bring keys, and as many for values
 MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves outlast a layer
 MORE8 = 6  # instead of MORE for int8: with half the bytes under way each mover is slower
 FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
-Scales = tuple[Tensor | None, Tensor | None]  # K's and V's where the host's rows are int8; else None
+Scales = tuple[Tensor | None, Tensor | None]  # K's and V's, fp32, where the host's rows are int8; else None
 
 
 class Moves(NamedTuple):
@@ -56,12 +56,12 @@ def bring_rows_torch(
 ) -> None:  # fmt: skip
     """Rows of one layer from the host, (B, G, S', D), into the slots that wait for them, (B, G, slots, D).
 
-    first: of the step, for which the LLM waits. scales: K's and V's, (B, G, D) fp32 each, if the host's are int8.
+    first: of the step, for which the LLM waits. scales: K's and V's, (B, G, 2, D) each, if the host's are int8.
     """
     both = (key, host_key, key_moves), (value, host_value, value_moves)
     for (pool, host, moves), scale in zip(both, scales):
         source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
-        scale = None if scale is None else scale.flatten(0, 1)[source // host.shape[2]]  # (moves, D)
+        scale = None if scale is None else scale.flatten(0, 1)[source // host.shape[2]]  # (moves, 2, D)
         pool.view(-1, pool.shape[-1])[target] = decode(host.view(-1, host.shape[-1])[source], scale, pool.dtype)
 
 
@@ -71,13 +71,13 @@ def store_rows_torch(
     """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S', D).
 
     length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous. scales:
-    K's and V's, (L, B, G, D) fp32 each, if the host's are int8.
+    K's and V's, (L, B, G, 2, D) each, if the host's are int8.
     """
     newest = newest.transpose(3, 4)  # (2, L, B, G, T, D)
     position = length.long()[:, None] - 1 + torch.arange(newest.shape[4], device=newest.device)  # (B, T)
     index = position[None, :, None, :, None].expand(newest.shape[1:])
     for host, rows, scale in zip((host_key, host_value), newest, scales):
-        host.scatter_(3, index, encode(rows, None if scale is None else scale[..., None, :]))
+        host.scatter_(3, index, encode(rows, None if scale is None else scale[:, :, :, None]))
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def _bring(
             nth = at + part * ROWS + tl.arange(0, ROWS)
             row = rows[part]
             if INT8:
-                scale = tl.load(scale_ptr + (sources[part] // host_rows)[:, None] * D + dim)
-                row = (row.to(tl.float32) * scale).to(pool_ptr.dtype.element_ty)
+                scale = scale_ptr + (sources[part] // host_rows)[:, None] * 2 * D + dim
+                row = (row.to(tl.float32) * tl.load(scale) + tl.load(scale + D)).to(pool_ptr.dtype.element_ty)
             target = tl.load(target_ptr + nth, mask=nth < count, other=0)
             tl.store(pool_ptr + target.to(tl.int64)[:, None] * D + dim, row, mask=(nth < count)[:, None])
 
@@ -137,8 +137,10 @@ def _store(
         pair = sequence.to(tl.int64) * G + line % G
         row = tl.load(newest_ptr + line[:, None] * D + dim, mask=inside[:, None])
         if INT8:
-            scale = tl.load(scale_ptr + pair[:, None] * D + dim, mask=inside[:, None], other=1.0)
-            level = tl.minimum(tl.maximum(tl.div_rn(row.to(tl.float32), scale), -LEVELS), LEVELS)
+            at = scale_ptr + pair[:, None] * 2 * D + dim
+            zero = tl.load(at + D, mask=inside[:, None], other=0.0)
+            level = tl.div_rn(row.to(tl.float32) - zero, tl.load(at, mask=inside[:, None], other=1.0))
+            level = tl.minimum(tl.maximum(level, -LEVELS), LEVELS)
             # Numbers near 1.5 * 2**23 have no fraction: adding that rounds, half to even as torch.round does.
             row = ((level + 12582912.0) - 12582912.0).to(tl.int8)
         tl.store(host_ptr + (pair * host_rows + position)[:, None] * D + dim, row, mask=inside[:, None])
@@ -171,7 +173,7 @@ def bring_rows_triton(
     scales = scales if int8 else (key, value)  # not read
     _bring_kernel[(programs, 2)](
         key, value, host_key, host_value, *scales, *key_moves, *value_moves, host_key.shape[2], D=key.shape[3],
-        ROWS=ROWS // parts, PARTS=parts, INT8=int8, num_warps=32, num_stages=1,
+        ROWS=ROWS // parts, PARTS=parts, INT8=int8, num_warps=32, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -120,22 +120,22 @@ def test_bytes_of_the_layers_are_those_of_the_weights_and_the_cache():
 
 @pytest.mark.parametrize("share", CASES["bring_rows"])
 def test_rows_that_come_are_those_counted(share):
-    """Host memory is NaN here, or -128 (conftest.py): each row that came is seen in the pool."""
+    """Host memory is NaN here, or -128 (conftest.py), and the zero point 1: each row that came is seen in the pool."""
     at = shape(Setting(2, 400, 8))
     call = CASES["bring_rows"][share](at)
     call.work()
     key, value = at.held["pools"]
     rows = round(float(share.split()[0]) / 100 * at.critical)
     for pool in (key, value):
-        came = pool.eq(-128) if "8 bits" in share else pool.isnan()
+        came = pool.eq(-128 + 1) if "8 bits" in share else pool.isnan()
         assert came.all(-1).sum(-1).tolist() == [[rows] * 2] * 2
     assert call.pcie == 2 * came.sum().item() * (1 if "8 bits" in share else pool.itemsize)
     alone = CASES["bring_rows"][share.split(",")[0]](at).size
     if "beside" in share:
         assert call.size == alone + sum(CASES[name]["LLM"](at).size for name in ("gate_product", "split_product"))
-    else:  # sequences, heads: where from and to; the count; steps of one number a channel
-        steps = 2 * 2 * 2 * pool.shape[-1] * 4 * ("8 bits" in share)
-        assert call.size == 2 * came.sum().item() * pool.itemsize + (2 * 2 * 2 * rows + 1) * 4 + steps
+    else:  # sequences, heads: where from and to; the count; a channel's two numbers
+        scales = 2 * 2 * 2 * 2 * pool.shape[-1] * 4 * ("8 bits" in share)
+        assert call.size == 2 * came.sum().item() * pool.itemsize + (2 * 2 * 2 * rows + 1) * 4 + scales
 
 
 def test_every_launch_of_the_slots_finds_a_tenth_that_enters():

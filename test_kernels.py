@@ -233,17 +233,23 @@ def test_memory_of_the_host_belongs_to_the_device_asked_for():
 
 
 def test_a_row_in_8_bits_is_within_half_a_level(device):
-    """Each channel by its own size; what passes the largest of the prompt by more than a quarter is cut off."""
+    """Each channel by its own range, wherever that lies; what passes it by more than a quarter is cut off."""
     prompt = randn(3, 40, 16, device=device) * torch.logspace(-1, 1, 16, device=device)
-    scale = host_memory.scales_of(prompt)[:, None]  # (3, 1, 16)
-    assert torch.allclose(scale, prompt.abs().amax(1, keepdim=True) * 1.25 / 127)
-    held = encode(prompt, scale)
-    assert held.dtype == torch.int8 and held.abs().amax(1).eq(102).all()  # 127 / 1.25 is 101.6
-    assert ((host_memory.decode(held, scale, torch.float32) - prompt).abs() <= 0.5001 * scale).all()
-    assert (encode(2 * prompt, scale).abs().amax(1) == 127).all()
-    factor = torch.ones(16, device=device)
-    factor[[3, 11]] = 128.0  # two channels of very large keys: all numbers are rounded as before
+    scales = host_memory.scales_of(prompt)[:, None]  # (3, 1, 2, 16)
+    scale, zero = scales.unbind(2)
+    low, high = prompt.amin(1, keepdim=True), prompt.amax(1, keepdim=True)
+    assert torch.allclose(scale, (high - low) * 1.25 / 254) and torch.allclose(zero, (high + low) / 2)
+    held = encode(prompt, scales)
+    assert held.dtype == torch.int8 and held.amax(1).eq(102).all() and held.amin(1).eq(-102).all()  # 127 / 1.25: 101.6
+    assert ((host_memory.decode(held, scales, torch.float32) - prompt).abs() <= 0.5001 * scale).all()
+    assert (encode(zero + 2 * (prompt - zero), scales).abs().amax(1) == 127).all()
+    factor, offset = torch.ones(16, device=device), torch.zeros(16, device=device)
+    factor[[3, 11]], offset[[5, 11]] = 128.0, 100.0  # channels of very large keys are rounded as before
+    other = prompt * factor + offset
+    scales = host_memory.scales_of(other)[:, None]
     assert torch.equal(encode(prompt * factor, host_memory.scales_of(prompt * factor)[:, None]), held)
+    error = host_memory.decode(encode(other, scales), scales, torch.float32) - other
+    assert (error.abs() <= 0.501 * scale * factor).all()
     assert encode(prompt, None) is prompt and host_memory.decode(prompt, None, torch.float32) is prompt
     nothing = torch.zeros(2, 5, 16, device=device)
     assert (encode(nothing, host_memory.scales_of(nothing)[:, None]) == 0).all()
@@ -285,9 +291,10 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, in
 
 def test_newest_rows_in_8_bits_equal_their_twin(device):
     """To the bit: numbers that lie half way between two levels, and some beyond the last one, are among them."""
-    scale = [torch.rand(3, 2, 2, 32, generator=torch.Generator().manual_seed(seed)) + 0.01 for seed in (1, 2)]
+    scale = [torch.rand(3, 2, 2, 2, 32, generator=torch.Generator().manual_seed(seed)) + 0.01 for seed in (1, 2)]
     level = torch.randint(-300, 300, (2, 3, 2, 5, 2, 32), generator=torch.Generator().manual_seed(0)) / 2
-    newest = (level * torch.stack(scale)[:, :, :, None]).to(device)  # (2, L, B, T, G, D)
+    width, zero = torch.stack(scale)[:, :, :, None].unbind(-2)  # (2, L, B, 1, G, D) each
+    newest = (level * width + zero).to(device)  # (2, L, B, T, G, D)
     length, scales = torch.tensor([5, 90], dtype=torch.int32, device=device), tuple(each.to(device) for each in scale)
     tables = []
     for store in (kernels_move.store_rows_torch, kernels_move.store_rows_triton):

@@ -158,7 +158,7 @@ def test_ledger_counts_one_byte_a_number_and_the_scales(dtype, device):
     host = [sum(entry.size for entry in ledger if entry.device == "host") for ledger in ledgers]
     assert host[0] * dtype.itemsize == host[1] == 2 * 2 * 2 * 2 * host_rows(300) * 16 * dtype.itemsize
     scales = [entry.size for entry in ledgers[0] if entry.what == "int8 scales"]
-    assert scales == [2 * 2 * 2 * 2 * 16 * 4]
+    assert scales == [2 * 2 * 2 * 2 * 2 * 16 * 4]
 
 
 def test_what_moves_is_counted_in_bytes_of_the_host(device):
