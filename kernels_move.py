@@ -137,9 +137,9 @@ def _store(
         pair = sequence.to(tl.int64) * G + line % G
         row = tl.load(newest_ptr + line[:, None] * D + dim, mask=inside[:, None])
         if INT8:
-            at = scale_ptr + pair[:, None] * 2 * D + dim
-            zero = tl.load(at + D, mask=inside[:, None], other=0.0)
-            level = tl.div_rn(row.to(tl.float32) - zero, tl.load(at, mask=inside[:, None], other=1.0))
+            scale = scale_ptr + pair[:, None] * 2 * D + dim
+            zero = tl.load(scale + D, mask=inside[:, None], other=0.0)
+            level = tl.div_rn(row.to(tl.float32) - zero, tl.load(scale, mask=inside[:, None], other=1.0))
             level = tl.minimum(tl.maximum(level, -LEVELS), LEVELS)
             # Numbers near 1.5 * 2**23 have no fraction: adding that rounds, half to even as torch.round does.
             row = ((level + 12582912.0) - 12582912.0).to(tl.int8)
@@ -171,6 +171,7 @@ def bring_rows_triton(
     more, parts = (MORE8, PARTS8) if int8 else (MORE, 1)
     programs = FIRST if first else more if key[..., 0].numel() > LARGE else MOVERS
     scales = scales if int8 else (key, value)  # not read
+    # Without fused multiply-adds, which round once where the twin rounds twice.
     _bring_kernel[(programs, 2)](
         key, value, host_key, host_value, *scales, *key_moves, *value_moves, host_key.shape[2], D=key.shape[3],
         ROWS=ROWS // parts, PARTS=parts, INT8=int8, num_warps=32, num_stages=1, enable_fp_fusion=False,
