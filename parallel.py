@@ -233,6 +233,8 @@ def join(store, rank: int, size: int, device: torch.device) -> None:
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30),
         device_id=device if cuda else None,
     )  # fmt: skip
+    if not cuda:
+        dist.barrier()  # a rank 0 that leaves at once (a wrong flag) takes the store along, which others still read
 
 
 def run(command: Callable[[], int]) -> int:
