@@ -225,7 +225,7 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
                   torch.tensor(at.pairs * count, dtype=torch.int32, device=at.device))  # fmt: skip
     numbers = 2 * at.pairs * count * at.llm.head_dim  # of K and V
-    size, pcie, lists = numbers * at.dtype.itemsize, numbers * dtype.itemsize, [*moves, *scales[: 2 * int8]]
+    size, pcie, lists = numbers * at.dtype.itemsize, numbers * dtype.itemsize, [*moves, *scales * int8]
 
     def bring():
         at.backend.bring_rows(key, value, *host, moves, moves, scales=scales)

@@ -180,7 +180,7 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         size = TierSizes(Budget(settings.budget).kept(length), 1, 0)
     tpot = statistics.median(laps)
     cuts = statistics.quantiles(laps, n=10) if len(laps) > 1 else [tpot]
-    row_bytes = llm.head_dim * (1 if settings.offload == "int8" else models[0].dtype.itemsize)
+    row_bytes = llm.head_dim * (1 if settings.int8 else models[0].dtype.itemsize)
     per_plan = settings.planned(length).critical * setting.batch * llm.layers * llm.kv_heads
     out = {
         "method": method, "setting": setting.name, "length": length, "tpot_s": tpot,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from full_cache import Entry, FullCache, ScoredCache, table_bytes
-from host_memory import decode, encode, host_rows, rows_on_host, scales_of
+from host_memory import encode, host_rows, read_rows, rows_on_host, scales_of
 from kernels import column_sums, tiered_attention
+from kernels_move import store_rows_torch
 from model import Config, Span
 
 
@@ -176,13 +177,9 @@ class TieredCache:
 
     def _store_newest(self) -> None:
         """The last step's token goes to the host; it was a recent token since, so nobody has asked for it yet."""
-        if self.newest_position is None:
-            return
-        B, G = self.host_key.shape[1:3]
-        position = self.newest_position[None, :, None, None, None]  # (1, B, 1, 1, 1)
-        index = position.expand(self.config.layers, B, G, 1, self.config.head_dim)
-        for host, rows, scale in zip((self.host_key, self.host_value), self.newest, self.scales(...)):
-            host.scatter_(3, index, encode(rows, scale)[..., None, :])  # (L, B, G, 1, D)
+        if self.newest_position is not None:
+            newest = self.newest[:, :, :, None]  # (2, L, B, 1, G, D)
+            store_rows_torch(newest, self.host_key, self.host_value, self.newest_position + 1, self.scales(...))
 
     def _prefetch(self, layer: int) -> None:
         if layer == self.config.layers:
@@ -235,9 +232,8 @@ class TieredCache:
         b, g, token = moving.nonzero(as_tuple=True)
         head = b * self.config.kv_heads + g
         target, source = head * pool.shape[2] + slot[b, g, token], head * host.shape[2] + token
-        scale = None if scale is None else scale[b, g]  # (moves, 2, D)
-        rows = decode(host.view(-1, host.shape[-1])[source], scale, pool.dtype)
-        pool.view(-1, pool.shape[-1])[target] = rows  # Algorithm 1, line 9
+        # Algorithm 1, line 9
+        pool.view(-1, pool.shape[-1])[target] = read_rows(host, source, scale, pool.dtype)
         return len(token)
 
     # -- attention --

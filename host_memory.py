@@ -68,6 +68,14 @@ def decode(held: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (held * scale + zero).to(dtype)
 
 
+def read_rows(host: Tensor, source: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of one layer as the GPU holds them, (moves, D): host (B, G, S', D), source (moves,) counts b, g, token;
+    scales (B, G, 2, D) or None."""
+    if scales is not None:
+        scales = scales.flatten(0, 1)[source // host.shape[2]]  # (moves, 2, D)
+    return decode(host.flatten(0, 2)[source], scales, dtype)
+
+
 def host_rows(capacity: int) -> int:
     """Rows of one KV head on the host: the next odd number."""
     return capacity | 1

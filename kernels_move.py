@@ -3,7 +3,8 @@
 Where it sits: slots (kernels_tiers.py) -> **movement** -> LLM, on side streams of the decode step (graph.py). The
 kernels read and write that memory themselves (host_memory.py), so a captured graph moves whatever the tables on the
 device say (Algorithm 1, line 9); the bytes arrive as they left, or are rounded to 8 bits there and back
-(`Settings.offload`). Each function exists twice with one signature, `..._torch` (the twin) and `..._triton`.
+(`Settings.offload`). Each function exists twice with one signature, `..._torch` (the twin, through which the plain
+steps of cache.py store their rows too) and `..._triton`.
 
 Shapes follow the legend in model.py.
 """
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from host_memory import LEVELS, decode, encode
+from host_memory import LEVELS, encode, read_rows
 
 # A mover has as many threads as a block can, and all registers of a multiprocessor: few whole ones are less of a loss
 # than many halves, as a product's blocks fill one and wait for it, and whatever shares one with rows that wait for PCIe
@@ -61,8 +62,7 @@ def bring_rows_torch(
     both = (key, host_key, key_moves), (value, host_value, value_moves)
     for (pool, host, moves), scale in zip(both, scales):
         source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
-        scale = None if scale is None else scale.flatten(0, 1)[source // host.shape[2]]  # (moves, 2, D)
-        pool.view(-1, pool.shape[-1])[target] = decode(host.view(-1, host.shape[-1])[source], scale, pool.dtype)
+        pool.view(-1, pool.shape[-1])[target] = read_rows(host, source, scale, pool.dtype)
 
 
 def store_rows_torch(
@@ -166,8 +166,9 @@ def bring_rows_triton(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
     first: bool = False, scales: Scales = (None, None),
 ) -> None:  # fmt: skip
+    given = [tensor for tensor in (key, value, host_key, host_value, *scales) if tensor is not None]
+    assert all(tensor.is_contiguous() for tensor in given)
     int8 = scales[0] is not None
-    assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value, *scales[: 2 * int8]))
     more, parts = (MORE8, PARTS8) if int8 else (MORE, 1)
     programs = FIRST if first else more if key[..., 0].numel() > LARGE else MOVERS
     scales = scales if int8 else (key, value)  # not read
@@ -182,8 +183,9 @@ def store_rows_triton(
     newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, scales: Scales = (None, None)
 ) -> None:
     _, L, B, T, G, D = newest.shape
+    given = [tensor for tensor in (newest[0], host_key, host_value, *scales) if tensor is not None]
+    assert all(tensor.is_contiguous() for tensor in given)
     int8 = scales[0] is not None
-    assert all(tensor.is_contiguous() for tensor in (newest[0], host_key, host_value, *scales[: 2 * int8]))
     lines = L * B * T * G
     most = STORE8 if int8 else ROWS
     rows = min(ROWS, most, triton.next_power_of_2(lines))

@@ -111,6 +111,10 @@ class Settings:
         return self.scores == "fused"
 
     @property
+    def int8(self) -> bool:
+        return self.offload == "int8"
+
+    @property
     def shares(self) -> tuple[float, float, float]:
         """Critical, recent and marginal share of the budget's bytes: 2:1:2 in tokens is 2:1:1 in bytes."""
         try:

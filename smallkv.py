@@ -119,7 +119,6 @@ class SmallKV:
         self.models, self.sums = [llm, slm], sums
         self.keep_row = settings.marginal  # the SLM's newest row is lent to marginal tokens
         self.one_way = not settings.saliency_shift
-        self.int8 = settings.offload == "int8"
         self.own_scores = self.one_way or settings.fused  # the LLM's own attention on what it holds is remembered too
 
     @property
@@ -132,7 +131,7 @@ class SmallKV:
 
     def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
         """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
-        if self.int8 and min(lengths) < WINDOW_MIN:
+        if self.settings.int8 and min(lengths) < WINDOW_MIN:
             raise ValueError(f"offload int8 takes its scales from the prompt, which needs {WINDOW_MIN} tokens; one has "
                              f"{min(lengths)}: offload exact takes any")  # fmt: skip
         batch, self.lengths = len(lengths), list(lengths)
@@ -149,7 +148,7 @@ class SmallKV:
         slots = pool_slots(self.settings, min(lengths), capacity)
         self.cache = self.tiers(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch,
-            own_decay, self.one_way, self.sums, self.int8,
+            own_decay, self.one_way, self.sums, self.settings.int8,
         )  # fmt: skip
         return self.cache
 
@@ -169,7 +168,7 @@ class SmallKV:
         llm: Config = self.llm.config
         shape = (self.slm.config, batch, capacity, device, self.slm.dtype, self.keep_row)
         share, refresh = self.settings.slm_budget, self.settings.refresh
-        own = self.own_scores, self.one_way, self.int8
+        own = self.own_scores, self.one_way, self.settings.int8
         return {
             "LLM": TieredCache.predict(llm, batch, capacity, *slots, device, self.llm.dtype, *own),
             "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),
