@@ -38,6 +38,7 @@ class Backend:
     tiered_attention: Callable
     slot_attention: Callable
     make_room: Callable
+    sum_scores: Callable
     plan_layers: Callable
     assign_slots: Callable
     lend_rows: Callable
@@ -64,6 +65,7 @@ TORCH = Backend(
     tiered_attention=kernels_eq6.tiered_attention_torch,
     slot_attention=kernels_frugal.slot_attention_torch,
     make_room=kernels_frugal.make_room_torch,
+    sum_scores=kernels_scores.sum_scores_torch,
     plan_layers=kernels_plan.plan_layers_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
@@ -90,6 +92,7 @@ TRITON = Backend(
     tiered_attention=kernels_eq6.tiered_attention_triton,
     slot_attention=kernels_frugal.slot_attention_triton,
     make_room=kernels_frugal.make_room_triton,
+    sum_scores=kernels_scores.sum_scores_triton,
     plan_layers=kernels_plan.plan_layers_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,

@@ -7,114 +7,24 @@ Shapes follow the legend in model.py; decode drops the T dimension.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backend import Backend
 from bench_clock import random_decoder
-from bench_count import Setting, layer_bytes, layer_products, observed_bytes
-from full_cache import FullCache, ScoredCache
-from graph_sides import STORE, FullSide, ScoredSide, layers_together
-from host_memory import host_rows, rows_on_host
+from bench_count import layer_bytes, layer_products, observed_bytes
+from bench_shapes import FP32, Call, Shape
+from full_cache import FullCache, ScoredCache, logits_dtype
+from graph_sides import STORE, FullSide, ScoredSide
+from host_memory import host_rows
 from kernels_move import Moves
 from kernels_scores import CRITICAL
 from layers import Layers
-from model import Config, Decoder
 from settings import Settings
-from smallkv import pool_slots
 
 FEW = 64  # positions of a pool where a call writes one row of each head: how many lie around costs nothing
-FP32 = 4
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call on inputs of its own. read, written: what it cannot avoid on the device, tensors or bytes. pcie: bytes
-    that cross. launches: how often `work` calls the kernel. layers: for how many layers a launch is."""
-
-    work: Callable
-    read: list[Tensor | int]
-    written: list[Tensor | int]
-    pcie: int = 0
-    launches: int = 1
-    layers: int = 1
-
-    @property
-    def size(self) -> int:
-        """Bytes on the device."""
-        return sum(part if isinstance(part, int) else part.nbytes for part in (*self.read, *self.written))
-
-
-class Shape:
-    """One setting: the sizes that its kernels see, and random inputs for them."""
-
-    def __init__(self, setting: Setting, configs: tuple[Config, Config], decoders: dict[str, Decoder], backend: Backend,
-                 device: torch.device, budget: float):  # fmt: skip
-        """decoders: those made so far by name, llm or slm; the settings of a run share them."""
-        self.backend, self.device, self.decoders, (self.llm, self.slm) = backend, device, decoders, configs
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.batch, self.capacity = setting.batch, setting.prompt + setting.new
-        self.tokens = setting.prompt + (setting.new + 1) // 2  # of each sequence, the newest included
-        self.length = torch.full((self.batch,), self.tokens, dtype=torch.int32, device=device)
-        kinds = Settings(budget), Settings(budget, marginal=True)
-        self.sizes = [kind.planned(self.tokens) for kind in kinds]  # without a marginal tier, and with
-        self.slots = [pool_slots(kind, setting.prompt, self.capacity) for kind in kinds]  # of the K and V pool
-        self.critical = self.sizes[0].critical
-        self.together = min(layers_together(self.pairs, self.capacity), self.llm.layers)  # at most, in a step
-        self.held: dict[str, list[Tensor]] = {}
-
-    @property
-    def pairs(self) -> int:
-        """Of a sequence and a KV head of the LLM."""
-        return self.batch * self.llm.kv_heads
-
-    def draw(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype).mul_(scale)
-
-    def pool(self, config: Config, slots: int, *layers: int) -> Tensor:
-        return self.draw(*layers, self.batch, config.kv_heads, slots, config.head_dim)
-
-    def query(self, config: Config) -> Tensor:
-        return self.draw(self.batch, config.query_heads, config.head_dim)
-
-    def pick(self, count: int, among: int, *layers: int) -> Tensor:
-        """`count` different numbers below `among` for each KV head of the LLM, in any order: (..., B, G, count)."""
-        noise = torch.rand(*layers, self.batch, self.llm.kv_heads, among, device=self.device)
-        return noise.argsort(-1)[..., :count].int()
-
-    def positions(self, filled: int, slots: int, *layers: int) -> Tensor:
-        """A pool of random tokens, the slots behind them empty."""
-        return F.pad(self.pick(filled, self.tokens, *layers), (0, slots - filled), value=-1).contiguous()
-
-    def memory(self, *layers: int) -> Tensor:
-        """Scores of the LLM's tokens, (..., B, G, S)."""
-        return torch.rand(*layers, self.batch, self.llm.kv_heads, self.capacity, device=self.device) / self.tokens
-
-    def ranking(self) -> Tensor:
-        """The SLM's newest rows (L', B, H', S), as uneven as attention."""
-        shape = self.slm.layers, self.batch, self.slm.query_heads, self.capacity
-        row = self.draw(*shape, dtype=torch.float32, scale=2.0).exp_()
-        return row.div_(row.sum(-1, keepdim=True))
-
-    def matched(self, layers: int) -> tuple[Tensor, int]:
-        """A head map (B, L, H), the same for all sequences, and the bytes of the SLM's rows that it names."""
-        heads = self.slm.layers * self.slm.query_heads
-        index = torch.randint(heads, (layers, self.llm.query_heads), device=self.device)
-        return index.repeat(self.batch, 1, 1), FP32 * len(index.unique()) * self.batch * self.tokens
-
-    def shared(self, name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What all calls of a case write to or read a little of, made once."""
-        if name not in self.held:
-            self.held[name] = make()
-        return self.held[name]
-
-    def on_host(self, *shape: int, dtype: torch.dtype) -> list[Tensor]:
-        """K and V on the host; nobody looks at the numbers."""
-        return self.shared(f"host, {dtype}", lambda: [rows_on_host(shape, dtype, self.device) for _ in range(2)])
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -130,10 +40,12 @@ def scored_attention(at: Shape, decay: float, logits: bool = False) -> Call:
     """logits: they are the scores, with one log of their sum a head, as in a step with fused scores."""
     query, key, value = at.query(at.slm), at.pool(at.slm, at.capacity), at.pool(at.slm, at.capacity)
     score = torch.rand(at.batch, at.slm.query_heads, at.capacity, device=at.device)
+    score, logs = score.to(logits_dtype(at.dtype) if logits else score.dtype), []
     row, seen = score[..., : at.tokens], [pool[:, :, : at.tokens] for pool in (key, value)]
-    lse = torch.empty(score.shape[:2], device=at.device) if logits else None
-    return Call(lambda: at.backend.scored_attention(query, key, value, at.length, score, decay, None, lse),
-                [query, *seen, at.length, *[row] * (decay > 0)], [query, row, *[lse] * logits])  # fmt: skip
+    if logits:
+        logs = list(torch.zeros(2, *score.shape[:2], device=at.device))
+    return Call(lambda: at.backend.scored_attention(query, key, value, at.length, score, decay, None, *logs),
+                [query, *seen, at.length, *[row] * (decay > 0), *logs[1:]], [query, row, *logs])  # fmt: skip
 
 
 def tiered_attention(at: Shape, marginal: bool, remembered: bool) -> Call:
@@ -157,56 +69,85 @@ def tiered_attention(at: Shape, marginal: bool, remembered: bool) -> Call:
 # ---- Plan, slots, memory ---------------------------------------------------------------------------------------------
 
 
-def plan_layers(at: Shape, single: bool) -> Call:
+class Slots:
+    """Empty slots of the K pool of L layers, and what `assign_slots` writes."""
+
+    def __init__(self, at: Shape, L: int):
+        shape = L, at.batch, at.llm.kv_heads, at.slots[0][0]
+        self.position = torch.full(shape, -1, dtype=torch.int32, device=at.device)
+        self.moves, self.newest = Moves.none(self.position), torch.zeros_like(self.position[..., 0])
+        self.moved = torch.zeros(1, dtype=torch.int64, device=at.device)
+        self.given = at.capacity, self.moves, self.newest, self.moved
+
+    def written(self, moving: int) -> list[Tensor | int]:
+        """moving: tokens a KV head that come; two lists say where from and to."""
+        lists = 2 * self.moves.source.itemsize * self.newest.numel() * moving
+        return [self.position, lists, self.moves.count, self.newest, self.moved]
+
+
+def sum_scores(at: Shape, single: bool) -> Call:
     """By logits, as in a step with fused scores. single: of one layer, as where the next needs more of the SLM."""
     L = 1 if single else at.together
-    score, memory = at.ranking().log2_(), at.memory(L)
-    lse = torch.zeros(score.shape[:3], device=at.device)
-    index, rows = at.matched(L)
+    score, memory, (index, rows) = at.ranking().log2_().to(logits_dtype(at.dtype)), at.memory(L), at.matched(L)
+    total, lse = torch.empty_like(memory), torch.zeros(score.shape[:3], device=at.device)
+    seen, made = memory[..., : at.tokens], total[..., : at.tokens]
+    return Call(lambda: at.backend.sum_scores(score, index, at.length, total, lse, memory, Settings.score_decay),
+                [rows, lse, index, at.length, seen], [made], layers=L)  # fmt: skip
+
+
+def plan_layers(at: Shape, share: float, single: bool) -> Call:
+    """With slots and a memory, as in a step with fused scores. From one critical set to another and back: `share` of it
+    enters. A step clears the counts once; here each launch does, which is timed with it."""
+    L, recent = 1 if single else at.together, at.sizes[0].recent
+    memory, slots, older = at.memory(L), Slots(at, L), at.tokens - recent
+    moving = min(round(share * at.critical), older - at.critical + recent)
+    order, totals = at.pick(at.critical - recent + moving, older, L).long(), []
+    for first in (0, moving):
+        among = order[..., first : first + at.critical - recent]
+        totals.append(at.memory(L).scatter_add_(-1, among, torch.ones_like(among, dtype=torch.float32)))
     tier = torch.zeros(memory.shape, dtype=torch.int8, device=at.device)
     sizes = torch.zeros(at.capacity + 1, 3, dtype=torch.int32, device=at.device)
-    sizes[at.tokens, 0], sizes[at.tokens, 1] = at.critical, at.sizes[0].recent
+    sizes[at.tokens, 0], sizes[at.tokens, 1] = at.critical, recent
     seen = memory[..., : at.tokens]
-    return Call(
-        lambda: at.backend.plan_layers(
-            score, index, at.length, sizes, tier, memory=memory, decay=Settings.score_decay, lse=lse
-        ),
-        [rows, lse, index, at.length, sizes[at.tokens], seen], [tier, seen], layers=L,
-    )  # fmt: skip
+
+    def work():
+        for total in totals:
+            slots.moves.count.zero_()
+            at.backend.plan_layers(total, at.length, sizes, tier, slots.position, None, memory, Settings.score_decay,
+                                   slots.given)  # fmt: skip
+
+    read = [totals[0][..., : at.tokens], at.length, sizes[at.tokens], tier, slots.position, seen, slots.moved]
+    return Call(work, read, [tier, seen, *slots.written(moving)], launches=2, layers=L)
 
 
 def assign_slots(at: Shape, share: float, single: bool) -> Call:
     """From one critical set to another and back: `share` of it enters, the newest token stays. A step clears the counts
     once; here each launch does, which is timed with it."""
-    L, older, slots = 1 if single else at.together, at.tokens - 1, at.slots[0][0]
-    moving = min(round(share * at.critical), at.tokens - at.critical)
+    L, older = 1 if single else at.together, at.tokens - 1
+    moving, slots, tiers = min(round(share * at.critical), at.tokens - at.critical), Slots(at, L), []
     order = at.pick(at.critical - 1 + moving, older, L).long()
-    tiers = []
     for first in (0, moving):
         tier = torch.zeros(*order.shape[:3], at.capacity, dtype=torch.int8, device=at.device)
         tier.scatter_(-1, order[..., first : first + at.critical - 1], CRITICAL)[..., older] = CRITICAL
         tiers.append(tier)
-    position = torch.full((*order.shape[:3], slots), -1, dtype=torch.int32, device=at.device)
-    moves, newest = Moves.none(position), torch.zeros_like(position[..., 0])
-    moved = torch.zeros(1, dtype=torch.int64, device=at.device)
 
     def work():
         for tier in tiers:
-            moves.count.zero_()
-            at.backend.assign_slots(position, tier, CRITICAL, at.length, at.capacity, moves, newest, moved)
+            slots.moves.count.zero_()
+            at.backend.assign_slots(slots.position, tier, CRITICAL, at.length, *slots.given)
 
-    lists = 2 * moves.source.itemsize * L * at.pairs * moving  # where from and to
-    return Call(work, [tiers[0][..., : at.tokens], position, at.length, moved],
-                [position, lists, moves.count, newest, moved], launches=2, layers=L)  # fmt: skip
+    return Call(work, [tiers[0][..., : at.tokens], slots.position, at.length, slots.moved], slots.written(moving),
+                launches=2, layers=L)  # fmt: skip
 
 
 def fade_memory(at: Shape) -> Call:
     """By logits, as in a step with fused scores."""
-    row, memory, (index, rows) = at.ranking().log2_(), at.memory(at.llm.layers), at.matched(at.llm.layers)
+    memory, (index, rows) = at.memory(at.llm.layers), at.matched(at.llm.layers)
+    row = at.ranking().log2_().to(logits_dtype(at.dtype))
     lse = torch.zeros(row.shape[:3], device=at.device)
     tier = torch.where(torch.rand_like(memory) < at.critical / at.tokens, CRITICAL, 0).to(torch.int8)
     seen = memory[..., : at.tokens]
-    return Call(lambda: at.backend.fade_memory(row, index, at.length, tier, memory, Settings.score_decay, lse),
+    return Call(lambda: at.backend.fade_memory(row, index, at.length, lse, tier, memory, Settings.score_decay),
                 [rows, lse, index, at.length, tier[..., : at.tokens], seen], [seen], layers=at.llm.layers)  # fmt: skip
 
 
@@ -369,7 +310,11 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
         "LLM, marginal": partial(tiered_attention, marginal=True, remembered=False),
         "LLM, marginal, memory": partial(tiered_attention, marginal=True, remembered=True),
     },
-    "plan_layers": {"one layer": partial(plan_layers, single=True), "more": partial(plan_layers, single=False)},
+    "sum_scores": {"one layer": partial(sum_scores, single=True), "more": partial(sum_scores, single=False)},
+    "plan_layers": {
+        "10 % enter, one layer": partial(plan_layers, share=0.1, single=True),
+        "10 % enter": partial(plan_layers, share=0.1, single=False),
+    },
     "assign_slots": {
         "10 % enter, one layer": partial(assign_slots, share=0.1, single=True),
         "10 % enter": partial(assign_slots, share=0.1, single=False),

@@ -107,12 +107,13 @@ def step_bytes(
         return {"LLM weights": weights, "LLM K, V": held}
     kept = length if slm_budget == 1 else kept_tokens(slm_budget, length)
     numbers = 4 * slm.layers * kept * batch  # bytes of one fp32 or int32 a token and layer
+    narrow = fused and not marginal and slm_budget == 1 and itemsize == 2  # the SLM's newest logits, in 16 bits
     found = {
         "LLM weights": weights,
         "LLM K, V": held,
         "SLM weights": layers[1] if drafts else observed_bytes(slm, itemsize, int4[1]),
         "SLM K, V": cache_bytes(slm, kept, batch, itemsize),
-        "scores": numbers * slm.query_heads + 4 * fused * llm.layers * llm.kv_heads * length * batch,
+        "scores": numbers * slm.query_heads // (1 + narrow) + 4 * fused * llm.layers * llm.kv_heads * length * batch,
     }
     return found if slm_budget == 1 else found | {"SLM slots": 2 * numbers * slm.kv_heads}
 

@@ -32,10 +32,11 @@ import triton
 
 import kernels_layer
 from backend import NAMES, TRITON, pick_backend, pick_device
-from bench_cases import CASES, Call, Shape
+from bench_cases import CASES
 from bench_clock import Clock, ceilings
 from bench_count import PAIRS, Setting, pair_configs
 from bench_int4 import CACHE
+from bench_shapes import Call, Shape
 from kernels_product import MAX_ROWS
 from match import WINDOW_MIN
 from model import Decoder

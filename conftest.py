@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():  # read when a kernel is defined: before the modules that define them
     os.environ["TRITON_INTERPRET"] = "1"
 
-import bench_cases  # noqa: E402
+import bench_shapes  # noqa: E402
 import cache  # noqa: E402
 import host_memory  # noqa: E402
 from match import seen_window  # noqa: E402
@@ -47,7 +47,7 @@ def poisoned_memory(monkeypatch):
         return rows_on_host(shape, dtype, device).fill_(torch.nan if dtype.is_floating_point else -128)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    for module in (cache, bench_cases):
+    for module in (cache, bench_shapes):
         monkeypatch.setattr(module, "rows_on_host", poisoned_rows)
 
 

@@ -36,6 +36,11 @@ def table_bytes(dtype: torch.dtype, *shape: int) -> int:
     return dtype.itemsize * torch.Size(shape).numel()
 
 
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the logits that a model of this dtype keeps as scores."""
+    return torch.float16 if dtype.itemsize == 2 else torch.float32
+
+
 class FullCache:
     """K and V of every token, (L, B, G, S, D) each, on the model's device."""
 
@@ -91,7 +96,7 @@ class ScoredCache(FullCache):
     """A full cache that also remembers what attention says of every token; the SLM's.
 
     score (L, B, H, S) fp32: the score memory, score = decay * score + newest row; decay 1 is Eq. 1's accumulation (a
-    static step may keep logits there, see graph_sides.py). row (L, B, H, S) fp32, with keep_row: the newest query's
+    static step may keep logits there, see `hold_logits`). row (L, B, H, S) fp32, with keep_row: the newest query's
     attention, which marginal tokens borrow. sums: what makes the scores of a prefill, `kernels.column_sums` or its
     Triton version.
     """
@@ -134,6 +139,13 @@ class ScoredCache(FullCache):
             self.row[layer][..., : row.shape[-1]] = row
         self.score[layer][..., : row.shape[-1]].mul_(self.decay).add_(row)
 
+    def hold_logits(self) -> None:
+        """From here on a static step keeps logits in the score, for models of 16 bits in as many; what was there is
+        forgotten."""
+        shape, dtype = self.score.shape, logits_dtype(self.key.dtype)
+        self.score = None  # given back before its successor is made
+        self.score = torch.zeros(shape, device=self.key.device, dtype=dtype)
+
     def begin(self, plans: bool) -> None:
         """A step begins: a cache that drops tokens does so in the steps that plan (frugal.py)."""
 
@@ -148,7 +160,10 @@ class ScoredCache(FullCache):
 
     @staticmethod
     def predict(
-        config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype, keep_row: bool = False
-    ) -> list[Entry]:
-        scores = (1 + keep_row) * table_bytes(torch.float32, config.layers, batch, config.query_heads, capacity)
+        config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype, keep_row: bool = False,
+        logits: bool = False,
+    ) -> list[Entry]:  # fmt: skip
+        """logits: as `hold_logits` leaves it."""
+        held = logits_dtype(dtype) if logits else torch.float32
+        scores = (1 + keep_row) * table_bytes(held, config.layers, batch, config.query_heads, capacity)
         return FullCache.predict(config, batch, capacity, device, dtype) + [Entry("scores", device, scores)]

@@ -4,7 +4,7 @@ Where it sits: in place of `Session.step` (decode.py), after the same prefill, o
 ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captured once and replayed:
 
     first side stream: SLM layers, their attention rows into the scores       kernels_decode.py, graph_frugal.py
-    second side stream, groups of LLM layers in one launch: plan -> slots     kernels_plan.py, kernels_tiers.py
+    second side stream, LLM layers in groups: scores -> plan -> slots         kernels_scores.py, kernels_plan.py
     third side stream, layer by layer: rows from the host                     kernels_move.py
     LLM layers, each after its rows arrived: attention on the tiers (Eq. 6),  kernels_eq6.py
     with fused scores also its weights into the memory

@@ -65,12 +65,14 @@ class ScoredSide:
 
     def __init__(self, cache, backend: Backend, length: Tensor, keep_row: bool):
         self.cache, self.backend, self.length, self.keep_row = cache, backend, length, keep_row
-        logits = cache.decay == 0 and not keep_row
-        self.lse = torch.zeros(cache.score.shape[:3], device=cache.score.device) if logits else None
+        self.lse = self.anchor = None
+        if cache.decay == 0 and not keep_row:
+            cache.hold_logits()
+            self.lse, self.anchor = torch.zeros(2, *cache.score.shape[:3], device=length.device)
 
     def tensors(self) -> list[Tensor]:
         """What this object holds beside the cache, for the ledger."""
-        return [] if self.lse is None else [self.lse]
+        return [] if self.lse is None else [self.lse, self.anchor]
 
     def begin(self, plan: bool) -> None:
         """Nobody leaves."""
@@ -79,9 +81,9 @@ class ScoredSide:
         key, value = self.cache.key[layer], self.cache.value[layer]
         query = self.backend.rope_append(qkv, *rope, self.length, norms, key, value)
         row = self.cache.row[layer] if self.keep_row else None
-        lse = None if self.lse is None else self.lse[layer]
+        logs = (None, None) if self.lse is None else (self.lse[layer], self.anchor[layer])
         return self.backend.scored_attention(
-            query, key, value, self.length, self.cache.score[layer], self.cache.decay, row, lse
+            query, key, value, self.length, self.cache.score[layer], self.cache.decay, row, *logs
         )
 
 
@@ -199,15 +201,17 @@ class TieredSide:
 
     def _plan(self, layers: slice) -> None:
         """Tiers and slots of these layers, and what their marginal slots borrow."""
-        position, tier, slot = self.cache.key_position[layers], self.tier[layers], self.key_slot[layers]
+        cache, tier, rows = self.cache, self.tier[layers], self.cache.host_key.shape[3]
+        total = torch.empty(tier.shape, device=tier.device)
+        memory = cache.score[layers] if self.fused else None
+        index = self.policy.index[:, layers]
+        self.backend.sum_scores(self.ranking, index, self.length, total, self.lse, memory, self.decay)
         self.backend.plan_layers(
-            self.ranking, self.policy.index[:, layers], self.length, self.sizes, tier, self.prior, position, self.moves,
-            self.cache.score[layers] if self.fused else None, self.decay, self.lse,
+            total, self.length, self.sizes, tier, cache.key_position[layers], self.moves, memory, self.decay,
+            (rows, self.key_moves.of(layers), self.key_slot[layers], self.moved[0]), self.prior,
         )  # fmt: skip
-        moves, rows = self.key_moves.of(layers), self.cache.host_key.shape[3]
-        self.backend.assign_slots(position, tier, CRITICAL, self.length, rows, moves, slot, self.moved[0])
         if self.marginal:
-            values, slot = self.cache.value_position[layers], self.new_value_slot[layers]
+            values, slot = cache.value_position[layers], self.new_value_slot[layers]
             moves = self.value_moves.of(layers)
             self.backend.assign_slots(values, tier, MARGINAL, self.length, rows, moves, slot, self.moved[1])
             self._lend(layers)
@@ -217,11 +221,11 @@ class TieredSide:
         if self.marginal:
             admit_newest(self.cache.value_position, self.length, self.new_value_slot)
             self._lend(slice(None))
+        newest = (self.length - 1).long()[:, None, None].expand(*self.tier.shape[:3], 1)  # (L, B, G, 1)
+        self.tier.scatter_(-1, newest, CRITICAL)
         if self.fused:
-            newest = (self.length - 1).long()[:, None, None].expand(*self.tier.shape[:3], 1)  # (L, B, G, 1)
-            self.tier.scatter_(-1, newest, CRITICAL)
             row, index = self.policy.slm_cache.score, self.policy.index
-            self.backend.fade_memory(row, index, self.length, self.tier, self.cache.score, self.decay, self.lse)
+            self.backend.fade_memory(row, index, self.length, self.lse, self.tier, self.cache.score, self.decay)
 
     def _lend(self, layers: slice) -> None:
         cache = self.cache

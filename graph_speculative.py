@@ -36,6 +36,7 @@ from backend import Backend
 from decode import Sampler
 from full_cache import FullCache
 from graph_sides import FullSide, TieredSide
+from kernels_scores import CRITICAL
 from layers import Layers
 from quantize import run_on
 from speculative import SpeculativeSession, accept_greedy, accept_sampled, draw
@@ -104,6 +105,8 @@ class VerifyTiers(TieredSide):
         end = (self.length - 1 + kept)[:, None, None]  # (B, 1, 1)
         for table in (self.cache.key_position, self.cache.value_position)[: 1 + self.marginal]:
             table.masked_fill_(table >= end, -1)
+        token = torch.arange(self.tier.shape[3], device=end.device)  # the next plan must find there who is held
+        self.tier.masked_fill_(token >= self.length[:, None, None], CRITICAL).masked_fill_(token >= end, 0)
 
     def _plan(self, layers: slice) -> None:
         super()._plan(layers)

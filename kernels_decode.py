@@ -16,7 +16,8 @@ programs beyond a length return at once. A group of query heads is padded to the
 
 The row of the SLM needs the sum over all splits. Where nothing of the past goes into the scores (decay 0) and nobody
 borrows the row, the first kernel writes its logits straight into `score`, the second the log of each head's sum into
-`lse`, and whoever reads the scores computes 2 ** (score - lse) as it goes (kernels_plan.py, kernels_scores.py).
+`lse`, and whoever reads the scores computes 2 ** (score - lse) as it goes (kernels_scores.py). Both are less an anchor,
+the log of the step before: the logits that count are then near 0, where 16 bits are precise.
 Otherwise the logits lie in a scratch of one layer, and the second kernel makes them probabilities and adds them to the
 scores.
 
@@ -35,6 +36,7 @@ import kernels
 
 LOG2_E = math.log2(math.e)  # logits as powers of two: exp2 is one instruction
 CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
+HALF_MAX = 65504.0  # the largest fp16: a first anchor of 0 may be far away, and infinity would not fade
 
 
 class Launch(NamedTuple):
@@ -66,23 +68,26 @@ def decode_attention_torch(query: Tensor, key: Tensor, value: Tensor, length: Te
 
 def scored_attention_torch(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None,
-    lse: Tensor | None = None,
+    lse: Tensor | None = None, anchor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`decode_attention`, and score = decay * score + attention row in place, on the tokens seen.
 
     score and row are (B, H, S) fp32; row, if given, takes the attention row itself (marginal tokens borrow it). With
     decay 0 the old score is not read. What lies beyond a length is neither read nor written.
 
-    lse (B, H) fp32, if given, takes the base-2 log of each head's sum, and score the logits as powers of two: the
-    attention row is 2 ** (score - lse). That needs decay 0 and no row.
+    lse and anchor (B, H) fp32, if given: score, fp32 or fp16, takes the logits as powers of two and lse the base-2 log
+    of each head's sum, both less anchor, which takes that log: the attention row is 2 ** (score - lse). That needs
+    decay 0 and no row.
     """
     assert lse is None or (decay == 0 and row is None), f"logits as scores, with decay {decay} or a row"
     out, probability = _full_step(query, key, value, length)
     seen = (torch.arange(score.shape[-1], device=score.device) < length[:, None])[:, None].expand_as(score)
     if lse is not None:
         logit = _logits(query, key)
-        lse.copy_(logit.masked_fill(~seen, -torch.inf).logsumexp(-1) * LOG2_E)
-        score.copy_(torch.where(seen, logit * LOG2_E, score))
+        total = logit.masked_fill(~seen, -torch.inf).logsumexp(-1) * LOG2_E
+        shifted = (logit * LOG2_E - anchor[..., None]).clamp(max=HALF_MAX)
+        score.copy_(torch.where(seen, shifted, score))
+        lse.copy_(total - anchor), anchor.copy_(total)
         return out
     old = decay * score if decay else torch.zeros_like(score)
     score.copy_(torch.where(seen, old + probability, score))
@@ -110,10 +115,10 @@ def _logits(query: Tensor, key: Tensor) -> Tensor:
 
 @triton.jit
 def _full_split_kernel(
-    q_ptr, k_ptr, v_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, k_batch, k_head, logit_batch, logit_head, scale,
-    splits, size,
+    q_ptr, k_ptr, v_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, anchor_ptr, k_batch, k_head, logit_batch,
+    logit_head, scale, splits, size,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SCORED: tl.constexpr,
+    SCORED: tl.constexpr, LSE: tl.constexpr, HALF_MAX: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head: max, sum and unscaled output of its ROWS query heads (GROUP of them are real)."""
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -122,6 +127,8 @@ def _full_split_kernel(
     real = row < GROUP
     query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
     length = tl.load(length_ptr + b)  # on its way together with the query
+    if LSE:
+        anchor = tl.load(anchor_ptr + pair * GROUP + row, mask=real, other=0.0)
     start = split * size
     if start >= length:
         return
@@ -138,7 +145,10 @@ def _full_split_kernel(
         logit = tl.where(seen, logit, -float("inf"))
         if SCORED:
             line = b.to(tl.int64) * logit_batch + (g * GROUP + row) * logit_head
-            tl.store(logit_ptr + line[:, None] + token, logit, mask=real[:, None] & seen)
+            kept = logit
+            if LSE:
+                kept = tl.minimum(logit - anchor[:, None], HALF_MAX)
+            tl.store(logit_ptr + line[:, None] + token, kept.to(logit_ptr.dtype.element_ty), mask=real[:, None] & seen)
         higher = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp2(logit - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -155,7 +165,7 @@ def _full_split_kernel(
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, length_ptr, stat_ptr, acc_ptr, logit_ptr, score_ptr, row_ptr, lse_ptr,
+    out_ptr, length_ptr, stat_ptr, acc_ptr, logit_ptr, score_ptr, row_ptr, lse_ptr, anchor_ptr,
     score_batch, score_head, logit_head, splits, size, decay,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
     SCORED: tl.constexpr, OLD: tl.constexpr, ROW: tl.constexpr, LSE: tl.constexpr,
@@ -193,7 +203,9 @@ def _merge_kernel(
         out = tl.sum(acc * shrink[:, None], 0) * scale
         tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty))
     if LSE:
-        tl.store(lse_ptr + head, top + tl.log2(total))
+        log = top + tl.log2(total)
+        tl.store(lse_ptr + head, log - tl.load(anchor_ptr + head))
+        tl.store(anchor_ptr + head, log)
     if SCORED:
         probability = tl.exp2(logit - top) * scale
         if ROW:
@@ -219,15 +231,15 @@ def decode_attention_triton(query: Tensor, key: Tensor, value: Tensor, length: T
 
 def scored_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None,
-    lse: Tensor | None = None,
+    lse: Tensor | None = None, anchor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     assert score.stride(2) == 1 and (row is None or row.stride() == score.stride())
     assert lse is None or (decay == 0 and row is None), f"logits as scores, with decay {decay} or a row"
-    assert lse is None or lse.is_contiguous()
-    return _full_triton(query, key, value, length, score, decay, row, lse)
+    assert lse is None or (lse.is_contiguous() and anchor.is_contiguous())
+    return _full_triton(query, key, value, length, score, decay, row, lse, anchor)
 
 
-def _full_triton(query, key, value, length, score=None, decay=0.0, row=None, lse=None) -> Tensor:
+def _full_triton(query, key, value, length, score=None, decay=0.0, row=None, lse=None, anchor=None) -> Tensor:
     B, H, D = query.shape
     G, S = key.shape[1], key.shape[2]
     assert key.stride()[2:] == (D, 1) and value.stride() == key.stride(), "token rows must lie one after another"
@@ -240,16 +252,16 @@ def _full_triton(query, key, value, length, score=None, decay=0.0, row=None, lse
     scored = score is not None and lse is None  # the merge makes the scores
     logit = scratch(query, B, H, S) if scored else stat if score is None else score
     _full_split_kernel[(B * G, splits)](
-        query, key, value, length, logit, stat, acc, *key.stride()[:2], *logit.stride()[:2], logit_scale(D), splits,
-        split,
-        G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None,
+        query, key, value, length, logit, stat, acc, stat if lse is None else anchor, *key.stride()[:2],
+        *logit.stride()[:2], logit_scale(D), splits, split,
+        G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None, LSE=lse is not None, HALF_MAX=HALF_MAX,
         num_warps=launch.warps, num_stages=stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
     strides = score.stride()[:2] if scored else (0, 0)
     _merge_kernel[(B * H, triton.cdiv(S, CHUNK) if scored else 1)](
         out, length, stat, acc, logit, score if scored else logit, logit if row is None else row,
-        logit if lse is None else lse, *strides, S, splits, split, decay,
+        *((logit, logit) if lse is None else (lse, anchor)), *strides, S, splits, split, decay,
         G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
         SCORED=scored, OLD=decay != 0, ROW=row is not None, LSE=lse is not None,
         num_warps=merge_warps(splits),

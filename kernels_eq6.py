@@ -6,7 +6,8 @@ exists twice with one signature: `..._torch` (the twin, which calls the truth in
 Flash decoding as in kernels_decode.py. The first kernel takes one split of the K slots with the values they name, and
 the same split of the V slots for what is borrowed; the second merges the splits with `(1 - m)` of Eq. 6. With fused
 scores it also adds what each token weighed to the LLM's score memory: the logits lie in a scratch of one layer, which
-stays in the L2 cache, and no weights are written in between.
+stays in the L2 cache, and no weights are written in between. (Weights written by slot, and found by the next step's
+sum through a table of slots by token, took 2 to 10 us less here and up to 9 more there: no step was faster.)
 
 Shapes follow the legend in model.py; decode drops the T dimension: query is (B, H, D).
 """

@@ -1,12 +1,20 @@
 """What a plan ranks by, in Triton: the rows of the matched SLM heads, and the score memory of `--scores fused`.
 
-Where it sits: under the plan (kernels_plan.py), which reads both and writes the memory for all tokens. In a layer's
-attention (kernels_eq6.py) the memory of the critical tokens gets the LLM's own weights, for the next step's plan.
-Beyond the paper, see `Settings.scores`.
+Where it sits: SLM -> **scores** -> plan (kernels_plan.py), on a side stream of the decode step (graph.py). Beyond the
+paper, see `Settings.scores`. Each function exists twice with one signature, `..._torch` (the twin) and `..._triton`:
 
-`head_rows` and `head_sum` are what its kernels share with the plan's. `fade_memory` is for a step without a plan:
-memory = decay * memory, plus the SLM's row where a token is not critical. It exists twice with one signature,
-`..._torch` (the twin) and `..._triton`.
+| function      | flow                                                                                | paper     |
+| ------------- | ----------------------------------------------------------------------------------- | --------- |
+| `sum_scores`  | scores of the matched heads, summed for each KV head, with the memory -> ranking    | Eq. 4, 5  |
+| `fade_memory` | no plan in this step: the memory alone, with the tiers as they are                  | -         |
+
+In a layer's attention (kernels_eq6.py) the memory of the critical tokens gets the LLM's own weights, for the next step.
+
+Bytes, for Qwen2-7B with Qwen2-0.5B: the floor is every SLM score once, 2 * 24 * 14 a token and sequence (44 MB, 0.015
+ms of an H100 at 4 x 16,384; 0.35 GB, 0.12 ms at 32 x 16,384). The gather reads a row for each of the LLM's 28 * 28
+heads (0.1 and 0.82 GB), some of them from the L2 cache. Fused scores, the default, read the LLM's memory besides, and
+write as much: 4 * 28 * 4 a token and sequence (30 MB and 0.24 GB). The scores are logits then, in 16 bits, with the log
+of each head's sum (`lse`, see kernels_decode.py): each number that the gather reads costs an exp2.
 
 Shapes follow the legend in model.py; L is the number of layers at hand.
 """
@@ -17,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 CRITICAL, MARGINAL = 2, 1  # a token's tier in a plan; 0 is offloaded
-TOKENS = 2048  # tokens of a program that fades
+SUM_TOKENS = 1024  # tokens of a program that sums: eight a thread of four warps
+TOKENS = 2048  # of one that fades
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
@@ -25,7 +34,8 @@ TOKENS = 2048  # tokens of a program that fades
 
 def head_sum_torch(score: Tensor, index: Tensor, kv_heads: int, lse: Tensor | None) -> Tensor:
     """Scores of the matched SLM heads, summed over each KV head's: score (L', B, H', S), index (B, L, H) -> (L, B, G,
-    S). With lse (L', B, H') score holds logits as powers of two, and 2 ** (score - lse) is summed."""
+    S) fp32. With lse (L', B, H') fp32 score holds logits as powers of two, fp32 or fp16, and 2 ** (score - lse) is
+    summed."""
     B, L, _ = index.shape
     heads, sequence = score.shape[2], torch.arange(B, device=score.device)[:, None, None]
     matched = index // heads, sequence, index % heads
@@ -33,14 +43,31 @@ def head_sum_torch(score: Tensor, index: Tensor, kv_heads: int, lse: Tensor | No
     return rows.view(B, L, kv_heads, -1, score.shape[3]).sum(3).transpose(0, 1)
 
 
-def fade_memory_torch(
-    row: Tensor, index: Tensor, length: Tensor, tier: Tensor, memory: Tensor, decay: float, lse: Tensor | None = None
-) -> None:
-    """What a plan does to the memory, with the tiers as they are.
+def sum_scores_torch(
+    score: Tensor, index: Tensor, length: Tensor, total: Tensor, lse: Tensor | None = None,
+    memory: Tensor | None = None, decay: float = 0.0,
+) -> None:  # fmt: skip
+    """What the plan ranks by: total = decay * memory + the scores of a KV head's matched heads.
 
-    row (L', B, H', S) fp32: the SLM's newest attention, or its logits with lse (L', B, H') fp32; index (B, L, H) int64:
-    f(i), both as for the plan. tier (L, B, G, S) int8. memory (L, B, G, S) fp32 is updated; from length (B,) int32 on
-    it stays as it is.
+    score (L', B, H', S), none below 0, or logits with lse (L', B, H') fp32, see `head_sum_torch`. index (B, L, H)
+    int64: f(i), counted l' * H' + h'. length (B,) int32. total (L, B, G, S) fp32 is written up to each length.
+
+    With `--scores fused` score is the SLM's newest row, and memory (L, B, G, S) fp32 the score memory.
+    """
+    found = head_sum_torch(score, index, total.shape[2], lse)
+    if memory is not None:
+        found = decay * memory + found
+    seen = torch.arange(total.shape[3], device=total.device) < length[:, None, None]
+    total.copy_(found.where(seen, total))
+
+
+def fade_memory_torch(
+    row: Tensor, index: Tensor, length: Tensor, lse: Tensor | None, tier: Tensor, memory: Tensor, decay: float
+) -> None:
+    """What `sum_scores` and a plan do to the memory, with the tiers as they are.
+
+    row (L', B, H', S): the SLM's newest attention, or its logits with lse. tier (L, B, G, S) int8. memory (L, B, G, S)
+    fp32 is updated; from length on it stays as it is. The rest as above.
     """
     gained = head_sum_torch(row, index, tier.shape[2], lse)  # (L, B, G, S)
     faded = decay * memory
@@ -74,7 +101,7 @@ def head_sum(score_ptr, heads, token, reach, GROUP: tl.constexpr, LOGITS: tl.con
     rows, logs = heads
     total = tl.zeros(token.shape, tl.float32)
     for i in tl.static_range(GROUP):  # unrolled: the loads of all heads are under way together
-        score = tl.load(score_ptr + rows[i] + token, mask=token < reach, other=0.0)
+        score = tl.load(score_ptr + rows[i] + token, mask=token < reach, other=0.0).to(tl.float32)
         if LOGITS:
             score = tl.exp2(score - logs[i])
         total += score
@@ -91,8 +118,34 @@ def whole_loads(length, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _sum_kernel(
+    score_ptr, index_ptr, length_ptr, total_ptr, lse_ptr, memory_ptr, index_batch, index_layer, score_layer,
+    score_batch, score_head, capacity, decay, B,
+    G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
+    MEMORY: tl.constexpr, LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of one KV head of one sequence and layer."""
+    line, at = tl.program_id(0), tl.program_id(1) * TOKENS
+    layer, b, g = line // (B * G), line // G % B, line % G
+    length = tl.load(length_ptr + b)
+    if at >= length:
+        return
+    reach = whole_loads(length, ALIGNED)
+    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, lse_ptr, score_layer, score_head,
+                      b, B, GROUP, HEADS, LOGITS)  # fmt: skip
+    token = at + tl.arange(0, TOKENS)
+    cell = line.to(tl.int64) * capacity + token
+    if MEMORY:
+        memory = tl.load(memory_ptr + cell, mask=token < reach, other=0.0)
+    total = head_sum(score_ptr + b.to(tl.int64) * score_batch, heads, token, reach, GROUP, LOGITS)
+    if MEMORY:
+        total = decay * memory + total
+    tl.store(total_ptr + cell, total, mask=token < length)
+
+
+@triton.jit
 def _fade_kernel(
-    row_ptr, index_ptr, length_ptr, tier_ptr, memory_ptr, lse_ptr, index_batch, index_layer, row_layer, row_batch,
+    row_ptr, index_ptr, length_ptr, lse_ptr, tier_ptr, memory_ptr, index_batch, index_layer, row_layer, row_batch,
     row_head, capacity, decay, B,
     G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
     LOGITS: tl.constexpr,
@@ -118,14 +171,29 @@ def _fade_kernel(
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
+def sum_scores_triton(
+    score: Tensor, index: Tensor, length: Tensor, total: Tensor, lse: Tensor | None = None,
+    memory: Tensor | None = None, decay: float = 0.0,
+) -> None:  # fmt: skip
+    L, B, G, S = total.shape
+    assert score.stride(3) == 1 and index.stride(2) == 1
+    assert all(tensor.is_contiguous() for tensor in (total, lse, memory) if tensor is not None)
+    _sum_kernel[(L * B * G, triton.cdiv(S, SUM_TOKENS))](
+        score, index, length, total, total if lse is None else lse, total if memory is None else memory,
+        *index.stride()[:2], *score.stride()[:3], S, decay, B,
+        G=G, GROUP=index.shape[2] // G, HEADS=score.shape[2], TOKENS=SUM_TOKENS, ALIGNED=S % 16 == 0,
+        MEMORY=memory is not None, LOGITS=lse is not None, num_warps=4,
+    )  # fmt: skip
+
+
 def fade_memory_triton(
-    row: Tensor, index: Tensor, length: Tensor, tier: Tensor, memory: Tensor, decay: float, lse: Tensor | None = None
+    row: Tensor, index: Tensor, length: Tensor, lse: Tensor | None, tier: Tensor, memory: Tensor, decay: float
 ) -> None:
     L, B, G, S = tier.shape
-    assert row.stride(3) == 1 and index.stride(2) == 1 and tier.is_contiguous() and memory.is_contiguous()
-    assert lse is None or lse.is_contiguous()
+    assert row.stride(3) == 1 and index.stride(2) == 1
+    assert all(tensor.is_contiguous() for tensor in (lse, tier, memory) if tensor is not None)
     _fade_kernel[(L * B * G, triton.cdiv(S, TOKENS))](
-        row, index, length, tier, memory, row if lse is None else lse, *index.stride()[:2], *row.stride()[:3], S, decay,
-        B, G=G, GROUP=index.shape[2] // G, HEADS=row.shape[2], TOKENS=TOKENS, ALIGNED=S % 16 == 0,
+        row, index, length, memory if lse is None else lse, tier, memory, *index.stride()[:2], *row.stride()[:3], S,
+        decay, B, G=G, GROUP=index.shape[2] // G, HEADS=row.shape[2], TOKENS=TOKENS, ALIGNED=S % 16 == 0,
         LOGITS=lse is not None, num_warps=8,
     )  # fmt: skip

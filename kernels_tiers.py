@@ -2,9 +2,10 @@
 
 No index leaves the GPU.
 
-Where it sits: scores -> plan (kernels_plan.py) -> **slots** -> movement (kernels_move.py) -> LLM, right after the plan
-of the same layers on the same stream (graph.py): one program for each layer, sequence and KV head. The first two
-functions exist twice with one signature, `..._torch` (the twin) and `..._triton`.
+Where it sits: scores -> plan (kernels_plan.py) -> **slots** -> movement (kernels_move.py) -> LLM. The K pool's slots are
+given in the plan's own launch, by `fill_slots` or `assign_line`; those of the V pool, and what is lent, have launches of
+theirs after it on the same stream (graph.py): one program for each layer, sequence and KV head. The first two functions
+exist twice with one signature, `..._torch` (the twin) and `..._triton`.
 
 | function       | flow                                                                 | paper                  |
 | -------------- | -------------------------------------------------------------------- | ---------------------- |
@@ -93,27 +94,47 @@ def admit_newest(position: Tensor, length: Tensor, newest_slot: Tensor) -> None:
 
 
 @triton.jit
-def _assign_kernel(
-    position_ptr, tier_ptr, length_ptr, source_ptr, target_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr, kept_ptr,
-    slots, capacity, host_rows, lowest, B,
-    G: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
+def fill_slots(
+    held, keep, pair, length, entering, coming, position_ptr, source_ptr, target_ptr, count_ptr, newest_ptr, moved_ptr,
+    queue_ptr, slots, host_rows, pairs, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Who keeps his slot stays; the n-th free slot takes the n-th of the queue, in which `entering` tokens stand. The
+    rows of the first `coming` of them are listed: of all but the newest token, which would be the last."""
+    slot, base = tl.arange(0, SLOTS), pair.to(tl.int64) * slots
+    layer = pair // pairs
+    first = tl.atomic_add(count_ptr + layer, coming)  # of the layer's list, for this KV head
+    tl.atomic_add(moved_ptr, coming.to(tl.int64))
+    free = (slot < slots) & (keep == 0)
+    nth = tl.cumsum(free.to(tl.int32), 0) - 1  # of the free slots up to this one, itself included
+    came = tl.load(queue_ptr + base + nth, mask=free & (nth < entering), other=-1)
+    held = tl.where(keep, held, came)
+    tl.store(position_ptr + base + slot, held, mask=slot < slots)
+    tl.store(newest_ptr + pair, tl.sum(tl.where(held == length - 1, slot, 0), 0))
+    fresh = free & (nth < coming)
+    place = layer.to(tl.int64) * pairs * slots + first + nth
+    tl.store(source_ptr + place, pair % pairs * host_rows + came, mask=fresh)
+    tl.store(target_ptr + place, pair % pairs * slots + slot, mask=fresh)
+
+
+@triton.jit
+def assign_line(
+    pair, length, lowest, tier_ptr, position_ptr, source_ptr, target_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr,
+    kept_ptr, slots, capacity, host_rows, pairs, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one sequence and layer. A scratch by token says who keeps his slot; the rest of the wanted queue
-    up in another, in order; the n-th free slot takes the n-th of them."""
-    pair = tl.program_id(0)
-    length = tl.load(length_ptr + pair // G % B)
+    up in another, in order."""
     line, base = pair.to(tl.int64) * capacity, pair.to(tl.int64) * slots
     slot = tl.arange(0, SLOTS)
-    inside = slot < slots
     for at in range(0, length, TOKENS):
         token = at + tl.arange(0, TOKENS)
         tl.store(kept_ptr + line + token, tl.zeros([TOKENS], tl.int8), mask=token < capacity)
-    held = tl.load(position_ptr + base + slot, mask=inside, other=-1)
+    held = tl.load(position_ptr + base + slot, mask=slot < slots, other=-1)
     keep = (held >= 0) & (tl.load(tier_ptr + line + held, mask=held >= 0, other=0) >= lowest)
     tl.debug_barrier()
     tl.store(kept_ptr + line + held, tl.full([SLOTS], 1, tl.int8), mask=keep)
     tl.debug_barrier()
     entering = 0
+    coming = 0
     for at in range(0, length, TOKENS):  # masks end at the capacity, not the length: whole loads of 16 bytes
         token = at + tl.arange(0, TOKENS)
         wanted = tl.load(tier_ptr + line + token, mask=token < capacity, other=0) >= lowest
@@ -121,23 +142,22 @@ def _assign_kernel(
         nth = entering + tl.cumsum(enters, 0) - 1
         tl.store(queue_ptr + base + nth, token, mask=enters > 0)
         entering += tl.sum(enters, 0)
+        coming += tl.sum(tl.where(token == length - 1, 0, enters), 0)
     tl.debug_barrier()
-    nth = tl.cumsum((inside & (keep == 0)).to(tl.int32), 0) - 1  # of the free slots up to this one, itself included
-    came = tl.load(queue_ptr + base + nth, mask=inside & (keep == 0) & (nth < entering), other=-1)
-    held = tl.where(keep, held, came)
-    tl.store(position_ptr + base + slot, held, mask=inside)
-    tl.store(newest_ptr + pair, tl.sum(tl.where(held == length - 1, slot, 0), 0))
-    # The newest token needs no row from the host; if it enters, it is the last in the queue.
-    last = tl.load(queue_ptr + base + entering - 1, mask=entering > 0, other=-1)
-    count = entering - (last == length - 1).to(tl.int32)
-    fresh = inside & (keep == 0) & (nth < count)
-    pairs = B * G
-    layer = pair // pairs
-    first = tl.atomic_add(count_ptr + layer, count)  # of the layer's list, for this KV head
-    place = layer.to(tl.int64) * pairs * slots + first + nth
-    tl.store(source_ptr + place, pair % pairs * host_rows + came, mask=fresh)
-    tl.store(target_ptr + place, pair % pairs * slots + slot, mask=fresh)
-    tl.atomic_add(moved_ptr, count.to(tl.int64))
+    fill_slots(held, keep, pair, length, entering, coming, position_ptr, source_ptr, target_ptr, count_ptr, newest_ptr,
+               moved_ptr, queue_ptr, slots, host_rows, pairs, SLOTS)  # fmt: skip
+
+
+@triton.jit
+def _assign_kernel(
+    position_ptr, tier_ptr, length_ptr, source_ptr, target_ptr, count_ptr, newest_ptr, moved_ptr, queue_ptr, kept_ptr,
+    slots, capacity, host_rows, lowest, B,
+    G: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    length = tl.load(length_ptr + pair // G % B)
+    assign_line(pair, length, lowest, tier_ptr, position_ptr, source_ptr, target_ptr, count_ptr, newest_ptr, moved_ptr,
+                queue_ptr, kept_ptr, slots, capacity, host_rows, B * G, SLOTS, TOKENS)  # fmt: skip
 
 
 @triton.jit

@@ -155,8 +155,7 @@ class SmallKV:
     def make_slm_cache(self, batch: int, capacity: int) -> ScoredCache:
         settings = self.settings
         shape = (self.slm.config, batch, capacity, self.slm.device, self.slm.dtype)
-        # With fused scores the memory is the LLM's; at decay 0 the SLM's score is its newest row.
-        scores = (0.0 if settings.fused else settings.score_decay, self.sums, self.keep_row)
+        scores = (self.slm_decay, self.sums, self.keep_row)
         if settings.slm_budget < 1:
             return self.frugal(*shape, *scores, settings.slm_budget, settings.refresh)
         return self.scored(*shape, *scores)
@@ -169,10 +168,16 @@ class SmallKV:
         shape = (self.slm.config, batch, capacity, device, self.slm.dtype, self.keep_row)
         share, refresh = self.settings.slm_budget, self.settings.refresh
         own = self.own_scores, self.one_way, self.settings.int8
-        return {
-            "LLM": TieredCache.predict(llm, batch, capacity, *slots, device, self.llm.dtype, *own),
-            "SLM": FrugalCache.predict(*shape, share, refresh, static) if share < 1 else ScoredCache.predict(*shape),
-        }
+        if share < 1:
+            slm = FrugalCache.predict(*shape, share, refresh, static)
+        else:
+            slm = ScoredCache.predict(*shape, static and self.slm_decay == 0 and not self.keep_row)
+        return {"LLM": TieredCache.predict(llm, batch, capacity, *slots, device, self.llm.dtype, *own), "SLM": slm}
+
+    @property
+    def slm_decay(self) -> float:
+        """Of the SLM's scores: with fused ones the memory is the LLM's, and the SLM's are its newest row."""
+        return 0.0 if self.settings.fused else self.settings.score_decay
 
     def prefill(
         self, b: int, prompts: list[list[int]], ids: list[Tensor], chunks: list[tuple[int, int]]

@@ -71,7 +71,8 @@ def test_a_table_that_both_sides_of_a_step_name_is_counted_once():
                  for tensor in vars(cache).values() if torch.is_tensor(tensor)}  # fmt: skip
     assert all(tensor.untyped_storage().data_ptr() not in in_caches for tensor in step.side.tensors())
     step.scored.lse = step.side.lse = None
-    assert whole - bench.session_bytes(session, step) == lse.nbytes == 4 * 2 * 2 * 4  # layers, batch, heads
+    both = lse.nbytes + step.scored.anchor.nbytes
+    assert whole - bench.session_bytes(session, step) == both == 2 * 4 * 2 * 2 * 4  # layers, batch, heads
 
 
 def test_bytes_of_a_step_are_those_of_the_caches():

@@ -10,8 +10,9 @@ import torch
 
 import bench_kernels
 from backend import TORCH
-from bench_cases import CASES, Call, Shape
+from bench_cases import CASES
 from bench_count import Setting, pair_configs
+from bench_shapes import Call, Shape
 from model import Decoder
 
 TINY = ["--pair", "tiny", "--settings", "2x120+8", "--device", "cpu", "--markdown", "--repeats", "1"]
@@ -47,7 +48,7 @@ def given(kernel: str, case: str) -> tuple[Call, dict[str, list[torch.Tensor]]]:
 # kernel, case, tensors that are written and not read, tensors that are read and written
 USES = [
     ("decode_attention", "LLM, full cache", ["out"], []),
-    ("scored_attention", "SLM, logits", ["out", "score", "lse"], []),
+    ("scored_attention", "SLM, logits", ["out", "score", "lse"], ["anchor"]),
     ("scored_attention", "SLM, decay 0", ["out", "score"], []),
     ("scored_attention", "SLM, decay 0.5", ["out"], ["score"]),
     ("tiered_attention", "LLM", ["out"], []),
@@ -68,16 +69,28 @@ def test_bytes_are_those_of_the_tensors(kernel, case, written, both):
     assert call.size == naive and call.pcie == 0
 
 
-def test_bytes_of_a_plan_are_those_of_the_matched_rows():
-    for kernel in ("plan_layers", "fade_memory"):
-        for case in CASES[kernel]:
-            call, found = given(kernel, case)
-            index, memory, tier = (found[name][0] for name in ("index", "memory", "tier"))
-            rows = {(b, head) for b in range(3) for head in index[b].flatten().tolist()}
-            naive = 4 * 121 * len(rows) + 2 * memory.nbytes + index.nbytes + tier.nbytes + found["length"][0].nbytes
-            naive += found["lse"][0].nbytes + 12 * (kernel == "plan_layers")  # one line of the table of sizes
-            assert call.size == naive
-            assert call.layers == len(tier)
+@pytest.mark.parametrize("kernel", ["sum_scores", "fade_memory"])
+def test_bytes_of_the_scores_are_those_of_the_matched_rows(kernel):
+    for case in CASES[kernel]:
+        call, found = given(kernel, case)
+        index, memory = (found[name][0] for name in ("index", "memory"))
+        rows = {(b, head) for b in range(3) for head in index[b].flatten().tolist()}
+        naive = 4 * 121 * len(rows) + index.nbytes + found["length"][0].nbytes + found["lse"][0].nbytes
+        written = memory if kernel == "fade_memory" else found["total"][0]
+        naive += memory.nbytes + (found["tier"][0].nbytes if kernel == "fade_memory" else 0)
+        assert call.size == naive + written.nbytes and call.layers == len(memory)
+
+
+def test_bytes_of_a_plan_are_those_of_its_tables():
+    """The slots are read and written, the rows that come are listed."""
+    for case in CASES["plan_layers"]:
+        call, found = given("plan_layers", case)
+        total, length, tier, held, memory = (found[name][0] for name in ("total", "length", "tier", "held", "memory"))
+        source, target, count, newest, moved = found["slots"]
+        naive = total.nbytes + length.nbytes + 12 + count.nbytes + newest.nbytes  # 12: a line of the table of sizes
+        naive += 2 * sum(table.nbytes for table in (tier, held, memory, moved))
+        moving = len(tier) * 3 * 2 * round(0.1 * shape(FULL).critical)  # layers, sequences, KV heads
+        assert call.size == naive + 2 * 4 * moving and call.layers == len(tier)
 
 
 def test_bytes_of_what_is_written_in_places():
@@ -138,19 +151,21 @@ def test_rows_that_come_are_those_counted(share):
         assert call.size == 2 * came.sum().item() * pool.itemsize + (2 * 2 * 2 * rows + 1) * 4 + scales
 
 
-def test_every_launch_of_the_slots_finds_a_tenth_that_enters():
+@pytest.mark.parametrize("kernel", ["plan_layers", "assign_slots"])
+def test_every_launch_of_the_slots_finds_a_tenth_that_enters(kernel):
     """To one critical set and back; the newest token is in both, with no row to come."""
     at = shape(Setting(2, 400, 8))
     calls = []
 
-    def spy(position, tier, *others):
-        before = others[-1].item()
-        TORCH.assign_slots(position, tier, *others)
-        calls.append(others[-1].item() - before)
+    def spy(*args):
+        position, moved = (args[4], args[8][3]) if kernel == "plan_layers" else (args[0], args[7])
+        before = moved.item()
+        getattr(TORCH, kernel)(*args)
+        calls.append(moved.item() - before)
         assert (position >= 0).sum(-1).eq(at.critical).all() and (position == at.tokens - 1).sum(-1).eq(1).all()
 
-    at.backend = dataclasses.replace(TORCH, assign_slots=spy)
-    call = CASES["assign_slots"]["10 % enter"](at)
+    at.backend = dataclasses.replace(TORCH, **{kernel: spy})
+    call = CASES[kernel]["10 % enter"](at)
     call.work(), call.work()
     lists = call.layers * 2 * 2  # layers, sequences, heads
     assert calls == [lists * (at.critical - 1), *[lists * round(0.1 * at.critical)] * 3] and call.launches == 2

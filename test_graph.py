@@ -11,6 +11,7 @@ from conftest import random_prompts, tiny_decoder
 from decode import FullPolicy, Sampler, Session, generate, generate_ids
 from graph import StaticSession, Step
 from graph_sides import ScoredSide, plan_groups
+from kernels_scores import CRITICAL
 from settings import Settings
 from smallkv import SmallKV
 
@@ -82,6 +83,8 @@ def test_fused_scores_have_the_memory_of_the_eager_path(name, backend, device):
         step.run()
         tokens = eager.step(tokens).argmax(-1).tolist()
         torch.testing.assert_close(session.cache.score.cpu(), eager.cache.score, atol=1e-5, rtol=1e-4)
+        held = step.side.tier.gather(-1, session.cache.key_position.long().clamp(min=0))
+        assert (held[session.cache.key_position >= 0] == CRITICAL).all()
         for table in ("key_position", "value_position"):
             held, expected = (getattr(one.cache, table).cpu().sort(-1).values for one in (session, eager))
             assert torch.equal(held, expected)

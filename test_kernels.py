@@ -102,22 +102,50 @@ def test_scored_attention_equals_its_twin(lengths, group, device):
     gpu=[((1, 63), 1), ((1, 63), 3), ((111, 257), 1), ((111, 257), 7), ((2049, 1), 3), ((2049, 1), 7)],
 ))  # fmt: skip
 def test_logits_as_scores_equal_their_twin(lengths, group, device):
-    """And 2 ** (score - lse) is the attention row; nothing is written beyond a length, nor between strided rows."""
+    """And 2 ** (score - lse) is the attention row, whatever the anchor; nothing is written beyond a length, nor between
+    strided rows."""
     for dtype, head_dim in kinds(device, 32, 64, 128):
         query, key, value, length = full_case(device, dtype, lengths, group, head_dim)
         B, H, S = len(lengths), query.shape[1], key.shape[2]
         tables = [torch.full((B, H, 2, S), torch.nan, device=device) for _ in range(3)]
         lse = [torch.full((B, H), torch.nan, device=device) for _ in range(2)]
-        inputs, scores = floats(query, key, value), [table[:, :, 1] for table in tables]
+        anchors = [20 * randn(B, H, seed=5, device=device) for _ in range(2)]
+        inputs, scores, before = floats(query, key, value), [table[:, :, 1] for table in tables], anchors[0].clone()
         kernels_decode.scored_attention_torch(*inputs, length, scores[2], 0.0)
-        expected = kernels_decode.scored_attention_torch(*inputs, length, scores[0], 0.0, lse=lse[0])
-        out = kernels_decode.scored_attention_triton(query, key, value, length, scores[1], 0.0, lse=lse[1])
+        expected = kernels_decode.scored_attention_torch(*inputs, length, scores[0], 0.0, None, lse[0], anchors[0])
+        out = kernels_decode.scored_attention_triton(
+            query, key, value, length, scores[1], 0.0, None, lse[1], anchors[1]
+        )
         close(out, expected, dtype)
         torch.testing.assert_close(tables[1], tables[0], atol=FINE, rtol=0, equal_nan=True)
-        torch.testing.assert_close(lse[1], lse[0], atol=FINE, rtol=0)
+        for anchor, log in zip(anchors, lse):
+            torch.testing.assert_close(log, lse[0], atol=FINE, rtol=0)
+            torch.testing.assert_close(anchor, before + lse[0], atol=FINE, rtol=0)
         for score, total in zip(scores, lse):
             row = torch.exp2(score - total[..., None])
             torch.testing.assert_close(row, scores[2], atol=1e-6, rtol=FINE, equal_nan=True)
+
+
+@pytest.mark.parametrize("far, limit", [(0, 0.006), (40, 0.006), (2000, 0.006), (70000, 0.06)])
+def test_logits_in_16_bits_are_those_in_32_rounded_near_an_anchor(far, limit, device):
+    """Logits far from 0, as of keys with a large constant: after one step the rows are as good as near it, up to what
+    fp32 itself rounds there."""
+    query, key, value, length = full_case(device, torch.float32, (111, 257), 3, 64)
+    key = beyond_is_nan(key / 4, length)
+    key[:, :, :, 0] += far * 64**0.5 / 2 / kernels_decode.LOG2_E  # and the query 2 there: logits of `far` more
+    query[..., 0] = 2
+    rows = torch.full((2, 6, key.shape[2]), torch.nan, device=device)
+    kernels_decode.scored_attention_torch(query, key, value, length, rows, 0.0)
+    seen = ~rows.isnan()
+    for scored in (kernels_decode.scored_attention_torch, kernels_decode.scored_attention_triton):
+        score = torch.full(rows.shape, torch.nan, dtype=torch.float16, device=device)
+        lse, anchor = torch.zeros(2, *rows.shape[:2], device=device)
+        for _ in range(2):
+            scored(query, key, value, length, score, 0.0, None, lse, anchor)
+            assert torch.isfinite(score[seen]).all() and score[~seen].isnan().all()
+        row = torch.exp2(score - lse[..., None])  # half a unit of the tenth bit, for what counts: 2 ** -10 and above
+        large = seen & (rows > 2**-10)
+        assert large.sum() > 100 and ((row - rows).abs() / rows)[large].max() < limit
 
 
 def test_a_capacity_of_many_splits_is_merged(device):

@@ -1,0 +1,117 @@
+"""The kernels of the scores and of the score memory against their PyTorch twins: as test_kernels.py, to the bit."""
+
+import pytest
+import torch
+
+import kernels_scores
+from test_kernels import HERE, cases
+
+
+@pytest.fixture
+def device():
+    return HERE
+
+
+def dyadic(*shape, seed, device):
+    """Multiples of 2^-10 below 1: sums and halves of them are exact in any order."""
+    return (torch.randint(1 << 10, shape, generator=torch.Generator().manual_seed(seed)) / 1024).to(device)
+
+
+def score_case(device, lengths, group):
+    """Scores of 2 SLM layers x 3 heads with NaN beyond each length, and the heads of 2 LLM layers of 2 KV heads."""
+    B, S = len(lengths), max(lengths) + 3
+    length = torch.tensor(lengths, dtype=torch.int32, device=device)
+    score = dyadic(2, B, 3, S, seed=0, device=device)
+    score = score.masked_fill((torch.arange(S, device=device) >= length[:, None])[None, :, None], torch.nan)
+    index = torch.randint(6, (B, 2, 2 * group), generator=torch.Generator().manual_seed(1)).to(device)
+    return score, index, length
+
+
+def logit_case(device, lengths, group):
+    """Probabilities that are powers of two, and the same as logits and log of the sum: exact either way; NaN beyond."""
+    nothing, index, length = score_case(device, lengths, group)
+    exponent, lse = (
+        torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).float().to(device)
+        for seed, (low, high, shape) in enumerate(((-11, 1, nothing.shape), (-30, 31, nothing.shape[:3])))
+    )
+    exponent = exponent.masked_fill(nothing.isnan(), torch.nan)
+    return torch.exp2(exponent), exponent + lse[..., None], lse, index, length
+
+
+CASES = cases(
+    ((1, 63), 7), ((109, 45), 1), ((111, 2049), 3), gpu=[((16893, 5), 7), ((2049, 5), 1), ((8200, 1025), 3)]
+)
+
+
+@pytest.mark.parametrize("lengths, group", CASES)
+def test_scores_are_summed_as_by_their_twin(lengths, group, device):
+    """With and without a memory; and by hand. Beyond a length nothing is written."""
+    score, index, length = score_case(device, lengths, group)
+    B, S = len(lengths), score.shape[3]
+    memory = dyadic(2, B, 2, S, seed=3, device=device)
+    for remembered in (None, memory):
+        totals = [torch.full((2, B, 2, S), torch.nan, device=device) for _ in range(2)]
+        for total, add in zip(totals, (kernels_scores.sum_scores_torch, kernels_scores.sum_scores_triton)):
+            add(score, index, length, total, None, remembered, 0.5)
+        torch.testing.assert_close(*totals, atol=0, rtol=0, equal_nan=True)
+        for b, n in enumerate(lengths):
+            assert totals[1][:, b, :, n:].isnan().all()
+            heads = index[b, 1, group:].tolist()  # of the second layer's second KV head
+            expected = sum(score[head // 3, b, head % 3, :n] for head in heads)
+            expected = expected if remembered is None else expected + memory[1, b, 1, :n] / 2
+            assert torch.equal(totals[1][1, b, 1, :n], expected)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("lengths, group", CASES)
+def test_a_sum_by_logits_is_the_sum_by_probabilities(lengths, group, half, device):
+    """By the twin and by the kernel; the logits are whole numbers, exact in 16 bits too."""
+    probability, logit, lse, index, length = logit_case(device, lengths, group)
+    logit = logit.half() if half else logit
+    totals = [torch.full((2, len(lengths), 2, logit.shape[3]), torch.nan, device=device) for _ in range(3)]
+    kernels_scores.sum_scores_torch(probability, index, length, totals[0])
+    kernels_scores.sum_scores_torch(logit, index, length, totals[1], lse)
+    kernels_scores.sum_scores_triton(logit, index, length, totals[2], lse)
+    for total in totals[1:]:
+        torch.testing.assert_close(total, totals[0], atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("lengths, group", CASES)
+def test_a_memory_fades_as_its_twin_does(lengths, group, device):
+    row, index, length = score_case(device, lengths, group)
+    memories, tier = fade_case(*row.shape[1:4:2], 2, device)
+    kernels_scores.fade_memory_torch(row.nan_to_num(0), index, length, None, tier, memories[0], 0.5)
+    kernels_scores.fade_memory_triton(row, index, length, None, tier, memories[1], 0.5)
+    assert torch.equal(*memories)
+
+
+@pytest.mark.parametrize("lengths, group", CASES)
+def test_a_memory_fades_by_logits_as_by_probabilities(lengths, group, device):
+    probability, logit, lse, index, length = logit_case(device, lengths, group)
+    memories, tier = fade_case(*logit.shape[1:4:2], 4, device)
+    for memory, fade, row, log in (
+        (memories[0], kernels_scores.fade_memory_torch, probability, None),
+        (memories[1], kernels_scores.fade_memory_torch, logit, lse),
+        (memories[2], kernels_scores.fade_memory_triton, logit, lse),
+        (memories[3], kernels_scores.fade_memory_triton, logit.half(), lse),
+    ):
+        fade(row, index, length, log, tier, memory, 0.5)
+    assert all(torch.equal(memory, memories[0]) for memory in memories[1:])
+
+
+def test_fading_is_what_a_sum_and_a_plan_do(device):
+    """With the tiers as they are: the critical have decay * memory, the others what they would rank by."""
+    row, index, length = score_case(device, (109, 45), 3)
+    (memory, before), tier = fade_case(2, row.shape[3], 2, device)
+    total = torch.zeros_like(memory)
+    kernels_scores.sum_scores_torch(row, index, length, total, None, before, 0.5)
+    kernels_scores.fade_memory_torch(row, index, length, None, tier, memory, 0.5)
+    expected = (before / 2).where(tier == kernels_scores.CRITICAL, total)
+    for b, n in enumerate((109, 45)):
+        assert torch.equal(memory[:, b, :, :n], expected[:, b, :, :n])
+        assert torch.equal(memory[:, b, :, n:], before[:, b, :, n:])
+
+
+def fade_case(B, S, copies, device):
+    tier = torch.randint(3, (2, B, 2, S), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
+    return [dyadic(2, B, 2, S, seed=3, device=device) for _ in range(copies)], tier
