@@ -2,10 +2,10 @@
 
 No index leaves the GPU.
 
-Where it sits: scores -> plan (kernels_plan.py) -> **slots** -> movement (kernels_move.py) -> LLM. The K pool's slots are
-given in the plan's own launch, by `fill_slots` or `assign_line`; those of the V pool, and what is lent, have launches of
-theirs after it on the same stream (graph.py): one program for each layer, sequence and KV head. The first two functions
-exist twice with one signature, `..._torch` (the twin) and `..._triton`.
+Where it sits: scores -> plan (kernels_plan.py) -> **slots** -> movement (kernels_move.py) -> LLM. The plan's own launch
+gives the K pool's slots, by `fill_slots` or `assign_line`; those of the V pool, and what is lent, have their launches
+after it on the same stream (graph.py): one program for each layer, sequence and KV head. The first two functions exist
+twice with one signature, `..._torch` (the twin) and `..._triton`.
 
 | function       | flow                                                                 | paper                  |
 | -------------- | -------------------------------------------------------------------- | ---------------------- |

@@ -121,6 +121,25 @@ def test_the_slm_runs_beside_the_llm(reach, late, device, monkeypatch):
     assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected
 
 
+@pytest.mark.parametrize("name", ["default", "marginal", "newest row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ledger_of_the_static_step_is_as_predicted(name, dtype, device):
+    """A 16-bit SLM's logits take as many bits, and are its rows all the same; attention that is lent stays fp32."""
+    pair = [model.to(dtype) for model in decoders(device)]
+    session = Session(pair[0], SmallKV(*pair, SETTINGS[name]), random_prompts(150, 120), 8)
+    step = Step(session, session.prefill().argmax(-1), TORCH)
+    cache, logits = session.policy.slm_cache, name != "marginal"
+    assert cache.ledger() == session.policy.predict([150, 120], 158, static=True)["SLM"]
+    held = [value for value in vars(cache).values() if torch.is_tensor(value)]
+    assert sum(tensor.nbytes for tensor in held) == sum(entry.size for entry in cache.ledger())
+    assert cache.score.dtype == (torch.float16 if logits and dtype == torch.bfloat16 else torch.float32)
+    step.run(), step.run()
+    if logits:
+        row = torch.exp2(cache.score - step.scored.lse[..., None])
+        for b, n in enumerate(session.lengths):
+            torch.testing.assert_close(row[:, b, :, :n].sum(-1), torch.ones_like(row[:, b, :, 0]), atol=4e-3, rtol=0)
+
+
 def test_plans_share_a_launch_where_they_need_the_same_layers():
     assert plan_groups([1, 2, 2, 2, 3, 3, 3, 3, 3], 2) == [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6),
                                                            slice(6, 8), slice(8, 9)]  # fmt: skip
