@@ -88,6 +88,7 @@ def observed_bytes(slm: Config, itemsize: int, int4: bool) -> int:
 def step_bytes(
     llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool,
     int4: tuple[bool, bool] = (False, False), fused: bool = False, slm_budget: float = 1.0, drafts: bool = False,
+    logits: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache, slm None a method without.
 
@@ -95,7 +96,8 @@ def step_bytes(
     its last attention, but with drafts its layers are read whole. Scores are read once by the plan, and with a marginal
     tier the rows are those lent; fused, the LLM's memory too. int4: whether the layers of LLM and SLM are INT4, with
     their scales and zeros. slm_budget: below 1 the SLM's K, V and scores are those of the tokens that it keeps, and
-    what H2O's rule reads of each comes to it: attention gathered and position.
+    what H2O's rule reads of each comes to it: attention gathered and position. logits: the SLM's scores are its newest
+    row's, with no more bits than the weights (full_cache.hold_logits).
     """
     layers = [layer_bytes(config, itemsize, small) if config else 0 for config, small in zip((llm, slm), int4)]
     weights = layers[0] + itemsize * llm.vocab_size * llm.hidden_size
@@ -107,13 +109,13 @@ def step_bytes(
         return {"LLM weights": weights, "LLM K, V": held}
     kept = length if slm_budget == 1 else kept_tokens(slm_budget, length)
     numbers = 4 * slm.layers * kept * batch  # bytes of one fp32 or int32 a token and layer
-    narrow = fused and not marginal and slm_budget == 1 and itemsize == 2  # the SLM's newest logits, in 16 bits
+    scores = numbers // 4 * slm.query_heads * (min(4, itemsize) if logits else 4)
     found = {
         "LLM weights": weights,
         "LLM K, V": held,
         "SLM weights": layers[1] if drafts else observed_bytes(slm, itemsize, int4[1]),
         "SLM K, V": cache_bytes(slm, kept, batch, itemsize),
-        "scores": numbers * slm.query_heads // (1 + narrow) + 4 * fused * llm.layers * llm.kv_heads * length * batch,
+        "scores": scores + 4 * fused * llm.layers * llm.kv_heads * length * batch,
     }
     return found if slm_budget == 1 else found | {"SLM slots": 2 * numbers * slm.kv_heads}
 

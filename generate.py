@@ -108,14 +108,16 @@ def load_pair(
 
 
 def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend = TORCH) -> None:
-    """The caches, as the steps of this backend hold them, before they are allocated; on a GPU the host's share is
-    checked against the host."""
+    """The caches, as the prefill and the steps of this backend hold them, before they are allocated; on a GPU the
+    host's share is checked against the host."""
     device = policy.llm.device
-    static = backend.name == "triton" and type(policy) is SmallKV and has_static_step(policy)
-    ledgers = policy.predict(lengths, capacity, **{"static": True} if static else {})
-    entries = [(f"{model} {entry.what}", entry) for model, ledger in ledgers.items() for entry in ledger]
-    on_device = {name: entry.size for name, entry in entries if entry.device == device.type}
-    on_host = {name: entry.size for name, entry in entries if entry.device != device.type}
+    plans = [policy.predict(lengths, capacity)]
+    if backend.name == "triton" and type(policy) is SmallKV and has_static_step(policy):
+        plans.append(policy.predict(lengths, capacity, static=True))  # what differs takes the place of the prefill's
+    on_device, on_host = {}, {}
+    for model, entry in ((model, entry) for plan in plans for model, ledger in plan.items() for entry in ledger):
+        where, name = on_device if entry.device == device.type else on_host, f"{model} {entry.what}"
+        where[name] = max(where.get(name, 0), entry.size)
     config = policy.llm.config
     prompt = 2 * config.layers * config.kv_heads * max(lengths) * config.head_dim * policy.llm.dtype.itemsize
     if device.type == "cuda" and isinstance(policy, SmallKV):  # one is on its way to the host, the next is being made

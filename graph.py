@@ -5,6 +5,7 @@ ordinary function (`Step.body`) that runs eagerly anywhere; on CUDA it is captur
 
     first side stream: SLM layers, their attention rows into the scores       kernels_decode.py, graph_frugal.py
     second side stream, LLM layers in groups: scores -> plan -> slots         kernels_scores.py, kernels_plan.py
+    (with a marginal tier slots of the V pool too, and what is lent)          kernels_tiers.py
     third side stream, layer by layer: rows from the host                     kernels_move.py
     LLM layers, each after its rows arrived: attention on the tiers (Eq. 6),  kernels_eq6.py
     with fused scores also its weights into the memory

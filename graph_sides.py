@@ -17,7 +17,7 @@ from kernels_scores import CRITICAL, MARGINAL
 from kernels_tiers import admit_newest
 
 STORE = 4  # layers whose newest rows go to the host in one launch
-WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiprocessors, a long row's program
+WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiprocessors, the largest program
 
 
 def layers_together(rows: int, capacity: int) -> int:
@@ -59,13 +59,16 @@ class ScoredSide:
     """The SLM on its full cache: append, attend, and the row goes into the scores.
 
     With decay 0 and no rows to lend (the default: fused scores) the score of the cache holds logits from the first step
-    on, up to each length, and the attention row is 2 ** (score - lse), lse (L', B, H') fp32: the plan and the memory
-    are handed both. Else lse is None, and the score is what ScoredCache says.
+    on, up to each length, fp16 for 16-bit models, else fp32. The attention row is 2 ** (score - lse), lse (L', B, H')
+    fp32: `sum_scores` and `fade_memory` take both. Both are less anchor (L', B, H') fp32, the log of each head's sum in
+    the step before; the first step makes its own, by attending twice. Else lse and anchor are None, and the score is
+    what ScoredCache says.
     """
 
     def __init__(self, cache, backend: Backend, length: Tensor, keep_row: bool):
         self.cache, self.backend, self.length, self.keep_row = cache, backend, length, keep_row
         self.lse = self.anchor = None
+        self.steps = 0
         if cache.decay == 0 and not keep_row:
             cache.hold_logits()
             self.lse, self.anchor = torch.zeros(2, *cache.score.shape[:3], device=length.device)
@@ -76,15 +79,17 @@ class ScoredSide:
 
     def begin(self, plan: bool) -> None:
         """Nobody leaves."""
+        self.steps += 1
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:
         key, value = self.cache.key[layer], self.cache.value[layer]
         query = self.backend.rope_append(qkv, *rope, self.length, norms, key, value)
         row = self.cache.row[layer] if self.keep_row else None
         logs = (None, None) if self.lse is None else (self.lse[layer], self.anchor[layer])
-        return self.backend.scored_attention(
-            query, key, value, self.length, self.cache.score[layer], self.cache.decay, row, *logs
-        )
+        asked = query, key, value, self.length, self.cache.score[layer], self.cache.decay, row, *logs
+        if self.steps == 1 and self.lse is not None:
+            self.backend.scored_attention(*asked)
+        return self.backend.scored_attention(*asked)
 
 
 class TieredSide:
@@ -151,7 +156,7 @@ class TieredSide:
 
     @property
     def ranking(self) -> Tensor:
-        """What the plan ranks by, (L', B, H', S); logits if there is an lse."""
+        """What the plan ranks by, (L', B, H', S) fp32; logits if there is an lse, which may be fp16."""
         return self.policy.slm_cache.score
 
     def begin(self, plan: bool, done: list[torch.cuda.Event] | None = None) -> None:

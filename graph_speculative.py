@@ -6,7 +6,8 @@ anywhere; on CUDA it is captured once and replayed:
 
     SLM: newest token, then K drafts, unrolled; their rows wait           kernels_decode.py
     rows -> the scores that the round foresees                            kernels_verify.py
-    first side stream: plan -> slots; the drafts take free ones           kernels_tiers.py, kernels_verify.py
+    first side stream: scores -> plan -> slots                            kernels_scores.py, kernels_plan.py
+    the drafts take free ones                                             kernels_verify.py
     second side stream, layer by layer: rows from the host                kernels_move.py
     LLM layers on B * T rows: attention of T queries, Eq. 6 for each      kernels_verify.py
     first side stream again: K and V of the round to the host             kernels_move.py

@@ -36,7 +36,7 @@ import kernels
 
 LOG2_E = math.log2(math.e)  # logits as powers of two: exp2 is one instruction
 CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
-HALF_MAX = 65504.0  # the largest fp16: a first anchor of 0 may be far away, and infinity would not fade
+HALF_MAX = 65504.0  # the largest fp16: an anchor may be far away, and infinity would not fade
 
 
 class Launch(NamedTuple):
@@ -85,7 +85,9 @@ def scored_attention_torch(
     if lse is not None:
         logit = _logits(query, key)
         total = logit.masked_fill(~seen, -torch.inf).logsumexp(-1) * LOG2_E
-        shifted = (logit * LOG2_E - anchor[..., None]).clamp(max=HALF_MAX)
+        shifted = logit * LOG2_E - anchor[..., None]
+        if score.dtype == torch.float16:
+            shifted = shifted.clamp(max=HALF_MAX)
         score.copy_(torch.where(seen, shifted, score))
         lse.copy_(total - anchor), anchor.copy_(total)
         return out
@@ -147,7 +149,9 @@ def _full_split_kernel(
             line = b.to(tl.int64) * logit_batch + (g * GROUP + row) * logit_head
             kept = logit
             if LSE:
-                kept = tl.minimum(logit - anchor[:, None], HALF_MAX)
+                kept = logit - anchor[:, None]
+                if logit_ptr.dtype.element_ty == tl.float16:
+                    kept = tl.minimum(kept, HALF_MAX)
             tl.store(logit_ptr + line[:, None] + token, kept.to(logit_ptr.dtype.element_ty), mask=real[:, None] & seen)
         higher = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp2(logit - higher[:, None])

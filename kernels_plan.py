@@ -13,9 +13,10 @@ first: a bit stays if k tokens or more are as large with it. Random scores are t
 and the search ends there. A program holds its whole row in registers meanwhile: what is left is a comparison a token
 and bit, with one sum over the program for each bit. A row longer than `ROW` tokens does not fit: kernels_long.py.
 
-Bytes, for Qwen2-7B with Qwen2-0.5B: totals and memory are read, memory and tiers written, 13 a token, layer and KV head
-(98 MB, 0.03 ms of an H100 at 4 x 16,384; 0.78 GB, 0.26 ms at 32 x 16,384), the totals out of the L2 cache, where the
-launch before has just put them. More than that takes what has to wait for each other: a program is alone on its row.
+Bytes, for Qwen2-7B with Qwen2-0.5B: totals, memory and tiers are read, memory and tiers written, 14 a token, layer and
+KV head (0.1 GB, 0.03 ms of an H100 at 4 x 16,384; 0.82 GB, 0.27 ms at 32 x 16,384), the totals out of the L2 cache,
+where the launch before has just put them. Most of its time is not bytes: a program has its row alone, and each of its
+stages waits for the one before (28 us a layer).
 
 Shapes follow the legend in model.py. Lengths and sizes are device tensors; `sizes` (S + 1, 3) int32 is the table of
 critical, recent and marginal tokens by length. L is the number of layers at hand.
@@ -46,8 +47,8 @@ def plan_layers_torch(
     CRITICAL, MARGINAL or 0; beyond a length it is 0. Recent tokens rank first (the newest before all), equal scores by
     position.
 
-    held (L, B, G, C) int32: the token in each slot of the K pool, -1 if none; for moves and slots. With these, tier is
-    read too: it must say CRITICAL of just these tokens.
+    held (L, B, G, C) int32: the token in each slot of the K pool, -1 if none; for moves and slots. With these, tier
+    must say CRITICAL of just these tokens when it comes: some versions of this read the one, some the other.
 
     moves: at most that many tokens enter the critical set, the newest not counted: of those that are new in the
     ranking's top the best enter, and the best of those held keep the other places. Not for a marginal tier, whose
@@ -174,6 +175,7 @@ def _row_kernel(
         rows = rows + (tl.where(token < length, bits, -1),)
         if LIMITED | SLOTS:
             inside |= (tl.load(tier_ptr + token, mask=token < capacity, other=0) == 2).to(tl.int32) << i
+    tl.debug_barrier()  # everybody has read who is held
     low, last = _cut(rows, length, critical, CHUNK, CHUNKS)
     top = _best(rows, low, last, CHUNK, CHUNKS)
     enters, below = top & ~inside, tl.zeros([CHUNK], tl.int32)
@@ -258,7 +260,8 @@ def plan_layers_triton(
     if S > ROW:
         long_kernel[(L * B * G,)](
             total, *tables, *numbers, **kind, bits_ptr=torch.empty_like(tier, dtype=torch.int32),
-            kept_ptr=torch.empty_like(tier), BITS=BITS, TOKENS=TOKENS, num_warps=8, num_stages=1,
+            kept_ptr=tier if slots is None else torch.empty_like(tier),
+            BITS=BITS, TOKENS=TOKENS, num_warps=8, num_stages=1,
         )  # fmt: skip
         return
     warps = row_warps(S)

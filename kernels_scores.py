@@ -10,11 +10,12 @@ paper, see `Settings.scores`. Each function exists twice with one signature, `..
 
 In a layer's attention (kernels_eq6.py) the memory of the critical tokens gets the LLM's own weights, for the next step.
 
-Bytes, for Qwen2-7B with Qwen2-0.5B: the floor is every SLM score once, 2 * 24 * 14 a token and sequence (44 MB, 0.015
-ms of an H100 at 4 x 16,384; 0.35 GB, 0.12 ms at 32 x 16,384). The gather reads a row for each of the LLM's 28 * 28
-heads (0.1 and 0.82 GB), some of them from the L2 cache. Fused scores, the default, read the LLM's memory besides, and
-write as much: 4 * 28 * 4 a token and sequence (30 MB and 0.24 GB). The scores are logits then, in 16 bits, with the log
-of each head's sum (`lse`, see kernels_decode.py): each number that the gather reads costs an exp2.
+With fused scores, the default, the SLM's are logits, in 16 bits for a model of 16 bits, with the log of each head's sum
+(`lse`, see kernels_decode.py): each number that the gather reads costs an exp2. Bytes, for Qwen2-7B with Qwen2-0.5B:
+the floor is every score once, 2 * 24 * 14 a token and sequence (44 MB, 0.015 ms of an H100 at 4 x 16,384; 0.35 GB, 0.12
+ms at 32 x 16,384). The gather reads a row for each of the LLM's 28 * 28 heads (0.1 and 0.82 GB), some of them from the
+L2 cache; the memory is read besides, 4 * 28 * 4 a token and sequence (30 MB and 0.24 GB), and as many totals are
+written.
 
 Shapes follow the legend in model.py; L is the number of layers at hand.
 """
@@ -49,7 +50,7 @@ def sum_scores_torch(
 ) -> None:  # fmt: skip
     """What the plan ranks by: total = decay * memory + the scores of a KV head's matched heads.
 
-    score (L', B, H', S), none below 0, or logits with lse (L', B, H') fp32, see `head_sum_torch`. index (B, L, H)
+    score (L', B, H', S) fp32, none below 0, or with lse (L', B, H') fp32 logits, fp32 or fp16. index (B, L, H)
     int64: f(i), counted l' * H' + h'. length (B,) int32. total (L, B, G, S) fp32 is written up to each length.
 
     With `--scores fused` score is the SLM's newest row, and memory (L, B, G, S) fp32 the score memory.
@@ -66,8 +67,8 @@ def fade_memory_torch(
 ) -> None:
     """What `sum_scores` and a plan do to the memory, with the tiers as they are.
 
-    row (L', B, H', S): the SLM's newest attention, or its logits with lse. tier (L, B, G, S) int8. memory (L, B, G, S)
-    fp32 is updated; from length on it stays as it is. The rest as above.
+    row (L', B, H', S): the SLM's newest attention fp32, or with lse its logits, fp32 or fp16. tier (L, B, G, S) int8.
+    memory (L, B, G, S) fp32 is updated; from length on it stays as it is. The rest as above.
     """
     gained = head_sum_torch(row, index, tier.shape[2], lse)  # (L, B, G, S)
     faded = decay * memory

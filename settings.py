@@ -111,6 +111,11 @@ class Settings:
         return self.scores == "fused"
 
     @property
+    def slm_decay(self) -> float:
+        """Of the SLM's scores: with fused ones the memory is the LLM's, and the SLM's are its newest row."""
+        return 0.0 if self.fused else self.score_decay
+
+    @property
     def int8(self) -> bool:
         return self.offload == "int8"
 

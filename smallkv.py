@@ -155,13 +155,14 @@ class SmallKV:
     def make_slm_cache(self, batch: int, capacity: int) -> ScoredCache:
         settings = self.settings
         shape = (self.slm.config, batch, capacity, self.slm.device, self.slm.dtype)
-        scores = (self.slm_decay, self.sums, self.keep_row)
+        scores = (settings.slm_decay, self.sums, self.keep_row)
         if settings.slm_budget < 1:
             return self.frugal(*shape, *scores, settings.slm_budget, settings.refresh)
         return self.scored(*shape, *scores)
 
     def predict(self, lengths: list[int], capacity: int, static: bool = False) -> dict[str, list]:
-        """Ledgers of both caches before anything is allocated. static: as graph.py's steps hold them."""
+        """Ledgers of both caches before anything is allocated. static: as graph.py's steps hold them; the prefill
+        before them does as without it."""
         batch, device = len(lengths), self.llm.device.type
         slots = pool_slots(self.settings, min(lengths), capacity)
         llm: Config = self.llm.config
@@ -171,13 +172,8 @@ class SmallKV:
         if share < 1:
             slm = FrugalCache.predict(*shape, share, refresh, static)
         else:
-            slm = ScoredCache.predict(*shape, static and self.slm_decay == 0 and not self.keep_row)
+            slm = ScoredCache.predict(*shape, static and self.settings.slm_decay == 0 and not self.keep_row)
         return {"LLM": TieredCache.predict(llm, batch, capacity, *slots, device, self.llm.dtype, *own), "SLM": slm}
-
-    @property
-    def slm_decay(self) -> float:
-        """Of the SLM's scores: with fused ones the memory is the LLM's, and the SLM's are its newest row."""
-        return 0.0 if self.settings.fused else self.settings.score_decay
 
     def prefill(
         self, b: int, prompts: list[list[int]], ids: list[Tensor], chunks: list[tuple[int, int]]

@@ -85,6 +85,9 @@ def test_bytes_of_a_step_are_those_of_the_caches():
     assert tiered["scores"] == 3 * 2 * 4 * 100 * 4
     fused = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True, fused=True)
     assert fused == {**tiered, "scores": tiered["scores"] + 3 * 2 * 2 * 100 * 4}  # 2 layers of 2 KV heads
+    narrow, wide = (step_bytes(llm, slm, 3, 100, size, TierSizes(15, 5, 0), False, fused=True, logits=True)["scores"]
+                    for size in (2, 4))  # fmt: skip
+    assert wide == fused["scores"] and narrow == wide - tiered["scores"] // 2
     packed = [module for module in bench.random_decoder(llm, torch.device("cpu"), torch.float32, True).layers.modules()]
     held = sum(module.packed.nbytes + module.scale.nbytes + module.zero.nbytes for module in packed
                if isinstance(module, Int4Linear))  # fmt: skip

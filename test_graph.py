@@ -18,6 +18,8 @@ from smallkv import SmallKV
 SETTINGS = {
     "default": Settings(),
     "newest row": Settings(scores="slm", score_decay=0.0),
+    "newest row, refresh": Settings(scores="slm", score_decay=0.0, refresh=3),
+    "newest row, moves, refresh": Settings(scores="slm", score_decay=0.0, max_moves=2, refresh=3),
     "paper": Settings.paper(),
     "marginal": Settings(marginal=True, score_decay=0.5),
     "all of it": Settings(budget=1.0, marginal=True),
@@ -83,8 +85,7 @@ def test_fused_scores_have_the_memory_of_the_eager_path(name, backend, device):
         step.run()
         tokens = eager.step(tokens).argmax(-1).tolist()
         torch.testing.assert_close(session.cache.score.cpu(), eager.cache.score, atol=1e-5, rtol=1e-4)
-        held = step.side.tier.gather(-1, session.cache.key_position.long().clamp(min=0))
-        assert (held[session.cache.key_position >= 0] == CRITICAL).all()
+        check_tiers(step.side)
         for table in ("key_position", "value_position"):
             held, expected = (getattr(one.cache, table).cpu().sort(-1).values for one in (session, eager))
             assert torch.equal(held, expected)
@@ -96,6 +97,14 @@ def test_fused_scores_have_the_memory_of_the_eager_path(name, backend, device):
             pair = (table[:, b, :, :n] for table in (row, eager.policy.slm_cache.score))
             torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-4)
     assert (eager.cache.score.amin(-1) == 0).any() and (eager.cache.score.amax(-1) > 0.1).all()
+
+
+def check_tiers(side):
+    """Critical in the tiers are the tokens in K slots, all of them and nobody else: the next plan relies on it."""
+    position = side.cache.key_position
+    tier = side.tier.gather(-1, position.long().clamp(min=0))
+    assert (tier[position >= 0] == CRITICAL).all()
+    assert torch.equal((side.tier == CRITICAL).sum(-1), (position >= 0).sum(-1))
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])
@@ -133,7 +142,10 @@ def test_ledger_of_the_static_step_is_as_predicted(name, dtype, device):
     held = [value for value in vars(cache).values() if torch.is_tensor(value)]
     assert sum(tensor.nbytes for tensor in held) == sum(entry.size for entry in cache.ledger())
     assert cache.score.dtype == (torch.float16 if logits and dtype == torch.bfloat16 else torch.float32)
-    step.run(), step.run()
+    step.run()
+    if logits:  # the first step has an anchor of its own
+        assert step.scored.lse.abs().max() < 1e-5 and step.scored.anchor.abs().max() > 0.1
+    step.run()
     if logits:
         row = torch.exp2(cache.score - step.scored.lse[..., None])
         for b, n in enumerate(session.lengths):
@@ -269,14 +281,17 @@ def test_the_same_weights_serve_both_paths(device):
         assert layer.self_attn.k_proj.weight.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("backend, marginal", [("torch", False), ("torch", True), ("triton", True)])
-def test_a_plan_every_third_step_makes_the_tokens_of_the_eager_path(marginal, backend, device):
+@pytest.mark.parametrize("backend, marginal, scores", [
+    ("torch", False, "fused"), ("torch", True, "fused"), ("triton", True, "fused"), ("triton", False, "slm"),
+])  # fmt: skip
+def test_a_plan_every_third_step_makes_the_tokens_of_the_eager_path(marginal, backend, scores, device):
     """And in between nobody leaves, nothing comes from the host, and the newest token is held."""
     triton = backend == "triton"
     if triton and device == "cpu" and torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU there")
     prompts, new = (random_prompts(120, 97), 6) if triton else (random_prompts(*LENGTHS), 14)
-    settings, size = Settings(marginal=marginal, score_decay=0.5, refresh=3), 32 if triton else 16
+    settings = Settings(marginal=marginal, scores=scores, score_decay=0.5, refresh=3)
+    size = 32 if triton else 16
     cpu = decoders("cpu", head_dim=size)
     expected = generate(cpu[0], SmallKV(*cpu, settings), prompts, new)
     pair = decoders(device, head_dim=size)
@@ -290,6 +305,7 @@ def test_a_plan_every_third_step_makes_the_tokens_of_the_eager_path(marginal, ba
         made.append(step.tokens.tolist())
         positions = step.side.cache.key_position.flatten(0, 2).tolist()
         held, before = [set(line) - {-1} for line in positions], held
+        check_tiers(step.side)
         moved, moved_before = step.side.moved.tolist(), moved
         if number % 3:
             came = [now - old for now, old in zip(held, before)]

@@ -10,6 +10,7 @@ from generate import Pair, make_session
 from graph_speculative import StaticSpeculativeSession
 from settings import Settings
 from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV, speculate_ids
+from test_graph import check_tiers
 from test_kernels import HERE, cases
 from test_speculative import near_pair
 
@@ -106,6 +107,7 @@ def test_after_every_round_the_caches_are_those_of_the_eager_session(name, devic
                 torch.cuda.synchronize()
             for table in ("key_position", "value_position"):
                 assert torch.equal(getattr(static.cache, table).cpu(), getattr(eager.cache, table))
+            check_tiers(static.static.side)
             held = eager.cache.key_position >= 0
             if METHODS[name].marginal:
                 assert torch.equal(static.cache.value_slot.cpu()[held], eager.cache.value_slot[held])

@@ -114,7 +114,7 @@ def test_plan_with_a_memory_equals_its_twin(lengths, moves, added, long, rank, d
 
 @pytest.mark.parametrize("lengths, moves, fused, long", cases(
     ((1, 63), None, True, False), ((111, 257), None, True, False), ((109, 45), 3, True, False),
-    ((111, 257), None, False, True), ((109, 45), 3, False, True), ((1100, 257), None, True, False),
+    ((111, 257), None, True, True), ((109, 45), 3, False, True), ((1100, 257), None, True, False),
     gpu=itertools.product([(1, 63), (111, 257), (2049, 5), (8300, 70), (16885, 70)], (None, 2), *[(False, True)] * 2),
 ))  # fmt: skip
 def test_plan_with_slots_is_the_plan_and_then_the_slots(lengths, moves, fused, long, rank, device):
@@ -123,6 +123,7 @@ def test_plan_with_slots_is_the_plan_and_then_the_slots(lengths, moves, fused, l
     total, sizes = torch.nn.functional.pad(total.nan_to_num(0), (0, 3)), torch.cat((sizes, sizes[-1:].expand(3, 3)))
     B, S, C = len(lengths), total.shape[3], sizes[:, 0].max().item() + 7
     ends = [plans(B, S, C, device) for _ in range(2)]
+    prior = dyadic(B, S, seed=2, device=device) if fused else None
     for step in range(4):
         total = total.roll(step * 7, -1)
         results = []
@@ -130,7 +131,7 @@ def test_plan_with_slots_is_the_plan_and_then_the_slots(lengths, moves, fused, l
             listed, newest = kernels_move.Moves.none(held), torch.full((2, B, 2), 7, dtype=torch.int32, device=device)
             slots, others = (S + 3, listed, newest, moved), (memory, 0.5) if fused else (None, 0.0)
             limit = moves if step else None
-            plan(total, length, sizes, tier, held, limit, *others, slots if results else None)
+            plan(total, length, sizes, tier, held, limit, *others, slots if results else None, prior)
             if not results:
                 kernels_tiers.assign_slots_torch(held, tier, kernels_scores.CRITICAL, length, *slots)
             results.append((listed, newest))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import kernels_decode
 import kernels_scores
-from test_kernels import HERE, cases
+from test_kernels import HERE, beyond_is_nan, cases, full_case
 
 
 @pytest.fixture
@@ -60,6 +61,28 @@ def test_scores_are_summed_as_by_their_twin(lengths, group, device):
             expected = sum(score[head // 3, b, head % 3, :n] for head in heads)
             expected = expected if remembered is None else expected + memory[1, b, 1, :n] / 2
             assert torch.equal(totals[1][1, b, 1, :n], expected)
+
+
+@pytest.mark.parametrize("far, limit", [(0, 0.006), (40, 0.006), (2000, 0.006), (70000, 0.06)])
+def test_logits_in_16_bits_are_those_in_32_rounded_near_an_anchor(far, limit, device):
+    """Logits far from 0, as of keys with a large constant: after one step the rows are as good as near it, up to what
+    fp32 itself rounds there."""
+    query, key, value, length = full_case(device, torch.float32, (111, 257), 3, 64)
+    key = beyond_is_nan(key / 4, length)
+    key[:, :, :, 0] += far * 64**0.5 / 2 / kernels_decode.LOG2_E  # and the query 2 there: logits of `far` more
+    query[..., 0] = 2
+    rows = torch.full((2, 6, key.shape[2]), torch.nan, device=device)
+    kernels_decode.scored_attention_torch(query, key, value, length, rows, 0.0)
+    seen = ~rows.isnan()
+    for scored in (kernels_decode.scored_attention_torch, kernels_decode.scored_attention_triton):
+        score = torch.full(rows.shape, torch.nan, dtype=torch.float16, device=device)
+        lse, anchor = torch.zeros(2, *rows.shape[:2], device=device)
+        for _ in range(2):
+            scored(query, key, value, length, score, 0.0, None, lse, anchor)
+            assert torch.isfinite(score[seen]).all() and score[~seen].isnan().all()
+        row = torch.exp2(score - lse[..., None])  # half a unit of the tenth bit, for what counts: 2 ** -10 and above
+        large = seen & (rows > 2**-10)
+        assert large.sum() > 100 and ((row - rows).abs() / rows)[large].max() < limit
 
 
 @pytest.mark.parametrize("half", [False, True])
