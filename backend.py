@@ -42,7 +42,6 @@ class Backend:
     plan_layers: Callable
     assign_slots: Callable
     lend_rows: Callable
-    fade_memory: Callable
     bring_rows: Callable
     store_rows: Callable
     add_norm: Callable
@@ -69,7 +68,6 @@ TORCH = Backend(
     plan_layers=kernels_plan.plan_layers_torch,
     assign_slots=kernels_tiers.assign_slots_torch,
     lend_rows=kernels_tiers.lend_rows_torch,
-    fade_memory=kernels_scores.fade_memory_torch,
     bring_rows=kernels_move.bring_rows_torch,
     store_rows=kernels_move.store_rows_torch,
     add_norm=kernels_layer.add_norm_torch,
@@ -96,7 +94,6 @@ TRITON = Backend(
     plan_layers=kernels_plan.plan_layers_triton,
     assign_slots=kernels_tiers.assign_slots_triton,
     lend_rows=kernels_tiers.lend_rows_triton,
-    fade_memory=kernels_scores.fade_memory_triton,
     bring_rows=kernels_move.bring_rows_triton,
     store_rows=kernels_move.store_rows_triton,
     add_norm=kernels_layer.add_norm_triton,

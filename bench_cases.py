@@ -141,13 +141,13 @@ def assign_slots(at: Shape, share: float, single: bool) -> Call:
 
 
 def fade_memory(at: Shape) -> Call:
-    """By logits, as in a step with fused scores."""
+    """As in a step without a plan: the sum is the memory, and the critical get no score."""
     memory, (index, rows) = at.memory(at.llm.layers), at.matched(at.llm.layers)
     row = at.ranking().log2_().to(logits_dtype(at.dtype))
     lse = torch.zeros(row.shape[:3], device=at.device)
     tier = torch.where(torch.rand_like(memory) < at.critical / at.tokens, CRITICAL, 0).to(torch.int8)
     seen = memory[..., : at.tokens]
-    return Call(lambda: at.backend.fade_memory(row, index, at.length, lse, tier, memory, Settings.score_decay),
+    return Call(lambda: at.backend.sum_scores(row, index, at.length, memory, lse, memory, Settings.score_decay, tier),
                 [rows, lse, index, at.length, tier[..., : at.tokens], seen], [seen], layers=at.llm.layers)  # fmt: skip
 
 
@@ -310,7 +310,11 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
         "LLM, marginal": partial(tiered_attention, marginal=True, remembered=False),
         "LLM, marginal, memory": partial(tiered_attention, marginal=True, remembered=True),
     },
-    "sum_scores": {"one layer": partial(sum_scores, single=True), "more": partial(sum_scores, single=False)},
+    "sum_scores": {
+        "one layer": partial(sum_scores, single=True),
+        "more": partial(sum_scores, single=False),
+        "no plan, all layers": fade_memory,
+    },
     "plan_layers": {
         "10 % enter, one layer": partial(plan_layers, share=0.1, single=True),
         "10 % enter": partial(plan_layers, share=0.1, single=False),
@@ -327,7 +331,6 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
         "10 %, beside gate_product, split_product": partial(bring_rows, share=0.1, beside=True),
     },
     "store_rows": {"some layers": store_rows},
-    "fade_memory": {"all layers": fade_memory},
     "add_norm": {
         f"{name}, after {after}": partial(add_norm, of=of, after=after)
         for of, name in MODELS.items()

@@ -4,8 +4,8 @@
     python bench_kernels.py --settings 4x16384+512 --only plan_layers,assign_slots
 
 Where it sits: beside bench.py, which times whole steps; bench_cases.py is the table of what is timed. The kernels are
-those of the default settings (fused scores), of the marginal tier its attention and slots, and `fade_memory`, which is
-for steps without a plan (`--refresh`); then the layers of each model as a step runs them, with an attention that does
+those of the default settings (fused scores), of the marginal tier its attention and slots, and of steps without a plan
+(`--refresh`) the sum of their scores; then the layers of each model as a step runs them, with an attention that does
 nothing and with the real one. Random weights, caches and head map; all sequences in the middle of their answer.
 
 A time is the median over replays of one CUDA graph, divided by the calls in it. The calls rotate over copies of their

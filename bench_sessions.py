@@ -180,7 +180,6 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         size = TierSizes(Budget(settings.budget).kept(length), 1, 0)
     tpot = statistics.median(laps)
     cuts = statistics.quantiles(laps, n=10) if len(laps) > 1 else [tpot]
-    newest = settings.slm_decay == 0 and not settings.marginal and settings.slm_budget == 1
     row_bytes = llm.head_dim * (1 if settings.int8 else models[0].dtype.itemsize)
     per_plan = settings.planned(length).critical * setting.batch * llm.layers * llm.kv_heads
     out = {
@@ -190,7 +189,7 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
                                  tuple(bool(int4_modules(model)) for model in models), settings.fused,
-                                 settings.slm_budget, logits=newest and method == "smallkv-graph"),
+                                 settings.slm_budget, logits=settings.logits and method == "smallkv-graph"),
         "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None

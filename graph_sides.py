@@ -60,7 +60,7 @@ class ScoredSide:
 
     With decay 0 and no rows to lend (the default: fused scores) the score of the cache holds logits from the first step
     on, up to each length, fp16 for 16-bit models, else fp32. The attention row is 2 ** (score - lse), lse (L', B, H')
-    fp32: `sum_scores` and `fade_memory` take both. Both are less anchor (L', B, H') fp32, the log of each head's sum in
+    fp32: `sum_scores` takes both. Both are less anchor (L', B, H') fp32, the log of each head's sum in
     the step before; the first step makes its own, by attending twice. Else lse and anchor are None, and the score is
     what ScoredCache says.
     """
@@ -230,7 +230,8 @@ class TieredSide:
         self.tier.scatter_(-1, newest, CRITICAL)
         if self.fused:
             row, index = self.policy.slm_cache.score, self.policy.index
-            self.backend.fade_memory(row, index, self.length, self.lse, self.tier, self.cache.score, self.decay)
+            memory = self.cache.score
+            self.backend.sum_scores(row, index, self.length, memory, self.lse, memory, self.decay, self.tier)
 
     def _lend(self, layers: slice) -> None:
         cache = self.cache

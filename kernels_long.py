@@ -58,6 +58,18 @@ def _take(bits_ptr, tier_ptr, end, count, AMONG: tl.constexpr, TAKEN: tl.constex
 
 
 @triton.jit
+def rank_bits(total_ptr, prior_ptr, token, length, recent, reach, PRIOR: tl.constexpr):
+    """What tokens rank by, as int32 bits: the score and the prior, recent tokens on top; -1 from `length` on."""
+    score = tl.load(total_ptr + token, mask=token < reach, other=0.0)
+    if PRIOR:
+        score += tl.load(prior_ptr + token, mask=token < reach, other=0.0)
+    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.where(token >= length - recent, 0x7F7FFFFF, bits)  # the largest finite number
+    bits = tl.where(token == length - 1, 0x7F800000, bits)  # infinity
+    return tl.where(token < length, bits, -1)
+
+
+@triton.jit
 def long_kernel(
     total_ptr, length_ptr, sizes_ptr, tier_ptr, held_ptr, memory_ptr, source_ptr, target_ptr, count_ptr, newest_ptr,
     moved_ptr, queue_ptr, prior_ptr, capacity, slots, host_rows, prior_batch, moves, decay, B,
@@ -77,12 +89,7 @@ def long_kernel(
     prior_ptr += pair // G % B * prior_batch
     for at in range(0, capacity, TOKENS):
         token = at + tl.arange(0, TOKENS)
-        score = tl.load(total_ptr + token, mask=token < length, other=0.0)
-        if PRIOR:
-            score += tl.load(prior_ptr + token, mask=token < length, other=0.0)
-        bits = score.to(tl.int32, bitcast=True)
-        bits = tl.where(token >= length - recent, 0x7F7FFFFF, bits)  # the largest finite number
-        bits = tl.where(token == length - 1, 0x7F800000, bits)  # infinity
+        bits = rank_bits(total_ptr, prior_ptr, token, length, recent, length, PRIOR)
         tl.store(bits_ptr + token, bits, mask=token < length)
         tl.store(tier_ptr + token, tl.zeros([TOKENS], tl.int8), mask=token < capacity)
     tl.debug_barrier()

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels_long import BITS, TOKENS, long_kernel
+from kernels_long import BITS, TOKENS, long_kernel, rank_bits
 from kernels_scores import CRITICAL, MARGINAL, whole_loads
 from kernels_tiers import assign_slots_torch, fill_slots
 
@@ -166,13 +166,7 @@ def _row_kernel(
     inside = tl.zeros([CHUNK], tl.int32)  # bit i: the token of chunk i is held; so are the other sets of tokens below
     for i in tl.static_range(CHUNKS):
         token = i * CHUNK + at
-        score = tl.load(total_ptr + token, mask=token < reach, other=0.0)
-        if PRIOR:
-            score += tl.load(prior_ptr + token, mask=token < reach, other=0.0)
-        bits = score.to(tl.int32, bitcast=True)
-        bits = tl.where(token >= length - recent, 0x7F7FFFFF, bits)  # the largest finite number
-        bits = tl.where(token == length - 1, 0x7F800000, bits)  # infinity
-        rows = rows + (tl.where(token < length, bits, -1),)
+        rows = rows + (rank_bits(total_ptr, prior_ptr, token, length, recent, reach, PRIOR),)
         if LIMITED | SLOTS:
             inside |= (tl.load(tier_ptr + token, mask=token < capacity, other=0) == 2).to(tl.int32) << i
     tl.debug_barrier()  # everybody has read who is held

@@ -1,12 +1,9 @@
 """What a plan ranks by, in Triton: the rows of the matched SLM heads, and the score memory of `--scores fused`.
 
 Where it sits: SLM -> **scores** -> plan (kernels_plan.py), on a side stream of the decode step (graph.py). Beyond the
-paper, see `Settings.scores`. Each function exists twice with one signature, `..._torch` (the twin) and `..._triton`:
-
-| function      | flow                                                                                | paper     |
-| ------------- | ----------------------------------------------------------------------------------- | --------- |
-| `sum_scores`  | scores of the matched heads, summed for each KV head, with the memory -> ranking    | Eq. 4, 5  |
-| `fade_memory` | no plan in this step: the memory alone, with the tiers as they are                  | -         |
+paper, see `Settings.scores`. `sum_scores` exists twice with one signature, `..._torch` (the twin) and `..._triton`: the
+scores of the matched heads, summed for each KV head (Eq. 4, Eq. 5), and the memory make what the plan ranks by. In a
+step without a plan the same sum, without what the critical tokens get from the SLM, is the memory itself.
 
 In a layer's attention (kernels_eq6.py) the memory of the critical tokens gets the LLM's own weights, for the next step.
 
@@ -26,8 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 CRITICAL, MARGINAL = 2, 1  # a token's tier in a plan; 0 is offloaded
-SUM_TOKENS = 1024  # tokens of a program that sums: eight a thread of four warps
-TOKENS = 2048  # of one that fades
+TOKENS = 1024  # of a program: eight a thread of four warps
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
@@ -46,34 +42,24 @@ def head_sum_torch(score: Tensor, index: Tensor, kv_heads: int, lse: Tensor | No
 
 def sum_scores_torch(
     score: Tensor, index: Tensor, length: Tensor, total: Tensor, lse: Tensor | None = None,
-    memory: Tensor | None = None, decay: float = 0.0,
+    memory: Tensor | None = None, decay: float = 0.0, tier: Tensor | None = None,
 ) -> None:  # fmt: skip
     """What the plan ranks by: total = decay * memory + the scores of a KV head's matched heads.
 
     score (L', B, H', S) fp32, none below 0, or with lse (L', B, H') fp32 logits, fp32 or fp16. index (B, L, H)
     int64: f(i), counted l' * H' + h'. length (B,) int32. total (L, B, G, S) fp32 is written up to each length.
 
-    With `--scores fused` score is the SLM's newest row, and memory (L, B, G, S) fp32 the score memory.
+    With `--scores fused` score is the SLM's newest row, and memory (L, B, G, S) fp32 the score memory. tier (L, B, G,
+    S) int8, if given: those CRITICAL there get no score. With them, and total the memory itself, this does to the
+    memory what a plan would that changed no tier.
     """
     found = head_sum_torch(score, index, total.shape[2], lse)
+    if tier is not None:
+        found = found.where(tier != CRITICAL, 0)
     if memory is not None:
         found = decay * memory + found
     seen = torch.arange(total.shape[3], device=total.device) < length[:, None, None]
     total.copy_(found.where(seen, total))
-
-
-def fade_memory_torch(
-    row: Tensor, index: Tensor, length: Tensor, lse: Tensor | None, tier: Tensor, memory: Tensor, decay: float
-) -> None:
-    """What `sum_scores` and a plan do to the memory, with the tiers as they are.
-
-    row (L', B, H', S): the SLM's newest attention fp32, or with lse its logits, fp32 or fp16. tier (L, B, G, S) int8.
-    memory (L, B, G, S) fp32 is updated; from length on it stays as it is. The rest as above.
-    """
-    gained = head_sum_torch(row, index, tier.shape[2], lse)  # (L, B, G, S)
-    faded = decay * memory
-    seen = torch.arange(tier.shape[3], device=row.device) < length[:, None, None]
-    memory.copy_(faded.where(tier == CRITICAL, faded + gained).where(seen, memory))
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -120,10 +106,10 @@ def whole_loads(length, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _sum_kernel(
-    score_ptr, index_ptr, length_ptr, total_ptr, lse_ptr, memory_ptr, index_batch, index_layer, score_layer,
+    score_ptr, index_ptr, length_ptr, total_ptr, lse_ptr, memory_ptr, tier_ptr, index_batch, index_layer, score_layer,
     score_batch, score_head, capacity, decay, B,
     G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
-    MEMORY: tl.constexpr, LOGITS: tl.constexpr,
+    MEMORY: tl.constexpr, LOGITS: tl.constexpr, TIER: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of one KV head of one sequence and layer."""
     line, at = tl.program_id(0), tl.program_id(1) * TOKENS
@@ -139,34 +125,11 @@ def _sum_kernel(
     if MEMORY:
         memory = tl.load(memory_ptr + cell, mask=token < reach, other=0.0)
     total = head_sum(score_ptr + b.to(tl.int64) * score_batch, heads, token, reach, GROUP, LOGITS)
+    if TIER:
+        total = tl.where(tl.load(tier_ptr + cell, mask=token < reach, other=0) == 2, 0.0, total)
     if MEMORY:
         total = decay * memory + total
     tl.store(total_ptr + cell, total, mask=token < length)
-
-
-@triton.jit
-def _fade_kernel(
-    row_ptr, index_ptr, length_ptr, lse_ptr, tier_ptr, memory_ptr, index_batch, index_layer, row_layer, row_batch,
-    row_head, capacity, decay, B,
-    G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
-    LOGITS: tl.constexpr,
-):  # fmt: skip
-    """Some tokens of one KV head of one sequence and layer."""
-    line, at = tl.program_id(0), tl.program_id(1) * TOKENS
-    layer, b, g = line // (B * G), line // G % B, line % G
-    length = tl.load(length_ptr + b)
-    if at >= length:
-        return
-    reach = whole_loads(length, ALIGNED)
-    heads = head_rows(index_ptr + b * index_batch + layer * index_layer + g * GROUP, lse_ptr, row_layer, row_head,
-                      b, B, GROUP, HEADS, LOGITS)  # fmt: skip
-    token = at + tl.arange(0, TOKENS)
-    gained = head_sum(row_ptr + b.to(tl.int64) * row_batch, heads, token, reach, GROUP, LOGITS)
-    cell = line.to(tl.int64) * capacity + token
-    critical = tl.load(tier_ptr + cell, mask=token < reach, other=0) == 2
-    memory = tl.load(memory_ptr + cell, mask=token < reach, other=0.0)
-    after = decay * memory + tl.where(critical, 0.0, gained)
-    tl.store(memory_ptr + cell, tl.where(token < length, after, memory), mask=token < reach)
 
 
 # ---- The launchers ---------------------------------------------------------------------------------------------------
@@ -174,27 +137,14 @@ def _fade_kernel(
 
 def sum_scores_triton(
     score: Tensor, index: Tensor, length: Tensor, total: Tensor, lse: Tensor | None = None,
-    memory: Tensor | None = None, decay: float = 0.0,
+    memory: Tensor | None = None, decay: float = 0.0, tier: Tensor | None = None,
 ) -> None:  # fmt: skip
     L, B, G, S = total.shape
     assert score.stride(3) == 1 and index.stride(2) == 1
-    assert all(tensor.is_contiguous() for tensor in (total, lse, memory) if tensor is not None)
-    _sum_kernel[(L * B * G, triton.cdiv(S, SUM_TOKENS))](
+    assert all(tensor.is_contiguous() for tensor in (total, lse, memory, tier) if tensor is not None)
+    _sum_kernel[(L * B * G, triton.cdiv(S, TOKENS))](
         score, index, length, total, total if lse is None else lse, total if memory is None else memory,
-        *index.stride()[:2], *score.stride()[:3], S, decay, B,
-        G=G, GROUP=index.shape[2] // G, HEADS=score.shape[2], TOKENS=SUM_TOKENS, ALIGNED=S % 16 == 0,
-        MEMORY=memory is not None, LOGITS=lse is not None, num_warps=4,
-    )  # fmt: skip
-
-
-def fade_memory_triton(
-    row: Tensor, index: Tensor, length: Tensor, lse: Tensor | None, tier: Tensor, memory: Tensor, decay: float
-) -> None:
-    L, B, G, S = tier.shape
-    assert row.stride(3) == 1 and index.stride(2) == 1
-    assert all(tensor.is_contiguous() for tensor in (lse, tier, memory) if tensor is not None)
-    _fade_kernel[(L * B * G, triton.cdiv(S, TOKENS))](
-        row, index, length, memory if lse is None else lse, tier, memory, *index.stride()[:2], *row.stride()[:3], S,
-        decay, B, G=G, GROUP=index.shape[2] // G, HEADS=row.shape[2], TOKENS=TOKENS, ALIGNED=S % 16 == 0,
-        LOGITS=lse is not None, num_warps=8,
+        total if tier is None else tier, *index.stride()[:2], *score.stride()[:3], S, decay, B,
+        G=G, GROUP=index.shape[2] // G, HEADS=score.shape[2], TOKENS=TOKENS, ALIGNED=S % 16 == 0,
+        MEMORY=memory is not None, LOGITS=lse is not None, TIER=tier is not None, num_warps=4,
     )  # fmt: skip

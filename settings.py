@@ -116,6 +116,11 @@ class Settings:
         return 0.0 if self.fused else self.score_decay
 
     @property
+    def logits(self) -> bool:
+        """Whether a static step keeps the SLM's newest logits as its scores: nothing of the past, nobody borrows."""
+        return self.slm_decay == 0 and not self.marginal and self.slm_budget == 1
+
+    @property
     def int8(self) -> bool:
         return self.offload == "int8"
 

@@ -172,7 +172,7 @@ class SmallKV:
         if share < 1:
             slm = FrugalCache.predict(*shape, share, refresh, static)
         else:
-            slm = ScoredCache.predict(*shape, static and self.settings.slm_decay == 0 and not self.keep_row)
+            slm = ScoredCache.predict(*shape, static and self.settings.logits)
         return {"LLM": TieredCache.predict(llm, batch, capacity, *slots, device, self.llm.dtype, *own), "SLM": slm}
 
     def prefill(

@@ -103,8 +103,8 @@ def test_a_sum_by_logits_is_the_sum_by_probabilities(lengths, group, half, devic
 def test_a_memory_fades_as_its_twin_does(lengths, group, device):
     row, index, length = score_case(device, lengths, group)
     memories, tier = fade_case(*row.shape[1:4:2], 2, device)
-    kernels_scores.fade_memory_torch(row.nan_to_num(0), index, length, None, tier, memories[0], 0.5)
-    kernels_scores.fade_memory_triton(row, index, length, None, tier, memories[1], 0.5)
+    for memory, fade in zip(memories, (kernels_scores.sum_scores_torch, kernels_scores.sum_scores_triton)):
+        fade(row, index, length, memory, None, memory, 0.5, tier)
     assert torch.equal(*memories)
 
 
@@ -113,12 +113,12 @@ def test_a_memory_fades_by_logits_as_by_probabilities(lengths, group, device):
     probability, logit, lse, index, length = logit_case(device, lengths, group)
     memories, tier = fade_case(*logit.shape[1:4:2], 4, device)
     for memory, fade, row, log in (
-        (memories[0], kernels_scores.fade_memory_torch, probability, None),
-        (memories[1], kernels_scores.fade_memory_torch, logit, lse),
-        (memories[2], kernels_scores.fade_memory_triton, logit, lse),
-        (memories[3], kernels_scores.fade_memory_triton, logit.half(), lse),
+        (memories[0], kernels_scores.sum_scores_torch, probability, None),
+        (memories[1], kernels_scores.sum_scores_torch, logit, lse),
+        (memories[2], kernels_scores.sum_scores_triton, logit, lse),
+        (memories[3], kernels_scores.sum_scores_triton, logit.half(), lse),
     ):
-        fade(row, index, length, log, tier, memory, 0.5)
+        fade(row, index, length, memory, log, memory, 0.5, tier)
     assert all(torch.equal(memory, memories[0]) for memory in memories[1:])
 
 
@@ -128,7 +128,7 @@ def test_fading_is_what_a_sum_and_a_plan_do(device):
     (memory, before), tier = fade_case(2, row.shape[3], 2, device)
     total = torch.zeros_like(memory)
     kernels_scores.sum_scores_torch(row, index, length, total, None, before, 0.5)
-    kernels_scores.fade_memory_torch(row, index, length, None, tier, memory, 0.5)
+    kernels_scores.sum_scores_torch(row, index, length, memory, None, memory, 0.5, tier)
     expected = (before / 2).where(tier == kernels_scores.CRITICAL, total)
     for b, n in enumerate((109, 45)):
         assert torch.equal(memory[:, b, :, :n], expected[:, b, :, :n])
