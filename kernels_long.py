@@ -1,8 +1,8 @@
 """The plan of rows that are longer than a program can hold in registers.
 
-Where it sits: under kernels_plan.py, which says what a plan is and launches this one for more than `ROW` tokens. The
-scores, as bits, stay in the L2 cache, and each pass over them settles a digit of BITS bits of the k-th largest by a
-histogram (radix select).
+Where it sits: under kernels_plan.py, which says what a plan is, launches this one for more than `ROW` tokens, and ranks
+by the same `rank_bits`. The scores, as bits, stay in the L2 cache, and each pass over them settles a digit of BITS bits
+of the k-th largest by a histogram (radix select).
 
 Shapes follow the legend in model.py.
 """
