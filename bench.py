@@ -14,8 +14,8 @@ moved is counted, and printed as counted. `--decode-only` fills the caches with 
 (methods that evict are prefilled all the same: what they keep comes from there), and takes random heads of the SLM as
 matched ones; a prefill that is timed matches them itself.
 
-`--slm-layers` and `--slm-budget` make the SLM cost less (appendix A.3); its floor and its bytes are then those of what
-is left of it.
+`--slm-layers` and `--slm-budget` make the SLM cost less (appendix A.3), `--slm-kv int8` its cache; its floor and its
+bytes are then those of what is left of it. The method full-int8-graph is full-graph with its K and V in 8 bits, too.
 
 `--refresh r` plans in every r-th step: the turnover is that of a plan, the bytes over PCIe are those of a mean step,
 and a time is the mean over the r steps from plan to plan (the median of such means). What a plan finds changed after r
@@ -54,9 +54,9 @@ from bench_transformers import time_transformers
 from decode import Session
 from graph import Step
 from model import Decoder
-from settings import OFFLOADS, SCORES, Settings
+from settings import HELD, SCORES, Settings
 
-METHODS = ("transformers", "full-eager", "full-graph", "smallkv-eager", "smallkv-graph",
+METHODS = ("transformers", "full-eager", "full-graph", "full-int8-graph", "smallkv-eager", "smallkv-graph",
            *(f"{name}-eager" for name in RIVALS), "h2o-published")  # fmt: skip
 STEPS = {"eager": 5, "graph": 30}  # timed steps
 
@@ -178,7 +178,7 @@ def run(args) -> int:
     scores = args.scores or ("slm" if args.speculate else Settings.scores)
     settings = Settings(args.budget, score_decay=args.score_decay, scores=scores, marginal=args.marginal,
                         refresh=args.refresh, max_moves=args.max_moves, slm_budget=args.slm_budget,
-                        reach=args.reach, offload=args.offload)  # fmt: skip
+                        reach=args.reach, offload=args.offload, slm_kv=args.slm_kv)  # fmt: skip
     raws, configs = pair_configs(args.pair, args.slm_layers)
     rounded = args.quantize, args.slm_quantize
     models = [random_decoder(config, device, dtype, kind == "int4", each)
@@ -189,10 +189,11 @@ def run(args) -> int:
               "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
               "scores": scores, "max_moves": args.max_moves, "refresh": args.refresh,
-              "reach": str(args.reach), "offload": args.offload,  # JSON has no inf
+              "reach": str(args.reach), "offload": args.offload, "slm_kv": args.slm_kv,  # JSON has no inf
               "slm_layers": configs[1].layers, "slm_budget": args.slm_budget, "decode_only": args.decode_only,
               "ranks": team.size, "speculate": args.speculate, "ceilings": ceilings(clock), "rows": []}  # fmt: skip
     slm = f"SLM of {configs[1].layers} layers with {args.slm_budget:.0%} of its cache"
+    slm += " in 8 bits" * settings.slm_int8
     print(f"backend: {backend.name}, {team.size} x {name}, {dtype}, {slm}, ceilings {report['ceilings']}", flush=True)
     work = [(setting, method) for setting in args.settings for method in args.methods]
     for setting in args.largest:
@@ -237,8 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
     parser.add_argument("--reach", type=float, default=Settings.reach, help="of the LLM's layers into the SLM's; inf: "
                         "into all, so that the SLM runs before the LLM and not beside it")  # fmt: skip
-    parser.add_argument("--offload", choices=OFFLOADS, default=Settings.offload,
+    parser.add_argument("--offload", choices=HELD, default=Settings.offload,
                         help="how the host holds K and V: exact, or in one byte a number")  # fmt: skip
+    parser.add_argument("--slm-kv", choices=HELD, default=Settings.slm_kv, help="the same of the SLM's own")
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")
     parser.add_argument("--slm-layers", type=int, metavar="N", help="the SLM's first N layers alone (A.3)")
     parser.add_argument("--slm-budget", type=float, default=1.0, metavar="SHARE",

@@ -18,6 +18,7 @@ from evicting import Budget
 from frugal import Prompt
 from full_cache import FullCache
 from graph import Step
+from int8_rows import LEVELS
 from match import HeadMap
 from model import Decoder
 from quantize import int4_modules, run_on
@@ -77,6 +78,10 @@ def rival(method: str, llm: Decoder, settings: Settings):
     return BASELINES[name](llm, Budget(settings.budget), **options) if name in RIVALS else None
 
 
+def full_policy(method: str, llm: Decoder) -> FullPolicy:
+    return FullPolicy(llm, int8="int8" in method)
+
+
 def make_session(
     method: str, models, setting: Setting, settings: Settings, chunk: int, backend: Backend, filled: bool = False
 ) -> Session:
@@ -87,7 +92,7 @@ def make_session(
     known = min(llm.config.vocab_size, slm.config.vocab_size)  # those of one series are padded differently
     prompts = torch.randint(known, (setting.batch, setting.prompt)).tolist()
     if method.startswith("full"):
-        return Session(llm, FullPolicy(llm), prompts, setting.new, chunk)
+        return Session(llm, full_policy(method, llm), prompts, setting.new, chunk)
     if policy := rival(method, llm, settings):
         return Session(llm, policy, prompts, setting.new, chunk)
     head_map = random_map(llm, slm, settings) if filled else None
@@ -109,7 +114,10 @@ def fill(session: Session) -> torch.Tensor:
     cache, policy = session.cache, session.policy
     batch, device = len(session.prompts), session.llm.device
     if isinstance(cache, FullCache):
-        cache.key.normal_(), cache.value.normal_()
+        for table in (cache.key, cache.value):
+            table.normal_() if cache.scale is None else table.random_(-LEVELS, LEVELS + 1)
+        if cache.scale is not None:
+            cache.scale.fill_(1 / LEVELS)
     else:
         for b, length in enumerate(session.lengths):
             staged = policy.slm_cache.staging(b, length)
@@ -141,7 +149,7 @@ def ring_shift(turnover: float, session: Session) -> float:
 def largest(method: str, models, prompt: int, new: int, settings: Settings) -> Setting:
     """The largest batch whose predicted caches fit: 92 % of the GPU beside the weights, 85 % of the host's free RAM."""
     llm, slm = models
-    policy = FullPolicy(llm) if method.startswith("full") else rival(method, llm, settings)
+    policy = full_policy(method, llm) if method.startswith("full") else rival(method, llm, settings)
     policy = policy or SmallKV(llm, slm, settings)
     options = {"static": True} if method == "smallkv-graph" else {}
     one = [entry for entries in policy.predict([prompt], prompt + new, **options).values() for entry in entries]
@@ -189,7 +197,8 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
                                  tuple(bool(int4_modules(model)) for model in models), settings.fused,
-                                 settings.slm_budget, logits=settings.logits and method == "smallkv-graph"),
+                                 settings.slm_budget, logits=settings.logits and method == "smallkv-graph",
+                                 int8=settings.slm_int8 if slm else "int8" in method),
         "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from full_cache import Entry, FullCache, ScoredCache, table_bytes
-from host_memory import encode, host_rows, read_rows, rows_on_host, scales_of
+from host_memory import host_rows, read_rows, rows_on_host
+from int8_rows import Scales, encode, scales_of
 from kernels import column_sums, tiered_attention
 from kernels_move import store_rows_torch
 from model import Config, Span
@@ -107,7 +108,7 @@ class TieredCache:
         self._plan: Callable[[int], TierPlan] | None = None
         self._ready: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> borrowed weights, arrival
 
-    def scales(self, at) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def scales(self, at) -> Scales:
         """K's and V's at this index, (L, B, G, D); None where the host's rows are exact."""
         return (self.key_scale[at], self.value_scale[at]) if self.host_key.dtype == torch.int8 else (None, None)
 

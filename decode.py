@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from full_cache import FullCache
+from int8_rows import check_prompts
 from model import Decoder, Span
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that go through a model at once: bounds activations, not results
@@ -31,16 +32,19 @@ class FullPolicy:
     name = "full"
     whole_prompt = False  # a prompt may be prefilled in chunks
 
-    def __init__(self, llm: Decoder):
-        self.llm, self.models = llm, [llm]
+    def __init__(self, llm: Decoder, int8: bool = False):
+        """int8: K and V in 8 bits (int8_rows.py), a rival in bench.py."""
+        self.llm, self.models, self.int8 = llm, [llm], int8
 
     def make_cache(self, lengths: list[int], capacity: int) -> FullCache:
-        self.cache = FullCache(self.llm.config, len(lengths), capacity, self.llm.device, self.llm.dtype)
+        if self.int8:
+            check_prompts("full cache", lengths)
+        self.cache = FullCache(self.llm.config, len(lengths), capacity, self.llm.device, self.llm.dtype, self.int8)
         return self.cache
 
     def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
         config, device = self.llm.config, self.llm.device.type
-        return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype)}
+        return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype, self.int8)}
 
     def prefill(
         self, b: int, prompts: list[list[int]], ids: list[Tensor], chunks: list[tuple[int, int]]

@@ -19,7 +19,7 @@ from torch import Tensor
 from cache import TieredCache
 from frugal import FrugalCache
 from full_cache import Entry, ScoredCache
-from host_memory import encode
+from int8_rows import encode
 from kernels import tiered_attention_block
 from model import Span
 

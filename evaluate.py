@@ -133,6 +133,8 @@ def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair)
             if equal == "bytes" and method.needs_slm:
                 share = token_bytes(pair.slm.config, pair.slm.dtype) / token_bytes(pair.llm.config, pair.llm.dtype)
                 share *= options.get("slm_budget", 1.0)  # of its own cache that the SLM keeps
+                if options.get("slm_kv") == "int8":
+                    share /= pair.slm.dtype.itemsize
                 own = budget - share
                 if own <= 0:
                     raise ValueError(

@@ -9,6 +9,9 @@ is made for a number of positions known at the start and holds token j of sequen
 | `FullCache`   | K and V of every token on the device                                      | full baseline       |
 | `ScoredCache` | the same, and what attention says of every token: newest row and score    | the SLM             |
 
+Both may hold K and V in 8 bits (int8_rows.py): the SLM's with `Settings.slm_kv`, and the rival of bench.py. A prompt is
+then prefilled on exact ones beside them, from which its scales come.
+
 Shapes follow the legend in model.py.
 """
 
@@ -19,8 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from int8_rows import Scales, decode, encode, per_token, scales_of
 from kernels import NEGLIGIBLE, causal_attention, column_sums, full_attention_block
 from model import Config, Span
+
+ROUNDED = 1 << 24  # numbers of a prompt that are rounded at once: in fp32 they take 64 MB, twice
 
 
 @dataclass(frozen=True)
@@ -42,54 +48,88 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class FullCache:
-    """K and V of every token, (L, B, G, S, D) each, on the model's device."""
+    """K and V of every token, (L, B, G, S, D) each, on the model's device.
+
+    int8: as levels, with scale (2, L, B, G, 2, D) fp32, of K and of V; else scale is None.
+    """
 
     sliced = ("key", "value")  # tensors whose dimension 1 is the sequence
 
-    def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype):
+    def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, int8: bool = False):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
-        self.key = torch.empty(shape, device=device, dtype=dtype)
-        self.value = torch.zeros(shape, device=device, dtype=dtype)  # unseen columns weigh 0, and 0 * NaN is NaN
+        self.dtype, held = dtype, torch.int8 if int8 else dtype  # of the model
+        self.key = torch.empty(shape, device=device, dtype=held)
+        self.value = torch.zeros(shape, device=device, dtype=held)  # unseen columns weigh 0, and 0 * NaN is NaN
+        self.scale = torch.ones(2, *shape[:3], 2, config.head_dim, device=device) if int8 else None
+
+    def scales(self, layer: int) -> Scales:
+        """K's and V's of one layer, (B, G, 2, D); None where they are exact."""
+        return (None, None) if self.scale is None else (self.scale[0, layer], self.scale[1, layer])
 
     def sequence(self, b: int, count: int = 1) -> "FullCache":
         """The same memory seen as the cache of sequence b alone (B = 1), or of `count` from there on, for a prefill."""
         view = copy.copy(self)
         for name in self.sliced:
             setattr(view, name, getattr(self, name)[:, b : b + count])
+        if self.scale is not None:
+            view.scale = self.scale[:, :, b : b + count]
         return view
 
     def staging(self, b: int, length: int, count: int = 1) -> "FullCache":
-        """Where the prompt of sequence b is prefilled, or `count` of that length from there on: here, in place."""
-        return self.sequence(b, count)
+        """Where the prompt of sequence b is prefilled, or `count` of that length from there on: here, in place, but for
+        K and V that will be rounded."""
+        view = self.sequence(b, count)
+        if self.scale is not None:
+            shape = (*view.key.shape[:3], length, view.key.shape[4])
+            view.key, view.value = (torch.empty(shape, device=self.key.device, dtype=self.dtype) for _ in range(2))
+            view.scale = None
+        return view
 
     def load(self, b: int, staged: "FullCache", length: int) -> None:
-        """Take over a prefilled prompt: nothing to do, it was written in place."""
+        """Take over the prefilled prompt of one sequence: it was written in place, or is rounded now."""
+        if self.scale is None:
+            return
+        layers = max(1, ROUNDED // staged.key[0].numel())
+        for held, made, scale in zip((self.key, self.value), (staged.key, staged.value), self.scale):
+            for part in (slice(first, first + layers) for first in range(0, len(held), layers)):
+                rows = made[part, 0]  # (L', G, n, D)
+                scale[part, b] = scales_of(rows)
+                held[part, b, :, :length] = encode(rows, per_token(scale[part, b]))
 
     def migrate(self, plan: Callable, span: Span) -> None:
         """A full cache has one tier: nothing moves."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
         """Append key, value (B, G, T, D), then attend with query (B, H, T, D). A prompt comes alone (B = 1)."""
-        self._append(layer, key, value, span)
-        seen_key, seen_value = self.key[layer, :, :, : span.end], self.value[layer, :, :, : span.end]  # (B, G, end, D)
+        seen_key, seen_value = self._append(layer, key, value, span)
         if len(query) == 1 and query.shape[2] > 1:
             return causal_attention(query, seen_key, seen_value)
         return full_attention_block(query, seen_key, seen_value, span.positions)[0]
 
-    def _append(self, layer: int, key: Tensor, value: Tensor, span: Span) -> None:
+    def _append(self, layer: int, key: Tensor, value: Tensor, span: Span) -> list[Tensor]:
+        """Returns K and V up to the span's end, (B, G, end, D), in the model's dtype."""
         if span.end > self.key.shape[3]:
             raise ValueError(f"position {span.end - 1} is beyond the cache's {self.key.shape[3]} positions")
         index = span.positions[:, None, :, None].expand_as(key)  # (B, G, T, D)
-        self.key[layer].scatter_(2, index, key)
-        self.value[layer].scatter_(2, index, value)
+        seen = []
+        for held, rows, scale in zip((self.key[layer], self.value[layer]), (key, value), self.scales(layer)):
+            held.scatter_(2, index, encode(rows, per_token(scale)))
+            seen.append(decode(held[:, :, : span.end], per_token(scale), self.dtype))
+        return seen
 
     def ledger(self) -> list[Entry]:
-        return [Entry("full K, V", self.key.device.type, self.key.nbytes + self.value.nbytes)]
+        device, held = self.key.device.type, self.key.nbytes + self.value.nbytes
+        scales = [] if self.scale is None else [Entry("int8 scales", device, self.scale.nbytes)]
+        return [Entry("full K, V", device, held), *scales]
 
     @staticmethod
-    def predict(config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype) -> list[Entry]:
-        size = table_bytes(dtype, config.layers, batch, config.kv_heads, capacity, config.head_dim)
-        return [Entry("full K, V", device, 2 * size)]
+    def predict(
+        config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype, int8: bool = False
+    ) -> list[Entry]:
+        heads = (config.layers, batch, config.kv_heads)
+        size = 2 * table_bytes(torch.int8 if int8 else dtype, *heads, capacity, config.head_dim)
+        scales = 2 * table_bytes(torch.float32, *heads, 2, config.head_dim)
+        return [Entry("full K, V", device, size), *[Entry("int8 scales", device, scales)] * int8]
 
 
 class ScoredCache(FullCache):
@@ -105,9 +145,9 @@ class ScoredCache(FullCache):
 
     def __init__(
         self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float,
-        sums: Callable = column_sums, keep_row: bool = False,
+        sums: Callable = column_sums, keep_row: bool = False, int8: bool = False,
     ):  # fmt: skip
-        super().__init__(config, batch, capacity, device, dtype)
+        super().__init__(config, batch, capacity, device, dtype, int8)
         shape = (config.layers, batch, config.query_heads, capacity)
         self.decay, self.sums = decay, sums
         self.score = torch.zeros(shape, device=device)
@@ -116,9 +156,8 @@ class ScoredCache(FullCache):
             self.row = torch.zeros(shape, device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        self._append(layer, key, value, span)
+        seen_key, seen_value = self._append(layer, key, value, span)
         T, end = query.shape[2], span.end
-        seen_key, seen_value = self.key[layer, :, :, :end], self.value[layer, :, :, :end]
         if T > 1:
             coming = 0 if self.prompt is None else self.prompt - end
             if self.decay**coming >= NEGLIGIBLE:  # or nothing of this chunk is left at the prompt's end
@@ -142,7 +181,7 @@ class ScoredCache(FullCache):
     def hold_logits(self) -> None:
         """From here on a static step keeps logits in the score, for models of 16 bits in as many; what was there is
         forgotten."""
-        shape, dtype = self.score.shape, logits_dtype(self.key.dtype)
+        shape, dtype = self.score.shape, logits_dtype(self.dtype)
         self.score = None  # given back before its successor is made
         self.score = torch.zeros(shape, device=self.key.device, dtype=dtype)
 
@@ -161,9 +200,9 @@ class ScoredCache(FullCache):
     @staticmethod
     def predict(
         config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype, keep_row: bool = False,
-        logits: bool = False,
+        logits: bool = False, int8: bool = False,
     ) -> list[Entry]:  # fmt: skip
         """logits: as `hold_logits` leaves it."""
         held = logits_dtype(dtype) if logits else torch.float32
         scores = (1 + keep_row) * table_bytes(held, config.layers, batch, config.query_heads, capacity)
-        return FullCache.predict(config, batch, capacity, device, dtype) + [Entry("scores", device, scores)]
+        return FullCache.predict(config, batch, capacity, device, dtype, int8) + [Entry("scores", device, scores)]

@@ -44,6 +44,7 @@ from graph_speculative import StaticSpeculativeSession
 from host_memory import kind_of_host
 from kernels import SCORE_BLOCK
 from model import Decoder
+from overhead import cache_bytes
 from quantize import int4_modules
 from report import make_report, print_comparison, print_report
 from settings import Settings
@@ -118,10 +119,11 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
     for model, entry in ((model, entry) for plan in plans for model, ledger in plan.items() for entry in ledger):
         where, name = on_device if entry.device == device.type else on_host, f"{model} {entry.what}"
         where[name] = max(where.get(name, 0), entry.size)
-    config = policy.llm.config
-    prompt = 2 * config.layers * config.kv_heads * max(lengths) * config.head_dim * policy.llm.dtype.itemsize
+    prompt = cache_bytes(policy.llm.config, max(lengths), 1, policy.llm.dtype.itemsize)
     if device.type == "cuda" and isinstance(policy, SmallKV):  # one is on its way to the host, the next is being made
         prompt *= min(2, len(lengths))
+    if isinstance(policy, SmallKV) and policy.settings.slm_int8:  # exact ones, until they are rounded
+        prompt += cache_bytes(policy.slm.config, max(lengths), 1, policy.slm.dtype.itemsize)
     scored = max(model.config.query_heads for model in policy.models) * SCORE_BLOCK * max(lengths) * 4
     on_device["prefill of the longest prompt"] = prompt + 4 * scored  # logits, their softmax, and copies of both
     if device.type == "cpu":
@@ -302,7 +304,7 @@ def backend_line(pair: Pair, policy, backend: Backend) -> str:
     if isinstance(policy, SmallKV):
         moving = "side stream" if static or (device.type == "cuda" and policy.settings.prefetch) else "in step"
         held = f" in {kind_of_host(device)} memory" * (device.type == "cuda") + " in 8 bits" * policy.settings.int8
-        moving += f", host rows{held}" * bool(held)
+        moving += f", host rows{held}" * bool(held) + ", SLM's K, V in 8 bits" * policy.settings.slm_int8
     dtype = str(pair.llm.dtype).removeprefix("torch.") + ", INT4 weights" * bool(int4_modules(pair.llm))
     return f"backend: {steps}, {device} ({name}), {dtype}, tier movement {moving}"
 

@@ -51,8 +51,9 @@ class FullSide:
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:
         key, value = self.cache.key[layer], self.cache.value[layer]
-        query = self.backend.rope_append(qkv, *rope, self.length, norms, key, value)
-        return self.backend.decode_attention(query, key, value, self.length)
+        scales = self.cache.scales(layer)
+        query = self.backend.rope_append(qkv, *rope, self.length, norms, key, value, scales=scales)
+        return self.backend.decode_attention(query, key, value, self.length, scales)
 
 
 class ScoredSide:
@@ -83,10 +84,11 @@ class ScoredSide:
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:
         key, value = self.cache.key[layer], self.cache.value[layer]
-        query = self.backend.rope_append(qkv, *rope, self.length, norms, key, value)
+        scales = self.cache.scales(layer)
+        query = self.backend.rope_append(qkv, *rope, self.length, norms, key, value, scales=scales)
         row = self.cache.row[layer] if self.keep_row else None
         logs = (None, None) if self.lse is None else (self.lse[layer], self.anchor[layer])
-        asked = query, key, value, self.length, self.cache.score[layer], self.cache.decay, row, *logs
+        asked = query, key, value, self.length, self.cache.score[layer], self.cache.decay, row, *logs, scales
         if self.steps == 1 and self.lse is not None:
             self.backend.scored_attention(*asked)
         return self.backend.scored_attention(*asked)

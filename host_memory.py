@@ -1,4 +1,4 @@
-"""Memory of the host that the GPU addresses by itself, and 8-bit rows in it: where the offloaded tier lies.
+"""Memory of the host that the GPU addresses by itself: where the offloaded tier lies.
 
 Where it sits: under the cache (cache.py), whose rows it holds; the movement (kernels_move.py) reads and writes it.
 
@@ -19,12 +19,7 @@ Managed memory lies in pieces of 2 MiB. Rows written at one step are at the same
 lie a multiple of some KiB apart, these rows fall on a few lines of the host's cache, and 4,096 of them took 10 ms
 instead of 0.04. So a KV head has an odd number of rows (`host_rows`).
 
-Rows may lie there in 8 bits (`Settings.offload`): round((x - zero point) / scale), both for each sequence, layer, KV
-head and channel, K's and V's alike. Keys have channels that are a hundred times as large as others, so one scale a
-token would lose the small ones; and the largest are those that RoPE hardly turns, nearly constant over a text (Qwen2's
-biases), so what tells their tokens apart is small beside the zero point. Both come from the prompt (`scales_of`): its
-range, and a quarter more, is 254 levels; what a later token has beyond them is cut off. All numbers are taken to be
-finite.
+Rows may lie there in 8 bits (`Settings.offload`, int8_rows.py).
 
 Shapes follow the legend in model.py.
 """
@@ -36,36 +31,13 @@ import sys
 import torch
 from torch import Tensor
 
+from int8_rows import decode
+
 CONCURRENT_MANAGED_ACCESS = 89  # numbers of cuda.h
 ATTACH_GLOBAL = 1
 PREFERRED_LOCATION, ACCESSED_BY, HOST = 3, 5, -1
 PORTABLE_MAPPED = 1 | 2
-LEVELS = 127  # to either side of zero
-ROOM = 1.25  # how much wider than in the prompt a channel's range may get
 OUT_OF_MEMORY = 2
-
-
-def scales_of(rows: Tensor) -> Tensor:
-    """What one level is worth in each channel, and what level 0 stands for: (..., n, D) -> (..., 2, D) fp32."""
-    low, high = (end.float() for end in rows.aminmax(dim=-2))
-    scale = ((high - low) * (ROOM / (2 * LEVELS))).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.stack((scale, (low + high) / 2), -2)
-
-
-def encode(rows: Tensor, scales: Tensor | None) -> Tensor:
-    """Rows (..., D) as the host holds them: int8, scales (..., 2, D) broadcast over them; as they are if it is None."""
-    if scales is None:
-        return rows
-    scale, zero = scales.unbind(-2)
-    return ((rows.float() - zero) / scale).clamp(-LEVELS, LEVELS).round().to(torch.int8)
-
-
-def decode(held: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows of the host as the GPU holds them."""
-    if scales is None:
-        return held
-    scale, zero = scales.unbind(-2)
-    return (held * scale + zero).to(dtype)
 
 
 def read_rows(host: Tensor, source: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,10 @@ KV head with all the query heads that share it, so that each row of K and V is r
 splits. Lengths are device tensors and the grid is that of the capacity, so one captured graph serves growing sequences;
 programs beyond a length return at once. A group of query heads is padded to the 16 rows a matrix unit wants.
 
+K and V may be int8 (int8_rows.py). No softmax sees K's zero points, which add the same to every token's logit, and its
+scales go into the query; V's scales and zero points meet the output, since weights sum to 1. So a level is turned into
+a number of the query's dtype, and that is all.
+
 The row of the SLM needs the sum over all splits. Where nothing of the past goes into the scores (decay 0) and nobody
 borrows the row, the first kernel writes its logits straight into `score`, the second the log of each head's sum into
 `lse`, and whoever reads the scores computes 2 ** (score - lse) as it goes (kernels_scores.py). Both are less an anchor,
@@ -33,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
+from int8_rows import Scales
 
 LOG2_E = math.log2(math.e)  # logits as powers of two: exp2 is one instruction
 CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
@@ -53,22 +58,26 @@ class Launch(NamedTuple):
 # was not measured at other numbers.
 FULL = Launch(tile=8192, warps=4, stages=3, programs=1056)  # 64 tokens at D = 128, 64 KB of shared memory
 SCORED = Launch(tile=4096, warps=4, stages=4, programs=1056)  # 64 tokens at D = 64
+# Both with int8, of six: 10.6 us at 4 x 16,896 and 20.8 at 64 x 2,304, and as SCORED 12.0 and 22.2.
+INT8 = Launch(tile=8192, warps=4, stages=3, programs=1056)
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
 
 
-def decode_attention_torch(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
+def decode_attention_torch(
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, scales: Scales = (None, None)
+) -> Tensor:
     """query (B, H, D) on key, value (B, G, S, D); sequence b sees its first length[b] tokens, length (B,) int32.
 
-    Returns (B, H, D).
+    scales: K's and V's, (B, G, 2, D) each, if they are int8. Returns (B, H, D).
     """
-    return _full_step(query, key, value, length)[0]
+    return _full_step(query, key, value, length, scales)[0]
 
 
 def scored_attention_torch(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None,
-    lse: Tensor | None = None, anchor: Tensor | None = None,
+    lse: Tensor | None = None, anchor: Tensor | None = None, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     """`decode_attention`, and score = decay * score + attention row in place, on the tokens seen.
 
@@ -77,13 +86,13 @@ def scored_attention_torch(
 
     lse and anchor (B, H) fp32, if given: score, fp32 or fp16, takes the logits as powers of two and lse the base-2 log
     of each head's sum, both less anchor, which takes that log: the attention row is 2 ** (score - lse). That needs
-    decay 0 and no row.
+    decay 0 and no row. Of int8 keys the logits lack what the zero points add to all of them.
     """
     assert lse is None or (decay == 0 and row is None), f"logits as scores, with decay {decay} or a row"
-    out, probability = _full_step(query, key, value, length)
+    out, probability = _full_step(query, key, value, length, scales)
     seen = (torch.arange(score.shape[-1], device=score.device) < length[:, None])[:, None].expand_as(score)
     if lse is not None:
-        logit = _logits(query, key)
+        logit = _logits(*_folded(query, key, scales[0]))
         total = logit.masked_fill(~seen, -torch.inf).logsumexp(-1) * LOG2_E
         shifted = logit * LOG2_E - anchor[..., None]
         if score.dtype == torch.float16:
@@ -98,11 +107,28 @@ def scored_attention_torch(
     return out
 
 
-def _full_step(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+def _folded(query: Tensor, key: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Query and key in the query's dtype, whose products are logits without what zero points add."""
+    if scale is None:
+        return query, key
+    grouped = query.float().unflatten(1, (key.shape[1], -1)) * scale[:, :, :1]  # (B, G, H/G, D)
+    return grouped.flatten(1, 2).to(query.dtype), key.to(query.dtype)
+
+
+def _full_step(
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, scales: Scales = (None, None)
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, D) and row (B, H, S)."""
+    query, key = _folded(query, key, scales[0])
+    value = value.to(query.dtype)
     unseen = torch.arange(value.shape[2], device=value.device) >= length[:, None]  # (B, S)
     value = value.masked_fill(unseen[:, None, :, None], 0)  # unseen columns weigh 0, and 0 * NaN is NaN
     out, row = kernels.full_attention_step(query[:, :, None], key, value, length.long() - 1)
-    return out[:, :, 0], row
+    out = out[:, :, 0]
+    if scales[1] is not None:
+        scale, zero = scales[1].split(1, 2)  # (B, G, 1, D) each
+        out = (out.float().unflatten(1, (key.shape[1], -1)) * scale + zero).flatten(1, 2).to(query.dtype)
+    return out, row
 
 
 def _logits(query: Tensor, key: Tensor) -> Tensor:
@@ -117,10 +143,10 @@ def _logits(query: Tensor, key: Tensor) -> Tensor:
 
 @triton.jit
 def _full_split_kernel(
-    q_ptr, k_ptr, v_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, anchor_ptr, k_batch, k_head, logit_batch,
-    logit_head, scale, splits, size,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, anchor_ptr, k_batch, k_head,
+    logit_batch, logit_head, scale, splits, size,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SCORED: tl.constexpr, LSE: tl.constexpr, HALF_MAX: tl.constexpr,
+    SCORED: tl.constexpr, LSE: tl.constexpr, HALF_MAX: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head: max, sum and unscaled output of its ROWS query heads (GROUP of them are real)."""
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -129,6 +155,8 @@ def _full_split_kernel(
     real = row < GROUP
     query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
     length = tl.load(length_ptr + b)  # on its way together with the query
+    if INT8:
+        query = (query.to(tl.float32) * tl.load(k_scale_ptr + pair * 2 * D + dim)).to(query.dtype)
     if LSE:
         anchor = tl.load(anchor_ptr + pair * GROUP + row, mask=real, other=0.0)
     start = split * size
@@ -143,7 +171,7 @@ def _full_split_kernel(
         seen = token < length
         cell = base + token[:, None] * D + dim  # (BLOCK, D)
         key = tl.load(k_ptr + cell, mask=seen[:, None], other=0.0)
-        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
+        logit = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee") * scale  # (ROWS, BLOCK)
         logit = tl.where(seen, logit, -float("inf"))
         if SCORED:
             line = b.to(tl.int64) * logit_batch + (g * GROUP + row) * logit_head
@@ -156,7 +184,7 @@ def _full_split_kernel(
         higher = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp2(logit - higher[:, None])
         shrink = tl.exp2(top - higher)
-        value = tl.load(v_ptr + cell, mask=seen[:, None], other=0.0)
+        value = tl.load(v_ptr + cell, mask=seen[:, None], other=0.0).to(query.dtype)
         acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         total = total * shrink + tl.sum(weight, 1)
         top = higher
@@ -169,14 +197,15 @@ def _full_split_kernel(
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, length_ptr, stat_ptr, acc_ptr, logit_ptr, score_ptr, row_ptr, lse_ptr, anchor_ptr,
+    out_ptr, length_ptr, stat_ptr, acc_ptr, v_scale_ptr, logit_ptr, score_ptr, row_ptr, lse_ptr, anchor_ptr,
     score_batch, score_head, logit_head, splits, size, decay,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-    SCORED: tl.constexpr, OLD: tl.constexpr, ROW: tl.constexpr, LSE: tl.constexpr,
+    SCORED: tl.constexpr, OLD: tl.constexpr, ROW: tl.constexpr, LSE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query head; each program turns one chunk of logits into probabilities, the first one
     writes the output. Scores are score * decay + probability (OLD), or the probability alone. LSE: the logits are the
-    scores, and the log of their sum is written; there is one program a head then."""
+    scores, and the log of their sum is written; there is one program a head then. INT8: the output gets V's scales and
+    zero points."""
     head, chunk = tl.program_id(0), tl.program_id(1)  # head counts over the batch
     pair = head // GROUP
     b = pair // G
@@ -205,6 +234,9 @@ def _merge_kernel(
         part = (pair * splits + split).to(tl.int64) * GROUP + head % GROUP
         acc = tl.load(acc_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0)  # (SPLITS, D)
         out = tl.sum(acc * shrink[:, None], 0) * scale
+        if INT8:
+            of_channel = v_scale_ptr + pair * 2 * D + dim
+            out = out * tl.load(of_channel) + tl.load(of_channel + D)
         tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty))
     if LSE:
         log = top + tl.log2(total)
@@ -229,26 +261,30 @@ def split_size(pairs: int, tokens: int, block: int, programs: int) -> int:
     return block * max(2, triton.cdiv(tokens, block * wanted))
 
 
-def decode_attention_triton(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
-    return _full_triton(query, key, value, length)
+def decode_attention_triton(
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, scales: Scales = (None, None)
+) -> Tensor:
+    return _full_triton(query, key, value, length, scales)
 
 
 def scored_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, score: Tensor, decay: float, row: Tensor | None = None,
-    lse: Tensor | None = None, anchor: Tensor | None = None,
+    lse: Tensor | None = None, anchor: Tensor | None = None, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     assert score.stride(2) == 1 and (row is None or row.stride() == score.stride())
     assert lse is None or (decay == 0 and row is None), f"logits as scores, with decay {decay} or a row"
     assert lse is None or (lse.is_contiguous() and anchor.is_contiguous())
-    return _full_triton(query, key, value, length, score, decay, row, lse, anchor)
+    return _full_triton(query, key, value, length, scales, score, decay, row, lse, anchor)
 
 
-def _full_triton(query, key, value, length, score=None, decay=0.0, row=None, lse=None, anchor=None) -> Tensor:
+def _full_triton(query, key, value, length, scales, score=None, decay=0.0, row=None, lse=None, anchor=None) -> Tensor:
     B, H, D = query.shape
     G, S = key.shape[1], key.shape[2]
     assert key.stride()[2:] == (D, 1) and value.stride() == key.stride(), "token rows must lie one after another"
-    assert query.is_contiguous()
-    launch = FULL if score is None else SCORED
+    int8 = scales[0] is not None
+    assert query.is_contiguous() and all(scale.is_contiguous() for scale in scales if int8)
+    key_scale, value_scale = scales if int8 else (query, query)  # not read
+    launch = INT8 if int8 else FULL if score is None else SCORED
     group, block = H // G, launch.tile // D
     split = split_size(B * G, S, block, launch.programs)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(S, split)
@@ -256,18 +292,18 @@ def _full_triton(query, key, value, length, score=None, decay=0.0, row=None, lse
     scored = score is not None and lse is None  # the merge makes the scores
     logit = scratch(query, B, H, S) if scored else stat if score is None else score
     _full_split_kernel[(B * G, splits)](
-        query, key, value, length, logit, stat, acc, stat if lse is None else anchor, *key.stride()[:2],
+        query, key, value, key_scale, length, logit, stat, acc, stat if lse is None else anchor, *key.stride()[:2],
         *logit.stride()[:2], logit_scale(D), splits, split,
         G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None, LSE=lse is not None, HALF_MAX=HALF_MAX,
-        num_warps=launch.warps, num_stages=stages(launch, query),
+        INT8=int8, num_warps=launch.warps, num_stages=stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
     strides = score.stride()[:2] if scored else (0, 0)
     _merge_kernel[(B * H, triton.cdiv(S, CHUNK) if scored else 1)](
-        out, length, stat, acc, logit, score if scored else logit, logit if row is None else row,
+        out, length, stat, acc, value_scale, logit, score if scored else logit, logit if row is None else row,
         *((logit, logit) if lse is None else (lse, anchor)), *strides, S, splits, split, decay,
         G=G, GROUP=group, D=D, SPLITS=triton.next_power_of_2(splits), CHUNK=CHUNK,
-        SCORED=scored, OLD=decay != 0, ROW=row is not None, LSE=lse is not None,
+        SCORED=scored, OLD=decay != 0, ROW=row is not None, LSE=lse is not None, INT8=int8,
         num_warps=merge_warps(splits),
     )  # fmt: skip
     return out

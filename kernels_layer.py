@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from int8_rows import LEVELS, Scales, encode, levels
 from model import apply_rope
 
 GATE_BLOCK = 1024
@@ -38,7 +39,7 @@ def add_norm_torch(x: Tensor, update: Tensor | None, weight: Tensor, eps: float)
 def rope_append_torch(
     qkv: Tensor, cos: Tensor, sin: Tensor, length: Tensor, norms: tuple[Tensor, Tensor, float] | None, key: Tensor,
     value: Tensor, key_slot: Tensor | None = None, value_slot: Tensor | None = None, newest: Tensor | None = None,
-    tokens: int = 1,
+    tokens: int = 1, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     """Split qkv (B, (H + 2G) D) into heads, rotate query and key, put key and value where they belong.
 
@@ -48,7 +49,7 @@ def rope_append_torch(
     both rows too. Returns the query (B, H, D).
 
     tokens: T of them a sequence, the first at length[b] - 1. Then the rows of qkv, query, slots and newest count B * T,
-    a sequence's own one after the other.
+    a sequence's own one after the other. scales: K's and V's, (B, G, 2, D) each, if key and value are int8.
     """
     B, G, _, D = key.shape
     heads = qkv.view(B * tokens, -1, D)
@@ -61,7 +62,8 @@ def rope_append_torch(
     cosine, sine = (torch.cat((table, table), -1)[position][:, None] for table in (cos, sin))  # (B * T, 1, D)
     query = apply_rope(query.float(), cosine, sine).to(qkv.dtype)
     fresh = apply_rope(fresh.float(), cosine, sine).to(qkv.dtype)
-    for pool, slot, row in ((key, key_slot, fresh), (value, value_slot, rows)):
+    for pool, slot, row, scale in ((key, key_slot, fresh, scales[0]), (value, value_slot, rows, scales[1])):
+        row = encode(row, None if scale is None else scale.repeat_interleave(tokens, 0))
         slot = position[:, None].expand(-1, G) if slot is None else slot.long()  # (B * T, G)
         slot, row = (table.unflatten(0, (B, tokens)).transpose(1, 2) for table in (slot, row))  # (B, G, T, ...)
         pool.scatter_(2, slot[..., None].expand_as(row), row)
@@ -101,9 +103,10 @@ def _norm_kernel(
 @triton.jit
 def _rope_kernel(
     qkv_ptr, cos_ptr, sin_ptr, length_ptr, q_norm_ptr, k_norm_ptr, q_ptr, key_ptr, value_ptr, key_slot_ptr,
-    value_slot_ptr, newest_ptr, eps, key_batch, key_head, value_batch, value_head, newest_half,
+    value_slot_ptr, newest_ptr, key_scale_ptr, value_scale_ptr, eps, key_batch, key_head, value_batch,
+    value_head, newest_half,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, NORM: tl.constexpr, SLOTS: tl.constexpr,
-    NEWEST: tl.constexpr,
+    NEWEST: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """One head of one token, T of them a sequence; query, key or value by its number."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -138,11 +141,16 @@ def _rope_kernel(
             slot = tl.load(value_slot_ptr + row * G + g) if SLOTS else position
             target = value_ptr + b.to(tl.int64) * value_batch + g * value_head + slot * D
             copy = newest_ptr + newest_half + (row * G + g) * D
-        tl.store(target + dim, first)
-        tl.store(target + D // 2 + dim, second)
         if NEWEST:
             tl.store(copy + dim, first)
             tl.store(copy + D // 2 + dim, second)
+        if INT8:
+            scale = tl.where(head < H + G, key_scale_ptr, value_scale_ptr) + (b * G + g) * 2 * D + dim
+            first = levels(first.to(tl.float32), tl.load(scale), tl.load(scale + D), LEVELS)
+            scale += D // 2
+            second = levels(second.to(tl.float32), tl.load(scale), tl.load(scale + D), LEVELS)
+        tl.store(target + dim, first)
+        tl.store(target + D // 2 + dim, second)
 
 
 @triton.jit
@@ -174,21 +182,23 @@ def add_norm_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: float
 def rope_append_triton(
     qkv: Tensor, cos: Tensor, sin: Tensor, length: Tensor, norms: tuple[Tensor, Tensor, float] | None, key: Tensor,
     value: Tensor, key_slot: Tensor | None = None, value_slot: Tensor | None = None, newest: Tensor | None = None,
-    tokens: int = 1,
+    tokens: int = 1, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     B, G, _, D = key.shape
     H = qkv.shape[1] // D - 2 * G
     assert key.stride()[2:] == (D, 1) and value.stride()[2:] == (D, 1) and qkv.is_contiguous()
     assert newest is None or newest[0].is_contiguous()
+    int8 = scales[0] is not None
+    assert all(scale.is_contiguous() for scale in scales if int8)
     query = torch.empty(B * tokens, H, D, device=qkv.device, dtype=qkv.dtype)
     q_norm, k_norm, eps = norms if norms is not None else (cos, cos, 0.0)
     _rope_kernel[(B * tokens, H + 2 * G)](
         qkv, cos, sin, length, q_norm, k_norm, query, key, value,
         length if key_slot is None else key_slot, length if value_slot is None else value_slot,
-        query if newest is None else newest, eps, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        0 if newest is None else newest.stride(0),
+        query if newest is None else newest, *(scales if int8 else (cos, cos)), eps,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), 0 if newest is None else newest.stride(0),
         H=H, G=G, D=D, T=tokens, NORM=norms is not None, SLOTS=key_slot is not None, NEWEST=newest is not None,
-        num_warps=1,
+        INT8=int8, LEVELS=LEVELS, num_warps=1,
     )  # fmt: skip
     return query
 

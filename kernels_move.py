@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from host_memory import LEVELS, encode, read_rows
+from host_memory import read_rows
+from int8_rows import LEVELS, Scales, encode, levels, per_token
 
 # A mover has as many threads as a block can, and all registers of a multiprocessor: few whole ones are less of a loss
 # than many halves, as a product's blocks fill one and wait for it, and whatever shares one with rows that wait for PCIe
@@ -27,7 +28,6 @@ MOVERS = 2  # that bring keys, and as many for values
 MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves outlast a layer
 MORE8 = 6  # instead of MORE for int8: with half the bytes under way each mover is slower
 FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
-Scales = tuple[Tensor | None, Tensor | None]  # K's and V's, fp32, where the host's rows are int8; else None
 
 
 class Moves(NamedTuple):
@@ -77,7 +77,7 @@ def store_rows_torch(
     position = length.long()[:, None] - 1 + torch.arange(newest.shape[4], device=newest.device)  # (B, T)
     index = position[None, :, None, :, None].expand(newest.shape[1:])
     for host, rows, scale in zip((host_key, host_value), newest, scales):
-        host.scatter_(3, index, encode(rows, None if scale is None else scale[:, :, :, None]))
+        host.scatter_(3, index, encode(rows, per_token(scale)))
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -139,10 +139,7 @@ def _store(
         if INT8:
             scale = scale_ptr + pair[:, None] * 2 * D + dim
             zero = tl.load(scale + D, mask=inside[:, None], other=0.0)
-            level = tl.div_rn(row.to(tl.float32) - zero, tl.load(scale, mask=inside[:, None], other=1.0))
-            level = tl.minimum(tl.maximum(level, -LEVELS), LEVELS)
-            # Numbers near 1.5 * 2**23 have no fraction: adding that rounds, half to even as torch.round does.
-            row = ((level + 12582912.0) - 12582912.0).to(tl.int8)
+            row = levels(row.to(tl.float32), tl.load(scale, mask=inside[:, None], other=1.0), zero, LEVELS)
         tl.store(host_ptr + (pair * host_rows + position)[:, None] * D + dim, row, mask=inside[:, None])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from match import MATCHERS, WINDOW_MIN
 
 SCORES = ("slm", "fused")
-OFFLOADS = ("exact", "int8")
+HELD = ("exact", "int8")  # how K and V lie
 SMALL_BUDGET = 0.075  # below it the critical tokens stay as many as there (see Settings.sizes)
 
 
@@ -49,7 +49,10 @@ class Settings:
     slm_budget: share of the SLM's own cache that it keeps, as H2O would; 1 keeps all. See frugal.py.
     offload: how the host holds K and V: "exact", or "int8", half the bytes of 16-bit ones there and on their way. What
         comes from the host is then rounded, the prompt too; what was made in a step is not until it has left the GPU
-        once. See host_memory.py; prompts must have WINDOW_MIN tokens.
+        once. See int8_rows.py; prompts must have 100 tokens.
+    slm_kv: how the SLM's own cache holds K and V: "exact", or "int8", half the bytes of 16-bit ones. It only ranks (and
+        lends rows): the LLM's K and V are what they were. The prompt is ranked by exact ones. The whole cache, no
+        drafts; prompts as above.
 
     The defaults measured best on texts that nothing was chosen on (README, "Which setting"); `Settings.paper` is the
     paper's.
@@ -70,6 +73,7 @@ class Settings:
     max_moves: int | None = None
     slm_budget: float = 1.0
     offload: str = "exact"
+    slm_kv: str = "exact"
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
@@ -97,8 +101,12 @@ class Settings:
                              "marginal tier, which moves tokens of its own")  # fmt: skip
         if not 0 < self.slm_budget <= 1:
             raise ValueError(f"SLM budget {self.slm_budget} is outside (0, 1]; 0.4 keeps two fifths of the SLM's cache")
-        if self.offload not in OFFLOADS:
-            raise ValueError(f"unknown offload {self.offload!r}; supported: {', '.join(OFFLOADS)}")
+        for name, held in (("offload", self.offload), ("slm-kv", self.slm_kv)):
+            if held not in HELD:
+                raise ValueError(f"unknown {name} {held!r}; supported: {', '.join(HELD)}")
+        if self.slm_int8 and self.slm_budget < 1:
+            raise ValueError(f"slm-kv int8 is for the SLM's whole cache, and SLM budget {self.slm_budget} cuts it; "
+                             "leave one of the two out")  # fmt: skip
 
     @classmethod
     def paper(cls, **changes) -> "Settings":
@@ -123,6 +131,10 @@ class Settings:
     @property
     def int8(self) -> bool:
         return self.offload == "int8"
+
+    @property
+    def slm_int8(self) -> bool:
+        return self.slm_kv == "int8"
 
     @property
     def shares(self) -> tuple[float, float, float]:

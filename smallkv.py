@@ -22,6 +22,7 @@ from torch import Tensor
 from cache import TieredCache, TierPlan, column
 from frugal import FrugalCache
 from full_cache import ScoredCache
+from int8_rows import check_prompts
 from kernels import column_sums
 from match import WINDOW_MAX, WINDOW_MIN, HeadMap, Window, layers_within, match_heads, match_windows
 from model import Config, Decoder, Span
@@ -131,9 +132,9 @@ class SmallKV:
 
     def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
         """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
-        if self.settings.int8 and min(lengths) < WINDOW_MIN:
-            raise ValueError(f"offload int8 takes its scales from the prompt, which needs {WINDOW_MIN} tokens; one has "
-                             f"{min(lengths)}: offload exact takes any")  # fmt: skip
+        for name, rounded in (("offload", self.settings.int8), ("slm-kv", self.settings.slm_int8)):
+            if rounded:
+                check_prompts(name, lengths)
         batch, self.lengths = len(lengths), list(lengths)
         self.slm_cache = self.make_slm_cache(batch, capacity)
         self.maps: list[HeadMap | None] = [None] * batch
@@ -158,7 +159,7 @@ class SmallKV:
         scores = (settings.slm_decay, self.sums, self.keep_row)
         if settings.slm_budget < 1:
             return self.frugal(*shape, *scores, settings.slm_budget, settings.refresh)
-        return self.scored(*shape, *scores)
+        return self.scored(*shape, *scores, settings.slm_int8)
 
     def predict(self, lengths: list[int], capacity: int, static: bool = False) -> dict[str, list]:
         """Ledgers of both caches before anything is allocated. static: as graph.py's steps hold them; the prefill
@@ -172,7 +173,7 @@ class SmallKV:
         if share < 1:
             slm = FrugalCache.predict(*shape, share, refresh, static)
         else:
-            slm = ScoredCache.predict(*shape, static and self.settings.logits)
+            slm = ScoredCache.predict(*shape, static and self.settings.logits, self.settings.slm_int8)
         return {"LLM": TieredCache.predict(llm, batch, capacity, *slots, device, self.llm.dtype, *own), "SLM": slm}
 
     def prefill(
@@ -231,7 +232,7 @@ class SmallKV:
             span = Span.block(start, end, tokens.device)
             self.slm(tokens[:, start:end], span, staged, logits="none", observe=observe if matching else None)
         for b in range(first, first + count):
-            self.slm_cache.load(b, staged, n)
+            self.slm_cache.load(b, staged.sequence(b - first), n)
 
     def _match(self, b: int) -> None:
         """In a step: match a sequence that was too short for it in its prefill, once it has WINDOW_MIN tokens."""

@@ -106,6 +106,8 @@ class SpeculativeSmallKV(SmallKV):
             raise ValueError("drafts need saliency shift: without it the tiers follow weights of tokens not yet kept")
         if settings.fused:
             raise ValueError("drafts need scores slm: fused ones take in weights of tokens not yet kept")
+        if settings.slm_int8:
+            raise ValueError("slm-kv int8 goes without drafts: an SLM that writes reads its own K and V exact")
         super().__init__(llm, slm, replace(settings, refresh=drafts + 1), head_map, sums)
         self.drafts, self.keep_row = drafts, False  # the waiting rows are what marginal tokens are lent
         self.tiers = partial(DraftedTiers, drafts)

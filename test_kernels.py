@@ -15,7 +15,8 @@ import kernels_eq6
 import kernels_layer
 import kernels_move
 import kernels_prefill
-from host_memory import encode, rows_on_host
+from host_memory import rows_on_host
+from int8_rows import decode, encode, scales_of
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs: without a GPU it interprets (conftest.py)
 HALF = {"cpu": [torch.float16], "cuda": [torch.bfloat16, torch.float16]}  # the interpreter has no bf16 arithmetic
@@ -241,24 +242,24 @@ def test_memory_of_the_host_belongs_to_the_device_asked_for():
 def test_a_row_in_8_bits_is_within_half_a_level(device):
     """Each channel by its own range, wherever that lies; what passes it by more than a quarter is cut off."""
     prompt = randn(3, 40, 16, device=device) * torch.logspace(-1, 1, 16, device=device)
-    scales = host_memory.scales_of(prompt)[:, None]  # (3, 1, 2, 16)
+    scales = scales_of(prompt)[:, None]  # (3, 1, 2, 16)
     scale, zero = scales.unbind(2)
     low, high = prompt.amin(1, keepdim=True), prompt.amax(1, keepdim=True)
     assert torch.allclose(scale, (high - low) * 1.25 / 254) and torch.allclose(zero, (high + low) / 2)
     held = encode(prompt, scales)
     assert held.dtype == torch.int8 and held.amax(1).eq(102).all() and held.amin(1).eq(-102).all()  # 127 / 1.25: 101.6
-    assert ((host_memory.decode(held, scales, torch.float32) - prompt).abs() <= 0.5001 * scale).all()
+    assert ((decode(held, scales, torch.float32) - prompt).abs() <= 0.5001 * scale).all()
     assert (encode(zero + 2 * (prompt - zero), scales).abs().amax(1) == 127).all()
     factor, offset = torch.ones(16, device=device), torch.zeros(16, device=device)
     factor[[3, 11]], offset[[5, 11]] = 128.0, 100.0  # channels of very large keys are rounded as before
     other = prompt * factor + offset
-    scales = host_memory.scales_of(other)[:, None]
-    assert torch.equal(encode(prompt * factor, host_memory.scales_of(prompt * factor)[:, None]), held)
-    error = host_memory.decode(encode(other, scales), scales, torch.float32) - other
+    scales = scales_of(other)[:, None]
+    assert torch.equal(encode(prompt * factor, scales_of(prompt * factor)[:, None]), held)
+    error = decode(encode(other, scales), scales, torch.float32) - other
     assert (error.abs() <= 0.501 * scale * factor).all()
-    assert encode(prompt, None) is prompt and host_memory.decode(prompt, None, torch.float32) is prompt
+    assert encode(prompt, None) is prompt and decode(prompt, None, torch.float32) is prompt
     nothing = torch.zeros(2, 5, 16, device=device)
-    assert (encode(nothing, host_memory.scales_of(nothing)[:, None]) == 0).all()
+    assert (encode(nothing, scales_of(nothing)[:, None]) == 0).all()
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -274,7 +275,7 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, in
     dtype = HALF[device][0]
     host, scales = [randn(2, 2, 99, head_dim, seed=seed, dtype=dtype) for seed in (0, 1)], (None, None)
     if int8:
-        scales = [host_memory.scales_of(rows) for rows in host]  # (B, G, D)
+        scales = [scales_of(rows) for rows in host]  # (B, G, D)
         host = [encode(rows, scale[:, :, None]) for rows, scale in zip(host, scales)]
         scales = tuple(scale.to(device) for scale in scales)
     host = [on_host(rows, device) for rows in host]

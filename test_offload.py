@@ -13,7 +13,8 @@ from backend import TORCH, TRITON
 from conftest import by_slm, check_ledgers, random_prompts
 from decode import FullPolicy, Session, generate
 from graph_speculative import StaticSpeculativeSession
-from host_memory import decode, encode, host_rows, scales_of
+from host_memory import host_rows
+from int8_rows import decode, encode, scales_of
 from settings import Settings
 from smallkv import SmallKV
 from speculative import SpeculativeSession, SpeculativeSmallKV

@@ -1,0 +1,66 @@
+"""Rows of K and V in 8 bits: what a level is worth, rounding to levels, and back.
+
+Where it sits: under the caches. The host's rows may lie so (`Settings.offload`, host_memory.py), and the SLM's own K
+and V (`Settings.slm_kv`, full_cache.py).
+
+A level is round((x - zero point) / scale), both for each sequence, layer, KV head and channel, K's and V's alike. Keys
+have channels that are a hundred times as large as others, so one scale a token would lose the small ones; and the
+largest are those that RoPE hardly turns, nearly constant over a text (Qwen2's biases), so what tells their tokens apart
+is small beside the zero point. Both come from the prompt (`scales_of`): its range, and a quarter more, is 254 levels;
+what a later token has beyond them is cut off. All numbers are taken to be finite.
+
+Shapes follow the legend in model.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LEVELS = 127  # to either side of zero
+SHORTEST = 100  # tokens of a prompt whose range is taken for that of what follows
+ROOM = 1.25  # how much wider than in the prompt a channel's range may get
+Scales = tuple[Tensor | None, Tensor | None]  # K's and V's, fp32 (..., 2, D), where rows are int8; else None
+
+
+def check_prompts(name: str, lengths: list[int]) -> None:
+    """ValueError if one is too short to give scales. name: of what would be in 8 bits."""
+    if min(lengths) < SHORTEST:
+        raise ValueError(f"{name} int8 takes its scales from the prompt, which needs {SHORTEST} tokens; one has "
+                         f"{min(lengths)}: {name} exact takes any")  # fmt: skip
+
+
+def scales_of(rows: Tensor) -> Tensor:
+    """What one level is worth in each channel, and what level 0 stands for: (..., n, D) -> (..., 2, D) fp32."""
+    low, high = (end.float() for end in rows.aminmax(dim=-2))
+    scale = ((high - low) * (ROOM / (2 * LEVELS))).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack((scale, (low + high) / 2), -2)
+
+
+def encode(rows: Tensor, scales: Tensor | None) -> Tensor:
+    """Rows (..., D) as int8, scales (..., 2, D) broadcast over them; as they are if it is None."""
+    if scales is None:
+        return rows
+    scale, zero = scales.unbind(-2)
+    return ((rows.float() - zero) / scale).clamp(-LEVELS, LEVELS).round().to(torch.int8)
+
+
+def decode(held: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the levels stand for; the rows as they are if scales is None."""
+    if scales is None:
+        return held
+    scale, zero = scales.unbind(-2)
+    return (held * scale + zero).to(dtype)
+
+
+def per_token(scales: Tensor | None) -> Tensor | None:
+    """Scales of KV heads (..., 2, D), to be broadcast over their tokens' rows (..., n, D)."""
+    return None if scales is None else scales.unsqueeze(-3)
+
+
+@triton.jit
+def levels(row, scale, zero, LEVELS: tl.constexpr):
+    """`encode` inside a kernel, of numbers in fp32."""
+    level = tl.minimum(tl.maximum(tl.div_rn(row - zero, scale), -LEVELS), LEVELS)
+    # Numbers near 1.5 * 2**23 have no fraction: adding that rounds, half to even as torch.round does.
+    return ((level + 12582912.0) - 12582912.0).to(tl.int8)
