@@ -128,9 +128,9 @@ def _rope_kernel(
         sin = tl.load(sin_ptr + position * (D // 2) + dim)
         first, second = (one * cos - two * sin).to(dtype), (two * cos + one * sin).to(dtype)
     if head < H:
-        target = q_ptr + (row * H + head) * D
-        tl.store(target + dim, first)
-        tl.store(target + D // 2 + dim, second)
+        query = q_ptr + (row * H + head) * D
+        tl.store(query + dim, first)
+        tl.store(query + D // 2 + dim, second)
     else:
         g = (head - H) % G
         if head < H + G:
@@ -146,11 +146,14 @@ def _rope_kernel(
             tl.store(copy + D // 2 + dim, second)
         if INT8:
             scale = tl.where(head < H + G, key_scale_ptr, value_scale_ptr) + (b * G + g) * 2 * D + dim
-            first = levels(first.to(tl.float32), tl.load(scale), tl.load(scale + D), LEVELS)
-            scale += D // 2
-            second = levels(second.to(tl.float32), tl.load(scale), tl.load(scale + D), LEVELS)
-        tl.store(target + dim, first)
-        tl.store(target + D // 2 + dim, second)
+            more = scale + D // 2
+            tl.store(target + dim, levels(first.to(tl.float32), tl.load(scale), tl.load(scale + D), LEVELS))
+            tl.store(
+                target + D // 2 + dim, levels(second.to(tl.float32), tl.load(more), tl.load(more + D), LEVELS)
+            )
+        else:
+            tl.store(target + dim, first)
+            tl.store(target + D // 2 + dim, second)
 
 
 @triton.jit

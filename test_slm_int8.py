@@ -24,7 +24,7 @@ from settings import Settings
 from smallkv import SmallKV
 from speculative import SpeculativeSmallKV
 from test_graph import decoders, generate_static
-from test_kernels import FINE, cases, close, full_case, kinds, randn
+from test_kernels import FINE, HERE, cases, close, full_case, kinds, randn
 
 INT8 = {
     "default": Settings(slm_kv="int8"),
@@ -70,8 +70,9 @@ def attention_in_fp64(query, levels, length, scales):
     ((1, 63), 1), ((111, 257), 7), ((2049, 1), 3),
     gpu=[((1, 63), 3), ((1, 63), 7), ((111, 257), 1), ((111, 257), 3), ((2049, 1), 1), ((2049, 1), 7)],
 ))  # fmt: skip
-def test_attention_on_levels_equals_its_twin(lengths, group, device):
+def test_attention_on_levels_equals_its_twin(lengths, group):
     """Scores, logits as scores and neither; and all of it is attention on what the levels stand for."""
+    device = HERE
     for dtype, head_dim in kinds(device, 32, 64, 128):
         query, key, value, length, scales = int8_case(device, dtype, lengths, group, head_dim)
         B, H, S = len(lengths), query.shape[1], key.shape[2]
@@ -94,8 +95,9 @@ def test_attention_on_levels_equals_its_twin(lengths, group, device):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_the_cache_write_rounds_as_its_twin(tokens, device):
+def test_the_cache_write_rounds_as_its_twin(tokens):
     """To the level; on a GPU a rotated key may lie a last bit beside the twin's, and its level one beside."""
+    device = HERE
     for dtype, D in kinds(device, 32, 64):
         B, H, G, S = 3, 6, 2, 40
         qkv = randn(B * tokens, (H + 2 * G) * D, dtype=dtype, device=device)
@@ -173,10 +175,9 @@ def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
 @pytest.mark.parametrize("name", ["default", "marginal, refresh"])
 def test_static_step_with_triton(name):
     """Few steps: the interpreter is slow."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    prompts, new, cpu = random_prompts(120, 101), 6 if device == "cuda" else 4, decoders("cpu", head_dim=32)
+    prompts, new, cpu = random_prompts(120, 101), 6 if HERE == "cuda" else 4, decoders("cpu", head_dim=32)
     expected = generate(cpu[0], SmallKV(*cpu, INT8[name]), prompts, new)
-    pair = decoders(device, head_dim=32)
+    pair = decoders(HERE, head_dim=32)
     assert generate_static(Session(pair[0], SmallKV(*pair, INT8[name]), prompts, new), new, TRITON) == expected
 
 
