@@ -108,10 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--gate", type=float, metavar="X", help="no marginal tier below this similarity of the heads")
     method.add_argument("--slm-budget", type=float, metavar="SHARE", help="of the SLM's own cache that stays, by H2O's "
                         "rule (default: 1, all)")  # fmt: skip
-    method.add_argument("--offload", choices=HELD, help="how SmallKV's host tier holds K and V: exact "
-                        "(default), or in one byte a number, for prompts of 100 tokens or more")  # fmt: skip
-    method.add_argument("--slm-kv", choices=HELD, help="the same of the SLM's own cache (default: exact); the LLM's K "
-                        "and V stay what they were")  # fmt: skip
+    method.add_argument("--llm-kv", choices=HELD, help="how SmallKV's tiers hold K and V: exact (default), or in one "
+                        "byte a number, for prompts of 100 tokens or more")  # fmt: skip
+    method.add_argument("--slm-kv", choices=HELD, help="the same of the SLM's own cache")
     method.add_argument("--paper", action="store_true", help="the paper's setting: the SLM's scores, "
                         "decay 1, Jaccard over all layers, marginal tier")  # fmt: skip
     prompt = parser.add_argument_group("prompts")

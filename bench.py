@@ -15,7 +15,8 @@ moved is counted, and printed as counted. `--decode-only` fills the caches with 
 matched ones; a prefill that is timed matches them itself.
 
 `--slm-layers` and `--slm-budget` make the SLM cost less (appendix A.3), `--slm-kv int8` its cache; its floor and its
-bytes are then those of what is left of it. The method full-int8-graph is full-graph with its K and V in 8 bits, too.
+bytes are then those of what is left of it. `--llm-kv int8` halves the LLM's tiers; the method full-int8-graph is what a
+full cache in 8 bits does.
 
 `--refresh r` plans in every r-th step: the turnover is that of a plan, the bytes over PCIe are those of a mean step,
 and a time is the mean over the r steps from plan to plan (the median of such means). What a plan finds changed after r
@@ -178,7 +179,7 @@ def run(args) -> int:
     scores = args.scores or ("slm" if args.speculate else Settings.scores)
     settings = Settings(args.budget, score_decay=args.score_decay, scores=scores, marginal=args.marginal,
                         refresh=args.refresh, max_moves=args.max_moves, slm_budget=args.slm_budget,
-                        reach=args.reach, offload=args.offload, slm_kv=args.slm_kv)  # fmt: skip
+                        reach=args.reach, llm_kv=args.llm_kv, slm_kv=args.slm_kv)  # fmt: skip
     raws, configs = pair_configs(args.pair, args.slm_layers)
     rounded = args.quantize, args.slm_quantize
     models = [random_decoder(config, device, dtype, kind == "int4", each)
@@ -189,7 +190,7 @@ def run(args) -> int:
               "quantize": rounded, "weights": [weights_of(model) for model in models],
               "dtype": str(dtype), "budget": args.budget, "marginal": args.marginal, "score_decay": args.score_decay,
               "scores": scores, "max_moves": args.max_moves, "refresh": args.refresh,
-              "reach": str(args.reach), "offload": args.offload, "slm_kv": args.slm_kv,  # JSON has no inf
+              "reach": str(args.reach), "llm_kv": args.llm_kv, "slm_kv": args.slm_kv,  # JSON has no inf
               "slm_layers": configs[1].layers, "slm_budget": args.slm_budget, "decode_only": args.decode_only,
               "ranks": team.size, "speculate": args.speculate, "ceilings": ceilings(clock), "rows": []}  # fmt: skip
     slm = f"SLM of {configs[1].layers} layers with {args.slm_budget:.0%} of its cache"
@@ -238,8 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-moves", type=int, help="tokens that may enter a head's critical set at a plan")
     parser.add_argument("--reach", type=float, default=Settings.reach, help="of the LLM's layers into the SLM's; inf: "
                         "into all, so that the SLM runs before the LLM and not beside it")  # fmt: skip
-    parser.add_argument("--offload", choices=HELD, default=Settings.offload,
-                        help="how the host holds K and V: exact, or in one byte a number")  # fmt: skip
+    parser.add_argument("--llm-kv", choices=HELD, default=Settings.llm_kv,
+                        help="how SmallKV's tiers hold K and V: exact, or in one byte a number")  # fmt: skip
     parser.add_argument("--slm-kv", choices=HELD, default=Settings.slm_kv, help="the same of the SLM's own")
     parser.add_argument("--refresh", type=int, default=1, help="plan in every so many steps")
     parser.add_argument("--slm-layers", type=int, metavar="N", help="the SLM's first N layers alone (A.3)")

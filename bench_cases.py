@@ -22,47 +22,61 @@ from host_memory import host_rows
 from kernels_move import Moves
 from kernels_scores import CRITICAL
 from layers import Layers
+from model import Config
 from settings import Settings
 
+NONE = (None, None)
 FEW = 64  # positions of a pool where a call writes one row of each head: how many lie around costs nothing
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
 
 
-def decode_attention(at: Shape) -> Call:
-    query, key, value = at.query(at.llm), at.pool(at.llm, at.capacity), at.pool(at.llm, at.capacity)
+def held(at: Shape, config: Config, key_slots: int, value_slots: int, int8: bool) -> tuple[Tensor, Tensor, list]:
+    """K and V of one layer; in 8 bits, and then their scales."""
+    key, value, scales = at.pool(config, key_slots), at.pool(config, value_slots), []
+    if int8:
+        key, value = ((20 * pool).to(torch.int8) for pool in (key, value))
+        scales = list(at.draw(2, at.batch, config.kv_heads, 2, config.head_dim, dtype=torch.float32, scale=0.01))
+    return key, value, scales
+
+
+def decode_attention(at: Shape, int8: bool = False) -> Call:
+    query, (key, value, scales) = at.query(at.llm), held(at, at.llm, at.capacity, at.capacity, int8)
     seen = [pool[:, :, : at.tokens] for pool in (key, value)]
-    return Call(lambda: at.backend.decode_attention(query, key, value, at.length), [query, *seen, at.length], [query])
+    return Call(lambda: at.backend.decode_attention(query, key, value, at.length, scales or NONE),
+                [query, *seen, at.length, *scales], [query])  # fmt: skip
 
 
-def scored_attention(at: Shape, decay: float, logits: bool = False) -> Call:
+def scored_attention(at: Shape, decay: float, logits: bool = False, int8: bool = False) -> Call:
     """logits: they are the scores, with one log of their sum a head, as in a step with fused scores."""
-    query, key, value = at.query(at.slm), at.pool(at.slm, at.capacity), at.pool(at.slm, at.capacity)
+    query, (key, value, scales) = at.query(at.slm), held(at, at.slm, at.capacity, at.capacity, int8)
     score = torch.rand(at.batch, at.slm.query_heads, at.capacity, device=at.device)
     score, logs = score.to(logits_dtype(at.dtype) if logits else score.dtype), []
     row, seen = score[..., : at.tokens], [pool[:, :, : at.tokens] for pool in (key, value)]
     if logits:
         logs = list(torch.zeros(2, *score.shape[:2], device=at.device))
-    return Call(lambda: at.backend.scored_attention(query, key, value, at.length, score, decay, None, *logs),
-                [query, *seen, at.length, *[row] * (decay > 0), *logs[1:]], [query, row, *logs])  # fmt: skip
+    more = *(logs or NONE), scales or NONE
+    return Call(lambda: at.backend.scored_attention(query, key, value, at.length, score, decay, None, *more),
+                [query, *seen, at.length, *scales, *[row] * (decay > 0), *logs[1:]], [query, row, *logs])  # fmt: skip
 
 
-def tiered_attention(at: Shape, marginal: bool, remembered: bool) -> Call:
+def tiered_attention(at: Shape, marginal: bool, remembered: bool, int8: bool = False) -> Call:
     """remembered: what each token weighs is added to the score memory."""
     size, (slots, value_slots) = at.sizes[marginal], at.slots[marginal]
-    held = size.critical + size.marginal
-    query, key, value = at.query(at.llm), at.pool(at.llm, slots), at.pool(at.llm, value_slots)
+    tokens = size.critical + size.marginal
+    query, (key, value, scales) = at.query(at.llm), held(at, at.llm, slots, value_slots, int8)
     position, lent = at.positions(size.critical, slots), []
     memory, added = at.memory() if remembered else None, remembered * FP32 * at.pairs * size.critical
     if marginal:
-        where = at.pick(held, held)
+        where = at.pick(tokens, tokens)
         value_slot = F.pad(where[..., : size.critical], (0, slots - size.critical)).contiguous()
         share = torch.zeros(at.batch, at.llm.kv_heads, value_slots, device=at.device)
         share.scatter_(-1, where[..., size.critical :].long(), 0.5 / at.tokens)
         lent = [value_slot, share.repeat_interleave(at.llm.query_heads // at.llm.kv_heads, 1)]
-    read = [query, key[:, :, : size.critical], value[:, :, :held], position, *lent]
-    return Call(lambda: at.backend.tiered_attention(query, key, value, position, *(lent or (None, None)), memory),
+    read = [query, key[:, :, : size.critical], value[:, :, :tokens], position, *scales, *lent]
+    more = *(lent or NONE), memory, scales or NONE
+    return Call(lambda: at.backend.tiered_attention(query, key, value, position, *more),
                 [*read, added], [query, added])  # fmt: skip
 
 
@@ -157,22 +171,21 @@ def fade_memory(at: Shape) -> Call:
 def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False) -> Call:
     """`share` of the critical set of one layer. beside: on a stream of its own, beside the LLM's two large products."""
     slots, count = at.slots[0][0], max(1, round(share * at.critical))
-    key, value = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
     rows, dtype = host_rows(at.capacity), torch.int8 if int8 else at.dtype
+    pools = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
+    key, value = (pool.to(dtype) for pool in pools)
     host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=dtype)
-    scales = (torch.ones(at.batch, at.llm.kv_heads, 2, at.llm.head_dim, device=at.device) if int8 else None,) * 2
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
                   torch.tensor(at.pairs * count, dtype=torch.int32, device=at.device))  # fmt: skip
-    numbers = 2 * at.pairs * count * at.llm.head_dim  # of K and V
-    size, pcie, lists = numbers * at.dtype.itemsize, numbers * dtype.itemsize, [*moves, *scales * int8]
+    size, lists = 2 * at.pairs * count * at.llm.head_dim * dtype.itemsize, [*moves]  # of K and V
 
     def bring():
-        at.backend.bring_rows(key, value, *host, moves, moves, scales=scales)
+        at.backend.bring_rows(key, value, *host, moves, moves)
 
     if not beside:
-        return Call(bring, lists, [size], pcie=pcie)
+        return Call(bring, lists, [size], pcie=size)
     products = [gate_product(at, "llm"), split_product(at, "llm")]
     stream = torch.cuda.Stream(priority=-1) if at.device.type == "cuda" else None
 
@@ -187,7 +200,7 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
             torch.cuda.current_stream().wait_stream(stream)
 
     return Call(both, [*lists, *(part for call in products for part in call.read)],
-                [size, *(part for call in products for part in call.written)], pcie=pcie)  # fmt: skip
+                [size, *(part for call in products for part in call.written)], pcie=size)  # fmt: skip
 
 
 def store_rows(at: Shape) -> Call:
@@ -299,14 +312,18 @@ def tiers(at: Shape) -> tuple[Callable, list[Tensor | int]]:
 
 MODELS = {"llm": "LLM", "slm": "SLM"}
 CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
-    "decode_attention": {"LLM, full cache": decode_attention},
+    "decode_attention": {
+        "LLM, full cache": decode_attention, "LLM, full cache, in 8 bits": partial(decode_attention, int8=True),
+    },
     "scored_attention": {
         "SLM, logits": partial(scored_attention, decay=0.0, logits=True),
+        "SLM, logits, in 8 bits": partial(scored_attention, decay=0.0, logits=True, int8=True),
         **{f"SLM, decay {decay:g}": partial(scored_attention, decay=decay) for decay in (0.0, 0.5)},
     },
     "tiered_attention": {
         "LLM": partial(tiered_attention, marginal=False, remembered=False),
         "LLM, memory": partial(tiered_attention, marginal=False, remembered=True),
+        "LLM, memory, in 8 bits": partial(tiered_attention, marginal=False, remembered=True, int8=True),
         "LLM, marginal": partial(tiered_attention, marginal=True, remembered=False),
         "LLM, marginal, memory": partial(tiered_attention, marginal=True, remembered=True),
     },

@@ -88,7 +88,7 @@ def observed_bytes(slm: Config, itemsize: int, int4: bool) -> int:
 def step_bytes(
     llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool,
     int4: tuple[bool, bool] = (False, False), fused: bool = False, slm_budget: float = 1.0, drafts: bool = False,
-    logits: bool = False, int8: bool = False,
+    logits: bool = False, int8: tuple[bool, bool] = (False, False),
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache, slm None a method without.
 
@@ -98,13 +98,14 @@ def step_bytes(
     their scales and zeros. slm_budget: below 1 the SLM's K, V and scores are those of the tokens that it keeps, and
     what H2O's rule reads of each comes to it: attention gathered and position. logits: the SLM's scores are its newest
     row's, with no more bits than the weights (full_cache.hold_logits). int8: whether the K and V of
-    the SLM, or of a full cache, are in 8 bits.
+    LLM and SLM are in 8 bits.
     """
     layers = [layer_bytes(config, itemsize, small) if config else 0 for config, small in zip((llm, slm), int4)]
     weights = layers[0] + itemsize * llm.vocab_size * llm.hidden_size
-    pair = cache_bytes(llm, 1, batch, itemsize)  # K and V of one token
+    number = [1 if small else itemsize for small in int8]  # bytes of one in K and V
+    pair = cache_bytes(llm, 1, batch, number[0])  # K and V of one token
     if size is None:
-        return {"LLM weights": weights, "LLM K, V": pair * length // (itemsize if int8 else 1)}
+        return {"LLM weights": weights, "LLM K, V": pair * length}
     held = pair * size.critical + pair // 2 * (size.marginal if marginal else 0)
     if slm is None:
         return {"LLM weights": weights, "LLM K, V": held}
@@ -115,7 +116,7 @@ def step_bytes(
         "LLM weights": weights,
         "LLM K, V": held,
         "SLM weights": layers[1] if drafts else observed_bytes(slm, itemsize, int4[1]),
-        "SLM K, V": cache_bytes(slm, kept, batch, 1 if int8 else itemsize),
+        "SLM K, V": cache_bytes(slm, kept, batch, number[1]),
         "scores": scores + 4 * fused * llm.layers * llm.kv_heads * length * batch,
     }
     return found if slm_budget == 1 else found | {"SLM slots": 2 * numbers * slm.kv_heads}

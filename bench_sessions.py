@@ -127,9 +127,8 @@ def fill(session: Session) -> torch.Tensor:
             policy.slm_cache.load(b, staged, length)
         if policy.own_scores:
             cache.score.zero_()
-        some = torch.randn(cache.host_key.shape[1:], device=device, dtype=cache.key.dtype)  # one layer
-        some = some.to(cache.host_key.dtype)
-        for host in (*cache.host_key, *cache.host_value):
+        some = torch.randn(cache.host_key.shape[2:], device=device).to(cache.key.dtype)  # one sequence of one layer
+        for host in (*cache.host_key.flatten(0, 1), *cache.host_value.flatten(0, 1)):
             host.copy_(some, non_blocking=True)
         if device.type == "cuda":
             torch.cuda.synchronize()  # what reads the host next does not wait for these copies
@@ -188,7 +187,8 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         size = TierSizes(Budget(settings.budget).kept(length), 1, 0)
     tpot = statistics.median(laps)
     cuts = statistics.quantiles(laps, n=10) if len(laps) > 1 else [tpot]
-    row_bytes = llm.head_dim * (1 if settings.int8 else models[0].dtype.itemsize)
+    int8 = (settings.llm_int8, settings.slm_int8) if slm else ("int8" in method, False)
+    row_bytes = llm.head_dim * (1 if settings.llm_int8 else models[0].dtype.itemsize)
     per_plan = settings.planned(length).critical * setting.batch * llm.layers * llm.kv_heads
     out = {
         "method": method, "setting": setting.name, "length": length, "tpot_s": tpot,
@@ -198,7 +198,7 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
                                  tuple(bool(int4_modules(model)) for model in models), settings.fused,
                                  settings.slm_budget, logits=settings.logits and method == "smallkv-graph",
-                                 int8=settings.slm_int8 if slm else "int8" in method),
+                                 int8=int8),
         "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),
     }  # fmt: skip
     out["paper_throughput"] = paper_throughput(setting, ttft, tpot) if ttft is not None else None

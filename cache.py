@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from full_cache import Entry, FullCache, ScoredCache, table_bytes
-from host_memory import host_rows, read_rows, rows_on_host
-from int8_rows import Scales, encode, scales_of
+from host_memory import host_rows, rows_on_host
+from int8_rows import Scales, decode, encode, per_token, scales_of
 from kernels import column_sums, tiered_attention
 from kernels_move import store_rows_torch
 from model import Config, Span
@@ -70,7 +70,7 @@ class TieredCache:
     in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token
     (L, B, G, S', D), S' rows for S positions (host_memory.py), written once when the token is made; so leaving a pool
     copies nothing, a marginal token that turns critical brings its key alone, and what comes back is the same to the
-    bit; with int8 it is the nearest of 255 levels: see key_scale and value_scale, (L, B, G, 2, D) fp32.
+    bit. int8: all of them, and what is newest, are levels (int8_rows.py) with key_scale, value_scale (L, B, G, 2, D).
 
     prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
     l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its attention weights say of
@@ -86,17 +86,17 @@ class TieredCache:
         self.config, self.capacity, self.prefetch, self.sums = config, capacity, prefetch, sums
         self.own_decay, self.one_way = own_decay, one_way
         base = (config.layers, batch, config.kv_heads)
-        self.key = torch.empty(*base, critical_slots, config.head_dim, device=device, dtype=dtype)
-        self.value = torch.empty(*base, value_slots, config.head_dim, device=device, dtype=dtype)
+        self.dtype, held = dtype, torch.int8 if int8 else dtype  # of the model, and of its K and V
+        self.key = torch.empty(*base, critical_slots, config.head_dim, device=device, dtype=held)
+        self.value = torch.empty(*base, value_slots, config.head_dim, device=device, dtype=held)
         self.key_position = torch.full((*base, critical_slots), -1, dtype=torch.int32, device=device)
         self.value_position = torch.full((*base, value_slots), -1, dtype=torch.int32, device=device)
         self.value_slot = torch.zeros(*base, critical_slots, dtype=torch.int32, device=device)  # K slot -> V slot
         shape = (*base, host_rows(capacity), config.head_dim)
-        held = torch.int8 if int8 else dtype
         self.host_key, self.host_value = (rows_on_host(shape, held, device) for _ in range(2))
         if int8:
             self.key_scale, self.value_scale = torch.ones(2, *base, 2, config.head_dim, device=device)
-        self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=dtype)  # this step's K and V
+        self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=held)  # this step's K and V
         self.newest_position: Tensor | None = None  # (B,), once a step has run
         if own_decay is not None:
             self.score = torch.zeros(*base, capacity, device=device)
@@ -109,12 +109,12 @@ class TieredCache:
         self._ready: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> borrowed weights, arrival
 
     def scales(self, at) -> Scales:
-        """K's and V's at this index, (L, B, G, D); None where the host's rows are exact."""
-        return (self.key_scale[at], self.value_scale[at]) if self.host_key.dtype == torch.int8 else (None, None)
+        """K's and V's at this index of (L, B, G, 2, D); None where rows are exact."""
+        return (self.key_scale[at], self.value_scale[at]) if self.key.dtype == torch.int8 else (None, None)
 
     def staging(self, b: int, length: int) -> FullCache:
         """A full cache of one sequence for its prefill, given up once `load` has taken it over."""
-        shape = (self.config, 1, length, self.key.device, self.key.dtype)
+        shape = (self.config, 1, length, self.key.device, self.dtype)
         if self.own_decay is None:
             return FullCache(*shape)
         staged = ScoredCache(*shape, self.own_decay, self.sums)
@@ -144,11 +144,11 @@ class TieredCache:
     def _to_host(self, b: int, staged: FullCache, length: int) -> None:
         for layer in range(self.config.layers):
             both = (self.host_key[layer, b], staged.key[layer, 0]), (self.host_value[layer, b], staged.value[layer, 0])
-            for (host, made), scale in zip(both, self.scales((layer, b, slice(None), None))):
+            for (host, made), scale in zip(both, self.scales((layer, b))):
                 if scale is not None:
-                    scale[:, 0] = scales_of(made)  # (G, 1, 2, D)
+                    scale.copy_(scales_of(made))  # (G, 2, D)
                 # One KV head is contiguous on both sides: a straight copy that nobody waits for.
-                for target, source in zip(host[:, :length].unbind(), encode(made, scale).unbind()):
+                for target, source in zip(host[:, :length].unbind(), encode(made, per_token(scale)).unbind()):
                     target.copy_(source, non_blocking=True)
 
     def finish_loading(self) -> None:
@@ -180,7 +180,7 @@ class TieredCache:
         """The last step's token goes to the host; it was a recent token since, so nobody has asked for it yet."""
         if self.newest_position is not None:
             newest = self.newest[:, :, :, None]  # (2, L, B, 1, G, D)
-            store_rows_torch(newest, self.host_key, self.host_value, self.newest_position + 1, self.scales(...))
+            store_rows_torch(newest, self.host_key, self.host_value, self.newest_position + 1)
 
     def _prefetch(self, layer: int) -> None:
         if layer == self.config.layers:
@@ -205,9 +205,8 @@ class TieredCache:
         values, value_slot, fresh_values = assign_slots(self.value_position[layer].long(), held)
         self.key_position[layer], self.value_position[layer] = keys, values
         self.value_slot[layer] = value_slot.gather(-1, keys.clamp(min=0)).clamp(min=0)
-        scales = self.scales(layer)
-        self.keys_moved += self._bring(self.key[layer], key_slot, self.host_key[layer], fresh_keys, scales[0])
-        self.values_moved += self._bring(self.value[layer], value_slot, self.host_value[layer], fresh_values, scales[1])
+        self.keys_moved += self._bring(self.key[layer], key_slot, self.host_key[layer], fresh_keys)
+        self.values_moved += self._bring(self.value[layer], value_slot, self.host_value[layer], fresh_values)
         if self.own_decay is not None:
             score = self.score[layer].mul_(self.own_decay)
             if plan.gained is not None:
@@ -224,7 +223,7 @@ class TieredCache:
         weight = plan.borrowed.gather(-1, index.repeat_interleave(share, 1))  # (B, H, N)
         return weight * in_tier.repeat_interleave(share, 1)
 
-    def _bring(self, pool: Tensor, slot: Tensor, host: Tensor, fresh: Tensor, scale: Tensor | None) -> int:
+    def _bring(self, pool: Tensor, slot: Tensor, host: Tensor, fresh: Tensor) -> int:
         """Move the fresh tokens' rows from host (B, G, S', D) into pool (B, G, slots, D); returns how many.
 
         The newest tokens of each sequence have slots but no rows yet: attention writes them.
@@ -233,8 +232,7 @@ class TieredCache:
         b, g, token = moving.nonzero(as_tuple=True)
         head = b * self.config.kv_heads + g
         target, source = head * pool.shape[2] + slot[b, g, token], head * host.shape[2] + token
-        # Algorithm 1, line 9
-        pool.view(-1, pool.shape[-1])[target] = read_rows(host, source, scale, pool.dtype)
+        pool.view(-1, pool.shape[-1])[target] = host.flatten(0, 2)[source]  # Algorithm 1, line 9
         return len(token)
 
     # -- attention --
@@ -244,13 +242,11 @@ class TieredCache:
         if query.shape[2] != 1:
             raise ValueError(f"a tiered cache takes one token a step, not {query.shape[2]}; prefill is for staging()")
         borrowed = self._arrived(layer)
-        self._put(layer, key, value, span)
+        key, value = self._put(layer, key, value, span)
         self.newest[0, layer], self.newest[1, layer] = key[:, :, 0], value[:, :, 0]
         self.newest_position = self._position
         used = self.key_position[layer] >= 0
-        out, weight = tiered_attention(
-            query, self.key[layer], self.value[layer], used, self.value_slot[layer].long(), borrowed
-        )
+        out, weight = tiered_attention(query, *self._pools(layer), used, self.value_slot[layer].long(), borrowed)
         if self.own_decay is not None:
             self._remember(layer, weight)
         if self.prefetch:
@@ -266,12 +262,20 @@ class TieredCache:
             torch.cuda.current_stream(self.key.device).wait_event(arrived)
         return borrowed
 
-    def _put(self, layer: int, key: Tensor, value: Tensor, span: Span) -> None:
-        """Write key, value (B, G, T, D) of the new tokens into the slots that the plan has given them."""
+    def _pools(self, layer: int) -> list[Tensor]:
+        """K and V of one layer in the model's dtype."""
+        both = zip((self.key[layer], self.value[layer]), self.scales(layer))
+        return [decode(pool, per_token(scale), self.dtype) for pool, scale in both]
+
+    def _put(self, layer: int, key: Tensor, value: Tensor, span: Span) -> list[Tensor]:
+        """Write key, value (B, G, T, D) of the new tokens into the slots that the plan has given them; returns both as
+        they are held."""
         position = span.positions[:, None, :, None]  # (B, 1, T, 1)
+        key, value = (encode(row, per_token(scale)) for row, scale in zip((key, value), self.scales(layer)))
         for pool, where, row in ((self.key, self.key_position, key), (self.value, self.value_position, value)):
             slot = (where[layer][:, :, None] == position).byte().argmax(-1, keepdim=True)  # (B, G, T, 1)
             pool[layer].scatter_(2, slot.expand_as(row), row)
+        return [key, value]
 
     def _remember(self, layer: int, weight: Tensor) -> None:
         """Add this step's weights (B, H, N), summed over a group's heads, to the LLM's own scores, which have faded."""
@@ -302,7 +306,7 @@ class TieredCache:
             Entry("slot tables, newest K, V", device, tables),
             Entry("host K, V", "host", 2 * self.host_key.nbytes),
         ]
-        if self.host_key.dtype == torch.int8:
+        if self.key.dtype == torch.int8:
             entries.append(Entry("int8 scales", device, 2 * self.key_scale.nbytes))
         if self.own_decay is not None:
             entries.append(Entry("scores", device, self.score.nbytes + self.one_way * self.score.numel()))
@@ -317,12 +321,12 @@ class TieredCache:
         rows, D = config.layers * batch * config.kv_heads, config.head_dim
         held = torch.int8 if int8 else dtype
         entries = [
-            Entry("critical K, V", device, 2 * table_bytes(dtype, rows, critical_slots, D)),
-            Entry("marginal V", device, table_bytes(dtype, rows, value_slots - critical_slots, D)),
+            Entry("critical K, V", device, 2 * table_bytes(held, rows, critical_slots, D)),
+            Entry("marginal V", device, table_bytes(held, rows, value_slots - critical_slots, D)),
             Entry(
                 "slot tables, newest K, V",
                 device,
-                table_bytes(torch.int32, rows, 2 * critical_slots + value_slots) + table_bytes(dtype, 2, rows, D),
+                table_bytes(torch.int32, rows, 2 * critical_slots + value_slots) + table_bytes(held, 2, rows, D),
             ),
             Entry("host K, V", "host", 2 * table_bytes(held, rows, host_rows(capacity), D)),
         ]

@@ -19,7 +19,6 @@ from torch import Tensor
 from cache import TieredCache
 from frugal import FrugalCache
 from full_cache import Entry, ScoredCache
-from int8_rows import encode
 from kernels import tiered_attention_block
 from model import Span
 
@@ -104,13 +103,13 @@ class DraftedTiers(TieredCache):
         """Put key, value (B, G, T, D) into their slots, then attend with query (B, H, T, D), Eq. 6 for each of them."""
         T = query.shape[2]
         borrowed = self._arrived(layer)  # (B, H * T, N), or (B, H, N) zeros
-        self._put(layer, key, value, span)
+        key, value = self._put(layer, key, value, span)
         self.newest[0, layer, :, :, :T], self.newest[1, layer, :, :, :T] = key, value
         token = self.key_position[layer][:, :, None]  # (B, G, 1, C)
         seen = (token >= 0) & (token <= span.positions[:, None, :, None])  # (B, G, T, C)
         borrowed = borrowed.unflatten(1, (query.shape[1], -1)).expand(-1, -1, T, -1)  # (B, H, T, N)
         slots = self.value_slot[layer].long()
-        out, _ = tiered_attention_block(query, self.key[layer], self.value[layer], seen, slots, borrowed)
+        out, _ = tiered_attention_block(query, *self._pools(layer), seen, slots, borrowed)
         if self.prefetch:
             self._prefetch(layer + 1)
         return out
@@ -118,9 +117,8 @@ class DraftedTiers(TieredCache):
     def keep(self, positions: list[int], kept: list[int]) -> None:
         """End the round: the kept tokens' K and V go to the host, the slots of the others are free."""
         for b, (at, count) in enumerate(zip(positions, kept)):
-            scales = self.scales((slice(None), b, slice(None), None))  # (L, G, 1, 2, D) each
-            for host, made, scale in zip((self.host_key, self.host_value), self.newest, scales):
-                host[:, b, :, at : at + count] = encode(made[:, b, :, :count], scale)  # (L, G, count, D)
+            for host, made in zip((self.host_key, self.host_value), self.newest):
+                host[:, b, :, at : at + count] = made[:, b, :, :count]  # (L, G, count, D)
         ends = [at + count for at, count in zip(positions, kept)]
         free_from(self.key_position, ends)
         free_from(self.value_position, ends)

@@ -136,6 +136,8 @@ def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair)
                 if options.get("slm_kv") == "int8":
                     share /= pair.slm.dtype.itemsize
                 own = budget - share
+                if options.get("llm_kv") == "int8":
+                    own = min(1.0, own * pair.llm.dtype.itemsize)  # as many more tokens
                 if own <= 0:
                     raise ValueError(
                         f"--equal bytes: the SLM's own cache is {share:.1%} of the LLM's full cache, so a budget of "

@@ -303,8 +303,9 @@ def backend_line(pair: Pair, policy, backend: Backend) -> str:
     moving = "none (one tier)"
     if isinstance(policy, SmallKV):
         moving = "side stream" if static or (device.type == "cuda" and policy.settings.prefetch) else "in step"
-        held = f" in {kind_of_host(device)} memory" * (device.type == "cuda") + " in 8 bits" * policy.settings.int8
-        moving += f", host rows{held}" * bool(held) + ", SLM's K, V in 8 bits" * policy.settings.slm_int8
+        moving += f", host rows in {kind_of_host(device)} memory" * (device.type == "cuda")
+        rounded = ["LLM's"] * policy.settings.llm_int8 + ["SLM's"] * policy.settings.slm_int8
+        moving += f", {' and '.join(rounded)} K, V in 8 bits" * bool(rounded)
     dtype = str(pair.llm.dtype).removeprefix("torch.") + ", INT4 weights" * bool(int4_modules(pair.llm))
     return f"backend: {steps}, {device} ({name}), {dtype}, tier movement {moving}"
 

@@ -201,10 +201,8 @@ class TieredSide:
             self.planner.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.planner):
             cache = self.cache
-            self.backend.store_rows(
-                self.newest[:, layers], cache.host_key[layers], cache.host_value[layers], self.length,
-                cache.scales(layers),
-            )
+            host = cache.host_key[layers], cache.host_value[layers]
+            self.backend.store_rows(self.newest[:, layers], *host, self.length)
 
     def _plan(self, layers: slice) -> None:
         """Tiers and slots of these layers, and what their marginal slots borrow."""
@@ -246,7 +244,7 @@ class TieredSide:
         cache = self.cache
         self.backend.bring_rows(
             cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer],
-            self.key_moves.of(layer), self.value_moves.of(layer), layer == 0, cache.scales(layer),
+            self.key_moves.of(layer), self.value_moves.of(layer), layer == 0,
         )  # fmt: skip
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:
@@ -254,14 +252,14 @@ class TieredSide:
         if self.arrived:
             torch.cuda.current_stream().wait_event(self.arrived[layer])
         key, value, position = cache.key[layer], cache.value[layer], cache.key_position[layer]
-        slots = self.key_slot[layer], self.new_value_slot[layer]
+        slots, scales = (self.key_slot[layer], self.new_value_slot[layer]), cache.scales(layer)
         query = self.backend.rope_append(
-            qkv, *rope, self.length, norms, key, value, *slots, newest=cache.newest[:, layer]
+            qkv, *rope, self.length, norms, key, value, *slots, newest=cache.newest[:, layer], scales=scales
         )
         self.store(layer)
         lent = (cache.value_slot[layer], self.borrowed[layer]) if self.marginal else (None, None)
         memory = cache.score[layer] if self.fused else None
-        return self.backend.tiered_attention(query, key, value, position, *lent, memory)
+        return self.backend.tiered_attention(query, key, value, position, *lent, memory, scales)
 
     def join(self) -> None:
         """The side streams' last work belongs to this step: a captured graph must end on one stream."""

@@ -136,16 +136,18 @@ class VerifyTiers(TieredSide):
         if self.arrived:
             torch.cuda.current_stream().wait_event(self.arrived[layer])
         key, value = cache.key[layer], cache.value[layer]
+        scales = cache.scales(layer)
         slots = [table[layer].flatten(0, 1) for table in (self.key_slots, self.value_slots)]  # (B * T, G)
         query = self.backend.rope_append(
             qkv, *rope, self.length, norms, key, value, *slots, newest=self.newest[:, layer].flatten(1, 2),
-            tokens=self.tokens,
+            tokens=self.tokens, scales=scales,
         )  # fmt: skip
         self.store(layer)
-        tables = (cache.value_slot[layer], self.borrowed[:, layer]) if self.marginal else ()
+        tables = (cache.value_slot[layer], self.borrowed[:, layer]) if self.marginal else (None, None)
         query = query.unflatten(0, (-1, self.tokens))  # (B, T, H, D)
         position = cache.key_position[layer]
-        return self.backend.verify_attention(query, key, value, self.length, position, *tables).flatten(0, 1)
+        out = self.backend.verify_attention(query, key, value, self.length, position, *tables, scales)
+        return out.flatten(0, 1)
 
 
 class Round:

@@ -19,8 +19,6 @@ Managed memory lies in pieces of 2 MiB. Rows written at one step are at the same
 lie a multiple of some KiB apart, these rows fall on a few lines of the host's cache, and 4,096 of them took 10 ms
 instead of 0.04. So a KV head has an odd number of rows (`host_rows`).
 
-Rows may lie there in 8 bits (`Settings.offload`, int8_rows.py).
-
 Shapes follow the legend in model.py.
 """
 
@@ -31,21 +29,11 @@ import sys
 import torch
 from torch import Tensor
 
-from int8_rows import decode
-
 CONCURRENT_MANAGED_ACCESS = 89  # numbers of cuda.h
 ATTACH_GLOBAL = 1
 PREFERRED_LOCATION, ACCESSED_BY, HOST = 3, 5, -1
 PORTABLE_MAPPED = 1 | 2
 OUT_OF_MEMORY = 2
-
-
-def read_rows(host: Tensor, source: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows of one layer as the GPU holds them, (moves, D): host (B, G, S', D), source (moves,) counts b, g, token;
-    scales (B, G, 2, D) or None."""
-    if scales is not None:
-        scales = scales.flatten(0, 1)[source // host.shape[2]]  # (moves, 2, D)
-    return decode(host.flatten(0, 2)[source], scales, dtype)
 
 
 def host_rows(capacity: int) -> int:

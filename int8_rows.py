@@ -1,13 +1,17 @@
 """Rows of K and V in 8 bits: what a level is worth, rounding to levels, and back.
 
-Where it sits: under the caches. The host's rows may lie so (`Settings.offload`, host_memory.py), and the SLM's own K
-and V (`Settings.slm_kv`, full_cache.py).
+Where it sits: under the caches. K and V of the LLM may lie so in all tiers (`Settings.llm_kv`, cache.py), those of the
+SLM in its own cache (`Settings.slm_kv`, full_cache.py). Rows are rounded where they are written, and move as they are.
 
 A level is round((x - zero point) / scale), both for each sequence, layer, KV head and channel, K's and V's alike. Keys
 have channels that are a hundred times as large as others, so one scale a token would lose the small ones; and the
 largest are those that RoPE hardly turns, nearly constant over a text (Qwen2's biases), so what tells their tokens apart
 is small beside the zero point. Both come from the prompt (`scales_of`): its range, and a quarter more, is 254 levels;
 what a later token has beyond them is cut off. All numbers are taken to be finite.
+
+Attention takes levels as they are. No softmax sees K's zero points, which add the same to every token's logit, and its
+scales go into the query (`into_query`); V's scales and zero points meet the output, since weights sum to 1
+(`onto_output`). So a kernel turns a level into a number of the query's dtype, and that is all.
 
 Shapes follow the legend in model.py.
 """
@@ -56,6 +60,23 @@ def decode(held: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
 def per_token(scales: Tensor | None) -> Tensor | None:
     """Scales of KV heads (..., 2, D), to be broadcast over their tokens' rows (..., n, D)."""
     return None if scales is None else scales.unsqueeze(-3)
+
+
+def into_query(query: Tensor, key: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Query (B, T, H, D) and key (B, G, n, D) in the query's dtype, whose products are logits less a constant of their
+    row. scales: K's, (B, G, 2, D); None: both as they are."""
+    if scales is None:
+        return query, key
+    grouped = query.float().unflatten(2, (key.shape[1], -1)) * scales[:, None, :, :1]  # (B, T, G, H/G, D)
+    return grouped.flatten(2, 3).to(query.dtype), key.to(query.dtype)
+
+
+def onto_output(out: Tensor, scales: Tensor | None) -> Tensor:
+    """Attention (B, T, H, D) on V's levels -> on V; scales: V's, (B, G, 2, D)."""
+    if scales is None:
+        return out
+    scale, zero = scales[:, None].split(1, 3)  # (B, 1, G, 1, D) each
+    return (out.float().unflatten(2, (scale.shape[2], -1)) * scale + zero).flatten(2, 3).to(out.dtype)
 
 
 @triton.jit

@@ -14,9 +14,7 @@ KV head with all the query heads that share it, so that each row of K and V is r
 splits. Lengths are device tensors and the grid is that of the capacity, so one captured graph serves growing sequences;
 programs beyond a length return at once. A group of query heads is padded to the 16 rows a matrix unit wants.
 
-K and V may be int8 (int8_rows.py). No softmax sees K's zero points, which add the same to every token's logit, and its
-scales go into the query; V's scales and zero points meet the output, since weights sum to 1. So a level is turned into
-a number of the query's dtype, and that is all.
+K and V may be int8 (int8_rows.py).
 
 The row of the SLM needs the sum over all splits. Where nothing of the past goes into the scores (decay 0) and nobody
 borrows the row, the first kernel writes its logits straight into `score`, the second the log of each head's sum into
@@ -37,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
-from int8_rows import Scales
+from int8_rows import Scales, into_query, onto_output
 
 LOG2_E = math.log2(math.e)  # logits as powers of two: exp2 is one instruction
 CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
@@ -92,7 +90,7 @@ def scored_attention_torch(
     out, probability = _full_step(query, key, value, length, scales)
     seen = (torch.arange(score.shape[-1], device=score.device) < length[:, None])[:, None].expand_as(score)
     if lse is not None:
-        logit = _logits(*_folded(query, key, scales[0]))
+        logit = _logits(*into_query(query[:, None], key, scales[0]))
         total = logit.masked_fill(~seen, -torch.inf).logsumexp(-1) * LOG2_E
         shifted = logit * LOG2_E - anchor[..., None]
         if score.dtype == torch.float16:
@@ -107,33 +105,21 @@ def scored_attention_torch(
     return out
 
 
-def _folded(query: Tensor, key: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Query and key in the query's dtype, whose products are logits without what zero points add."""
-    if scale is None:
-        return query, key
-    grouped = query.float().unflatten(1, (key.shape[1], -1)) * scale[:, :, :1]  # (B, G, H/G, D)
-    return grouped.flatten(1, 2).to(query.dtype), key.to(query.dtype)
-
-
 def _full_step(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, scales: Scales = (None, None)
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, D) and row (B, H, S)."""
-    query, key = _folded(query, key, scales[0])
+    query, key = into_query(query[:, None], key, scales[0])  # (B, 1, H, D)
     value = value.to(query.dtype)
     unseen = torch.arange(value.shape[2], device=value.device) >= length[:, None]  # (B, S)
     value = value.masked_fill(unseen[:, None, :, None], 0)  # unseen columns weigh 0, and 0 * NaN is NaN
-    out, row = kernels.full_attention_step(query[:, :, None], key, value, length.long() - 1)
-    out = out[:, :, 0]
-    if scales[1] is not None:
-        scale, zero = scales[1].split(1, 2)  # (B, G, 1, D) each
-        out = (out.float().unflatten(1, (key.shape[1], -1)) * scale + zero).flatten(1, 2).to(query.dtype)
-    return out, row
+    out, row = kernels.full_attention_step(query.transpose(1, 2), key, value, length.long() - 1)
+    return onto_output(out.transpose(1, 2), scales[1])[:, 0], row
 
 
 def _logits(query: Tensor, key: Tensor) -> Tensor:
-    """(B, H, S) fp32, as kernels.full_attention_block has them."""
-    B, H, D = query.shape
+    """query (B, 1, H, D) -> (B, H, S) fp32, as kernels.full_attention_block has them."""
+    B, _, H, D = query.shape
     grouped = query.view(B, key.shape[1], -1, D)  # (B, G, H/G, D)
     return (grouped * D**-0.5 @ key.transpose(-1, -2)).float().view(B, H, -1)
 

@@ -9,6 +9,8 @@ scores it also adds what each token weighed to the LLM's score memory: the logit
 stays in the L2 cache, and no weights are written in between. (Weights written by slot, and found by the next step's
 sum through a table of slots by token, took 2 to 10 us less here and up to 9 more there: no step was faster.)
 
+The pools may be int8 (int8_rows.py).
+
 Shapes follow the legend in model.py; decode drops the T dimension: query is (B, H, D).
 """
 
@@ -18,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
+from int8_rows import Scales, into_query, onto_output
 from kernels_decode import Launch, logit_scale, merge_warps, scratch, split_size, stages
 
 # On an H100, bf16. Both were as kernels_decode.FULL; the new numbers took, in us,
@@ -33,7 +36,7 @@ SLOTS = 512  # whose weights one program of the merge adds to the memory
 
 def tiered_attention_torch(
     query: Tensor, key: Tensor, value: Tensor, key_position: Tensor, value_slot: Tensor | None = None,
-    borrowed: Tensor | None = None, memory: Tensor | None = None,
+    borrowed: Tensor | None = None, memory: Tensor | None = None, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     """Eq. 6 on the pools: query (B, H, D), key (B, G, C, D), value (B, G, N, D); returns (B, H, D).
 
@@ -41,6 +44,7 @@ def tiered_attention_torch(
     its value lies; None: at the same slot. borrowed (B, H, N) fp32: A'_f(i) on the marginal tokens by V slot, 0
     elsewhere; None: there is no marginal tier. memory (B, G, S) fp32, if given (`--scores fused`): each critical token
     gets what it weighs in the outputs of the KV head's query heads, the sum of (1 - m) softmax(q K_C), in place.
+    scales: K's and V's, (B, G, 2, D) each, if the pools are int8.
     """
     B, H, _ = query.shape
     if value_slot is None:
@@ -48,13 +52,16 @@ def tiered_attention_torch(
     if borrowed is None:
         borrowed = torch.zeros(B, H, value.shape[2], device=query.device)
     used = key_position >= 0
-    out, by_value_slot = kernels.tiered_attention(query[:, :, None], key, value, used, value_slot.long(), borrowed)
+    query, key = into_query(query[:, None], key, scales[0])  # (B, 1, H, D)
+    out, by_value_slot = kernels.tiered_attention(
+        query.transpose(1, 2), key, value.to(query.dtype), used, value_slot.long(), borrowed
+    )
     if memory is not None:
         share = H // key.shape[1]
         critical = by_value_slot.gather(-1, value_slot.long().repeat_interleave(share, 1))  # (B, H, C)
         own = critical.unflatten(1, (-1, share)).sum(2).where(used, 0)  # (B, G, C)
         memory.scatter_add_(-1, key_position.long().clamp(min=0), own)
-    return out[:, :, 0]
+    return onto_output(out.transpose(1, 2), scales[1])[:, 0]
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -62,16 +69,18 @@ def tiered_attention_torch(
 
 @triton.jit
 def _tiered_split_kernel(
-    q_ptr, k_ptr, v_ptr, position_ptr, slot_ptr, borrowed_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, position_ptr, slot_ptr, borrowed_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr,
     critical_slots, value_slots, logit_head, scale, splits, size,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, MARGINAL: tl.constexpr,
-    MEMORY: tl.constexpr,
+    MEMORY: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """One split of the K slots with the values they name, and the same split of the V slots for what is borrowed."""
     pair, split = tl.program_id(0), tl.program_id(1)
     row, dim = tl.arange(0, ROWS), tl.arange(0, D)
     real = row < GROUP
     query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
+    if INT8:
+        query = (query.to(tl.float32) * tl.load(k_scale_ptr + pair * 2 * D + dim)).to(query.dtype)
     head = (pair * GROUP + row).to(tl.int64)
     keys, values = pair.to(tl.int64) * critical_slots, pair.to(tl.int64) * value_slots
     start = split * size
@@ -84,7 +93,7 @@ def _tiered_split_kernel(
         used = tl.load(position_ptr + keys + slot, mask=inside, other=-1) >= 0
         # Loaded whether used or not: a mask that is loaded first halves the depth of the pipeline.
         key = tl.load(k_ptr + (keys + slot)[:, None] * D + dim, mask=inside[:, None], other=0.0)
-        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
+        logit = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee") * scale  # (ROWS, BLOCK)
         logit = tl.where(used, logit, -float("inf"))
         if MEMORY:
             tl.store(logit_ptr + head[:, None] * logit_head + slot, logit, mask=real[:, None] & inside)
@@ -98,6 +107,7 @@ def _tiered_split_kernel(
         else:
             value = tl.load(v_ptr + (values + slot)[:, None] * D + dim, mask=inside[:, None], other=0.0)
             value = tl.where(used[:, None], value, 0.0)
+        value = value.to(query.dtype)
         acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         total = total * shrink + tl.sum(weight, 1)
         top = higher
@@ -115,6 +125,7 @@ def _tiered_split_kernel(
             share = tl.load(borrowed_ptr + head[:, None] * value_slots + slot, mask=asked, other=0.0)  # (ROWS, BLOCK)
             marginal = tl.max(share, 0) > 0  # a critical value is not read a second time
             value = tl.load(v_ptr + (values + slot)[:, None] * D + dim, mask=marginal[:, None], other=0.0)
+            value = value.to(query.dtype)
             lent += tl.dot(share.to(value.dtype), value, input_precision="ieee")
             mass += tl.sum(share, 1)
         tl.store(stat + 2 * splits, mass, mask=real)
@@ -123,9 +134,10 @@ def _tiered_split_kernel(
 
 @triton.jit
 def _tiered_merge_kernel(
-    out_ptr, position_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr, memory_ptr, slots, logit_head, capacity, splits,
+    out_ptr, v_scale_ptr, position_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr, memory_ptr, slots, logit_head, capacity,
+    splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-    MARGINAL: tl.constexpr, MEMORY: tl.constexpr,
+    MARGINAL: tl.constexpr, MEMORY: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one KV head. Program i of it writes the output of query head i, if there is one, and adds the
     weights of the i-th SLOTS of the K slots to the memory of their tokens: a token has one slot, so no two programs add
@@ -156,6 +168,9 @@ def _tiered_merge_kernel(
         out = tl.sum(acc * own[:, None], 0)
         if MARGINAL:
             out += tl.sum(tl.load(lent_ptr + part[:, None] * D + dim, mask=held[:, None], other=0.0), 0)
+        if INT8:
+            of_channel = v_scale_ptr + pair * 2 * D + dim
+            out = out * tl.load(of_channel) + tl.load(of_channel + D)
         tl.store(out_ptr + (pair * GROUP + turn) * D + dim, out.to(out_ptr.dtype.element_ty))
     if MEMORY:
         weight = tl.where(real[:, None], tl.exp2(logit - top[:, None]) * scale[:, None], 0.0)  # (ROWS, SLOTS)
@@ -167,14 +182,17 @@ def _tiered_merge_kernel(
 
 def tiered_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, key_position: Tensor, value_slot: Tensor | None = None,
-    borrowed: Tensor | None = None, memory: Tensor | None = None,
+    borrowed: Tensor | None = None, memory: Tensor | None = None, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     B, H, D = query.shape
     G, C, N = key.shape[1], key.shape[2], value.shape[2]
-    given = [tensor for tensor in (query, key, value, key_position, value_slot, borrowed, memory) if tensor is not None]
+    given = [query, key, value, key_position, value_slot, borrowed, memory, *scales]
+    given = [tensor for tensor in given if tensor is not None]
     assert all(tensor.is_contiguous() for tensor in given), "the pools of one layer are contiguous"
     assert (value_slot is None) == (borrowed is None), "a marginal tier needs both"
     marginal = borrowed is not None
+    int8 = scales[0] is not None
+    key_scale, value_scale = scales if int8 else (query, query)  # not read
     launch = MARGINAL if marginal else TIERED
     group, block = H // G, launch.tile // D
     split = split_size(B * G, N, block, launch.programs)
@@ -184,17 +202,17 @@ def tiered_attention_triton(
     line = 16 * triton.cdiv(C, 16)  # whole loads of 16 bytes
     logit = stat if memory is None else scratch(query, B * H, line)
     _tiered_split_kernel[(B * G, splits)](
-        query, key, value, key_position, value_slot if marginal else key_position, borrowed if marginal else stat,
-        logit, stat, acc, lent, C, N, line, logit_scale(D), splits, split,
-        GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=marginal, MEMORY=memory is not None,
+        query, key, value, key_scale, key_position, value_slot if marginal else key_position,
+        borrowed if marginal else stat, logit, stat, acc, lent, C, N, line, logit_scale(D), splits, split,
+        GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=marginal, MEMORY=memory is not None, INT8=int8,
         num_warps=launch.warps, num_stages=stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
     turns = group if memory is None else max(group, triton.cdiv(C, SLOTS))
     _tiered_merge_kernel[(B * G, turns)](
-        out, key_position, logit, stat, acc, lent, stat if memory is None else memory, C, line,
+        out, value_scale, key_position, logit, stat, acc, lent, stat if memory is None else memory, C, line,
         0 if memory is None else memory.shape[2], splits,
         GROUP=group, ROWS=triton.next_power_of_2(group), D=D, SPLITS=triton.next_power_of_2(splits), SLOTS=SLOTS,
-        MARGINAL=marginal, MEMORY=memory is not None, num_warps=merge_warps(splits),
+        MARGINAL=marginal, MEMORY=memory is not None, INT8=int8, num_warps=merge_warps(splits),
     )  # fmt: skip
     return out

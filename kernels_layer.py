@@ -49,7 +49,7 @@ def rope_append_torch(
     both rows too. Returns the query (B, H, D).
 
     tokens: T of them a sequence, the first at length[b] - 1. Then the rows of qkv, query, slots and newest count B * T,
-    a sequence's own one after the other. scales: K's and V's, (B, G, 2, D) each, if key and value are int8.
+    a sequence's own one after the other. scales: K's and V's, (B, G, 2, D) each, if key, value and newest are int8.
     """
     B, G, _, D = key.shape
     heads = qkv.view(B * tokens, -1, D)
@@ -62,8 +62,9 @@ def rope_append_torch(
     cosine, sine = (torch.cat((table, table), -1)[position][:, None] for table in (cos, sin))  # (B * T, 1, D)
     query = apply_rope(query.float(), cosine, sine).to(qkv.dtype)
     fresh = apply_rope(fresh.float(), cosine, sine).to(qkv.dtype)
-    for pool, slot, row, scale in ((key, key_slot, fresh, scales[0]), (value, value_slot, rows, scales[1])):
-        row = encode(row, None if scale is None else scale.repeat_interleave(tokens, 0))
+    if scales[0] is not None:
+        fresh, rows = (encode(row, scale.repeat_interleave(tokens, 0)) for row, scale in zip((fresh, rows), scales))
+    for pool, slot, row in ((key, key_slot, fresh), (value, value_slot, rows)):
         slot = position[:, None].expand(-1, G) if slot is None else slot.long()  # (B * T, G)
         slot, row = (table.unflatten(0, (B, tokens)).transpose(1, 2) for table in (slot, row))  # (B, G, T, ...)
         pool.scatter_(2, slot[..., None].expand_as(row), row)
@@ -98,6 +99,18 @@ def _norm_kernel(
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
     tl.store(out_ptr + cell, (weight.to(tl.float32) * wide.to(x.dtype).to(tl.float32)).to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _put(target, first, second, scale, D: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr):
+    """Both halves of a row, as they are or rounded."""
+    dim = tl.arange(0, D // 2)
+    if INT8:
+        more = scale + D // 2
+        first = levels(first.to(tl.float32), tl.load(scale + dim), tl.load(scale + D + dim), LEVELS)
+        second = levels(second.to(tl.float32), tl.load(more + dim), tl.load(more + D + dim), LEVELS)
+    tl.store(target + dim, first)
+    tl.store(target + D // 2 + dim, second)
 
 
 @triton.jit
@@ -141,19 +154,10 @@ def _rope_kernel(
             slot = tl.load(value_slot_ptr + row * G + g) if SLOTS else position
             target = value_ptr + b.to(tl.int64) * value_batch + g * value_head + slot * D
             copy = newest_ptr + newest_half + (row * G + g) * D
+        scale = tl.where(head < H + G, key_scale_ptr, value_scale_ptr) + (b * G + g) * 2 * D
+        _put(target, first, second, scale, D, INT8, LEVELS)
         if NEWEST:
-            tl.store(copy + dim, first)
-            tl.store(copy + D // 2 + dim, second)
-        if INT8:
-            scale = tl.where(head < H + G, key_scale_ptr, value_scale_ptr) + (b * G + g) * 2 * D + dim
-            more = scale + D // 2
-            tl.store(target + dim, levels(first.to(tl.float32), tl.load(scale), tl.load(scale + D), LEVELS))
-            tl.store(
-                target + D // 2 + dim, levels(second.to(tl.float32), tl.load(more), tl.load(more + D), LEVELS)
-            )
-        else:
-            tl.store(target + dim, first)
-            tl.store(target + D // 2 + dim, second)
+            _put(copy, first, second, scale, D, INT8, LEVELS)
 
 
 @triton.jit

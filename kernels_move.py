@@ -2,9 +2,9 @@
 
 Where it sits: slots (kernels_tiers.py) -> **movement** -> LLM, on side streams of the decode step (graph.py). The
 kernels read and write that memory themselves (host_memory.py), so a captured graph moves whatever the tables on the
-device say (Algorithm 1, line 9); the bytes arrive as they left, or are rounded to 8 bits there and back
-(`Settings.offload`). Each function exists twice with one signature, `..._torch` (the twin, through which the plain
-steps of cache.py store their rows too) and `..._triton`.
+device say (Algorithm 1, line 9); the bytes arrive as they left, levels too (int8_rows.py). Each function exists twice
+with one signature, `..._torch` (the twin, through which the plain steps of cache.py store their rows too) and
+`..._triton`.
 
 Shapes follow the legend in model.py.
 """
@@ -16,17 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from host_memory import read_rows
-from int8_rows import LEVELS, Scales, encode, levels, per_token
-
 # A mover has as many threads as a block can, and all registers of a multiprocessor: few whole ones are less of a loss
 # than many halves, as a product's blocks fill one and wait for it, and whatever shares one with rows that wait for PCIe
 # waits too.
-ROWS = 512  # that a mover moves at once; a thousand under way fill PCIe
-PARTS8, STORE8 = 4, 128  # int8: ROWS come in four parts, decoded one by one; rows encoded at once. Registers limit both
+BYTES = 1 << 17  # that a mover moves at once: 512 rows of 256 bytes; a thousand under way fill PCIe
 MOVERS = 2  # that bring keys, and as many for values
 MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves outlast a layer
-MORE8 = 6  # instead of MORE for int8: with half the bytes under way each mover is slower
 FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
 
 
@@ -53,31 +48,27 @@ class Moves(NamedTuple):
 
 def bring_rows_torch(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
-    first: bool = False, scales: Scales = (None, None),
+    first: bool = False,
 ) -> None:  # fmt: skip
     """Rows of one layer from the host, (B, G, S', D), into the slots that wait for them, (B, G, slots, D).
 
-    first: of the step, for which the LLM waits. scales: K's and V's, (B, G, 2, D) each, if the host's are int8.
+    first: of the step, for which the LLM waits.
     """
-    both = (key, host_key, key_moves), (value, host_value, value_moves)
-    for (pool, host, moves), scale in zip(both, scales):
+    for pool, host, moves in (key, host_key, key_moves), (value, host_value, value_moves):
         source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
-        pool.view(-1, pool.shape[-1])[target] = read_rows(host, source, scale, pool.dtype)
+        pool.view(-1, pool.shape[-1])[target] = host.flatten(0, 2)[source]
 
 
-def store_rows_torch(
-    newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, scales: Scales = (None, None)
-) -> None:
+def store_rows_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
     """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S', D).
 
-    length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous. scales:
-    K's and V's, (L, B, G, 2, D) each, if the host's are int8.
+    length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous.
     """
     newest = newest.transpose(3, 4)  # (2, L, B, G, T, D)
     position = length.long()[:, None] - 1 + torch.arange(newest.shape[4], device=newest.device)  # (B, T)
     index = position[None, :, None, :, None].expand(newest.shape[1:])
-    for host, rows, scale in zip((host_key, host_value), newest, scales):
-        host.scatter_(3, index, encode(rows, per_token(scale)))
+    for host, rows in zip((host_key, host_value), newest):
+        host.scatter_(3, index, rows)
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
@@ -85,48 +76,33 @@ def store_rows_torch(
 
 @triton.jit
 def _bring(
-    pool_ptr, host_ptr, scale_ptr, source_ptr, target_ptr, count, host_rows, D: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr, INT8: tl.constexpr,
+    pool_ptr, host_ptr, source_ptr, target_ptr, count, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    # Eight numbers a thread, where they come from and where they go: else threads would have to exchange them.
-    dim = tl.max_contiguous(tl.arange(0, D), 8)
-    for at in range(tl.program_id(0) * PARTS * ROWS, count, tl.num_programs(0) * PARTS * ROWS):
-        sources, rows = (), ()
-        for part in tl.static_range(PARTS):  # all are on their way before the first is waited for
-            nth = at + part * ROWS + tl.arange(0, ROWS)
-            source = tl.load(source_ptr + nth, mask=nth < count, other=0)
-            row = tl.load(host_ptr + source.to(tl.int64)[:, None] * D + dim, mask=(nth < count)[:, None])
-            sources, rows = sources + (source,), rows + (row,)
-        for part in tl.static_range(PARTS):
-            nth = at + part * ROWS + tl.arange(0, ROWS)
-            row = rows[part]
-            if INT8:
-                scale = scale_ptr + (sources[part] // host_rows)[:, None] * 2 * D + dim
-                row = (row.to(tl.float32) * tl.load(scale) + tl.load(scale + D)).to(pool_ptr.dtype.element_ty)
-            target = tl.load(target_ptr + nth, mask=nth < count, other=0)
-            tl.store(pool_ptr + target.to(tl.int64)[:, None] * D + dim, row, mask=(nth < count)[:, None])
+    # WIDTH numbers a thread, where they come from and where they go: else threads would have to exchange them.
+    dim = tl.max_contiguous(tl.arange(0, D), WIDTH)
+    for at in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        nth = at + tl.arange(0, ROWS)
+        source = tl.load(source_ptr + nth, mask=nth < count, other=0)
+        row = tl.load(host_ptr + source.to(tl.int64)[:, None] * D + dim, mask=(nth < count)[:, None])
+        target = tl.load(target_ptr + nth, mask=nth < count, other=0)
+        tl.store(pool_ptr + target.to(tl.int64)[:, None] * D + dim, row, mask=(nth < count)[:, None])
 
 
 @triton.jit
 def _bring_kernel(
-    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_scale_ptr, value_scale_ptr, key_source_ptr, key_target_ptr,
-    key_count_ptr, value_source_ptr, value_target_ptr, value_count_ptr, host_rows,
-    D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, INT8: tl.constexpr,
+    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_source_ptr, key_target_ptr, key_count_ptr, value_source_ptr,
+    value_target_ptr, value_count_ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
-        count = tl.load(key_count_ptr)
-        _bring(key_ptr, host_key_ptr, key_scale_ptr, key_source_ptr, key_target_ptr, count, host_rows, D, ROWS, PARTS,
-               INT8)  # fmt: skip
+        _bring(key_ptr, host_key_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), D, ROWS, WIDTH)
     else:
-        count = tl.load(value_count_ptr)
-        _bring(value_ptr, host_value_ptr, value_scale_ptr, value_source_ptr, value_target_ptr, count, host_rows, D,
-               ROWS, PARTS, INT8)  # fmt: skip
+        _bring(value_ptr, host_value_ptr, value_source_ptr, value_target_ptr, tl.load(value_count_ptr), D, ROWS, WIDTH)
 
 
 @triton.jit
 def _store(
-    host_ptr, newest_ptr, scale_ptr, length_ptr, lines, host_rows, B: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr,
+    host_ptr, newest_ptr, length_ptr, lines, host_rows, B: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     dim = tl.arange(0, D)
     for at in range(0, lines, ROWS):
@@ -136,58 +112,47 @@ def _store(
         position = tl.load(length_ptr + sequence % B, mask=inside, other=1) - 1 + line // G % T
         pair = sequence.to(tl.int64) * G + line % G
         row = tl.load(newest_ptr + line[:, None] * D + dim, mask=inside[:, None])
-        if INT8:
-            scale = scale_ptr + pair[:, None] * 2 * D + dim
-            zero = tl.load(scale + D, mask=inside[:, None], other=0.0)
-            row = levels(row.to(tl.float32), tl.load(scale, mask=inside[:, None], other=1.0), zero, LEVELS)
         tl.store(host_ptr + (pair * host_rows + position)[:, None] * D + dim, row, mask=inside[:, None])
 
 
 @triton.jit
 def _store_kernel(
-    newest_ptr, host_key_ptr, host_value_ptr, key_scale_ptr, value_scale_ptr, length_ptr, half, lines, host_rows,
-    B: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
-    LEVELS: tl.constexpr,
+    newest_ptr, host_key_ptr, host_value_ptr, length_ptr, half, lines, host_rows,
+    B: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
-        _store(host_key_ptr, newest_ptr, key_scale_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS, INT8, LEVELS)
+        _store(host_key_ptr, newest_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS)
     else:
-        _store(host_value_ptr, newest_ptr + half, value_scale_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS, INT8,
-               LEVELS)  # fmt: skip
+        _store(host_value_ptr, newest_ptr + half, length_ptr, lines, host_rows, B, G, T, D, ROWS)
 
 
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
+def rows_at_once(table: Tensor) -> int:
+    """BYTES of them; rows (..., D)."""
+    return max(1, BYTES // (table.shape[-1] * table.itemsize))
+
+
 def bring_rows_triton(
     key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
-    first: bool = False, scales: Scales = (None, None),
+    first: bool = False,
 ) -> None:  # fmt: skip
-    given = [tensor for tensor in (key, value, host_key, host_value, *scales) if tensor is not None]
-    assert all(tensor.is_contiguous() for tensor in given)
-    int8 = scales[0] is not None
-    more, parts = (MORE8, PARTS8) if int8 else (MORE, 1)
-    programs = FIRST if first else more if key[..., 0].numel() > LARGE else MOVERS
-    scales = scales if int8 else (key, value)  # not read
-    # Without fused multiply-adds, which round once where the twin rounds twice.
+    assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value)) and key.dtype == host_key.dtype
+    programs = FIRST if first else MORE if key[..., 0].numel() > LARGE else MOVERS
     _bring_kernel[(programs, 2)](
-        key, value, host_key, host_value, *scales, *key_moves, *value_moves, host_key.shape[2], D=key.shape[3],
-        ROWS=ROWS // parts, PARTS=parts, INT8=int8, num_warps=32, num_stages=1, enable_fp_fusion=False,
+        key, value, host_key, host_value, *key_moves, *value_moves, D=key.shape[3], ROWS=rows_at_once(key),
+        WIDTH=16 // key.itemsize, num_warps=32, num_stages=1,
     )  # fmt: skip
 
 
-def store_rows_triton(
-    newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor, scales: Scales = (None, None)
-) -> None:
+def store_rows_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
     _, L, B, T, G, D = newest.shape
-    given = [tensor for tensor in (newest[0], host_key, host_value, *scales) if tensor is not None]
-    assert all(tensor.is_contiguous() for tensor in given)
-    int8 = scales[0] is not None
-    lines = L * B * T * G
-    most = STORE8 if int8 else ROWS
-    rows = min(ROWS, most, triton.next_power_of_2(lines))
-    scales = scales if int8 else (newest, newest)  # not read
+    assert all(tensor.is_contiguous() for tensor in (newest[0], host_key, host_value))
+    assert newest.dtype == host_key.dtype
+    lines, most = L * B * T * G, rows_at_once(newest)
+    rows = min(most, triton.next_power_of_2(lines))
     _store_kernel[(2,)](
-        newest, host_key, host_value, *scales, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D,
-        ROWS=rows, INT8=int8, LEVELS=LEVELS, num_warps=max(4, 32 * rows // most), num_stages=1,
+        newest, host_key, host_value, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D,
+        ROWS=rows, num_warps=max(4, 32 * rows // most), num_stages=1,
     )  # fmt: skip

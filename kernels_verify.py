@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
+from int8_rows import Scales, into_query, onto_output
 
 TILE, BLOCK_MAX = 8192, 128  # numbers in a tile of K, and tokens: 64 at D = 128, as in kernels_decode.py
 ROWS_MAX = 64  # query rows of a program: with 64 tokens and D = 128 the sums fill a half of the registers
@@ -37,15 +38,17 @@ CHUNK = 1024  # tokens whose scores one program folds
 
 def verify_attention_torch(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, key_position: Tensor | None = None,
-    value_slot: Tensor | None = None, borrowed: Tensor | None = None,
+    value_slot: Tensor | None = None, borrowed: Tensor | None = None, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     """query (B, T, H, D) on key (B, G, C, D) and value (B, G, N, D), each token on what stands up to its own position.
 
     key_position (B, G, C) int32: the token in each K slot, -1 if none; None is a full cache, token j in slot j.
     value_slot (B, G, C) int32: where in the V pool its value lies; None: at the same slot. borrowed (T, B, H, N) fp32:
     A'_f(i) of each token's own row on the marginal tokens by V slot, 0 elsewhere; None: there is no marginal tier.
-    Returns (B, T, H, D).
+    scales: K's and V's, (B, G, 2, D) each, if they are int8. Returns (B, T, H, D).
     """
+    query, key = into_query(query, key, scales[0])
+    value = value.to(query.dtype)
     T, heads = query.shape[1], query.transpose(1, 2)  # (B, H, T, D)
     own = length.long()[:, None] - 1 + torch.arange(T, device=length.device)  # (B, T)
     if key_position is None:
@@ -62,7 +65,7 @@ def verify_attention_torch(
         else:
             lent = borrowed.permute(1, 2, 0, 3).contiguous()  # (B, H, T, N)
         out, _ = kernels.tiered_attention_block(heads, key, value, seen, value_slot.long(), lent)
-    return out.transpose(1, 2).contiguous()
+    return onto_output(out.transpose(1, 2), scales[1]).contiguous()
 
 
 def admit_drafts_torch(position: Tensor, length: Tensor, newest_slot: Tensor, slots: Tensor) -> None:
@@ -137,7 +140,7 @@ def _verify_split_kernel(
             position = tl.where(slot < stop, slot, -1)
         used = position >= 0
         key = tl.load(k_ptr + (keys + slot)[:, None] * D + dim, mask=used[:, None], other=0.0)
-        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (ROWS, BLOCK)
+        logit = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee") * scale  # (ROWS, BLOCK)
         seen = used[None] & (position[None] < (length + t)[:, None])
         logit = tl.where(seen, logit, -float("inf"))
         higher = tl.maximum(top, tl.max(logit, 1))
@@ -149,6 +152,7 @@ def _verify_split_kernel(
         else:
             where = slot
         value = tl.load(v_ptr + (values + where)[:, None] * D + dim, mask=used[:, None], other=0.0)
+        value = value.to(query.dtype)
         acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         total = total * shrink + tl.sum(weight, 1)
         top = higher
@@ -166,6 +170,7 @@ def _verify_split_kernel(
             share = tl.load(source[:, None] + slot, mask=asked, other=0.0)  # (ROWS, BLOCK)
             marginal = tl.max(share, 0) > 0  # a critical value is not read a second time
             value = tl.load(v_ptr + (values + slot)[:, None] * D + dim, mask=marginal[:, None], other=0.0)
+            value = value.to(query.dtype)
             lent += tl.dot(share.to(value.dtype), value, input_precision="ieee")
             mass += tl.sum(share, 1)
         tl.store(stat_ptr + part * 3 + 2, mass, mask=real)
@@ -250,8 +255,10 @@ def _fold_kernel(
 
 def verify_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, key_position: Tensor | None = None,
-    value_slot: Tensor | None = None, borrowed: Tensor | None = None,
+    value_slot: Tensor | None = None, borrowed: Tensor | None = None, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
+    if scales[0] is not None:  # a round has tokens enough for four small launches more
+        query, _ = into_query(query, key[:, :, :0], scales[0])
     B, T, H, D = query.shape
     G, C, N = key.shape[1], key.shape[2], value.shape[2]
     given = [tensor for tensor in (query, key, value, key_position, value_slot) if tensor is not None]
@@ -280,7 +287,7 @@ def verify_attention_triton(
         G=G, GROUP=group, T=T, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), MARGINAL=marginal,
         num_warps=4 if splits <= 32 else 8,
     )  # fmt: skip
-    return out
+    return onto_output(out, scales[1])
 
 
 def admit_drafts_triton(position: Tensor, length: Tensor, newest_slot: Tensor, slots: Tensor) -> None:

@@ -47,9 +47,8 @@ class Settings:
         in, and marginal tokens borrow from the newest row as ever; see `planned`.
     max_moves: at most that many tokens a KV head enter the critical set at a plan, see `limit_moves`; None: no limit.
     slm_budget: share of the SLM's own cache that it keeps, as H2O would; 1 keeps all. See frugal.py.
-    offload: how the host holds K and V: "exact", or "int8", half the bytes of 16-bit ones there and on their way. What
-        comes from the host is then rounded, the prompt too; what was made in a step is not until it has left the GPU
-        once. See int8_rows.py; prompts must have 100 tokens.
+    llm_kv: how the LLM's tiers hold K and V: "exact", or "int8", half the bytes of 16-bit ones on the GPU, on the host
+        and on their way. See int8_rows.py; prompts must have 100 tokens.
     slm_kv: how the SLM's own cache holds K and V: "exact", or "int8", half the bytes of 16-bit ones. It only ranks (and
         lends rows): the LLM's K and V are what they were. The prompt is ranked by exact ones. The whole cache, no
         drafts; prompts as above.
@@ -72,7 +71,7 @@ class Settings:
     gate: float | None = None
     max_moves: int | None = None
     slm_budget: float = 1.0
-    offload: str = "exact"
+    llm_kv: str = "exact"
     slm_kv: str = "exact"
 
     def __post_init__(self):
@@ -101,7 +100,7 @@ class Settings:
                              "marginal tier, which moves tokens of its own")  # fmt: skip
         if not 0 < self.slm_budget <= 1:
             raise ValueError(f"SLM budget {self.slm_budget} is outside (0, 1]; 0.4 keeps two fifths of the SLM's cache")
-        for name, held in (("offload", self.offload), ("slm-kv", self.slm_kv)):
+        for name, held in (("llm-kv", self.llm_kv), ("slm-kv", self.slm_kv)):
             if held not in HELD:
                 raise ValueError(f"unknown {name} {held!r}; supported: {', '.join(HELD)}")
         if self.slm_int8 and self.slm_budget < 1:
@@ -129,8 +128,8 @@ class Settings:
         return self.slm_decay == 0 and not self.marginal and self.slm_budget == 1
 
     @property
-    def int8(self) -> bool:
-        return self.offload == "int8"
+    def llm_int8(self) -> bool:
+        return self.llm_kv == "int8"
 
     @property
     def slm_int8(self) -> bool:

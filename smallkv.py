@@ -132,7 +132,7 @@ class SmallKV:
 
     def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
         """Allocate the SLM's cache and the LLM's, for prompts of these lengths and `capacity` positions in all."""
-        for name, rounded in (("offload", self.settings.int8), ("slm-kv", self.settings.slm_int8)):
+        for name, rounded in (("llm-kv", self.settings.llm_int8), ("slm-kv", self.settings.slm_int8)):
             if rounded:
                 check_prompts(name, lengths)
         batch, self.lengths = len(lengths), list(lengths)
@@ -149,7 +149,7 @@ class SmallKV:
         slots = pool_slots(self.settings, min(lengths), capacity)
         self.cache = self.tiers(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch,
-            own_decay, self.one_way, self.sums, self.settings.int8,
+            own_decay, self.one_way, self.sums, self.settings.llm_int8,
         )  # fmt: skip
         return self.cache
 
@@ -169,7 +169,7 @@ class SmallKV:
         llm: Config = self.llm.config
         shape = (self.slm.config, batch, capacity, device, self.slm.dtype, self.keep_row)
         share, refresh = self.settings.slm_budget, self.settings.refresh
-        own = self.own_scores, self.one_way, self.settings.int8
+        own = self.own_scores, self.one_way, self.settings.llm_int8
         if share < 1:
             slm = FrugalCache.predict(*shape, share, refresh, static)
         else:

@@ -119,7 +119,8 @@ class SpeculativeSmallKV(SmallKV):
         share, device = self.settings.slm_budget, self.llm.device.type
         columns = capacity if share == 1 else kept_tokens(share, capacity) + self.drafts
         rows = slm.layers * len(lengths) * slm.query_heads * (self.drafts + 1) * columns * torch.float32.itemsize
-        more = 2 * llm.layers * len(lengths) * llm.kv_heads * llm.head_dim * self.drafts * self.llm.dtype.itemsize
+        number = 1 if self.settings.llm_int8 else self.llm.dtype.itemsize
+        more = 2 * llm.layers * len(lengths) * llm.kv_heads * llm.head_dim * self.drafts * number
         tables = "slot tables, newest K, V"
         tiers = [Entry(e.what, e.device, e.size + more * (e.what == tables)) for e in ledgers["LLM"]]
         return {"LLM": tiers, "SLM": ledgers["SLM"] + [Entry("rows of drafts", device, rows)]}

@@ -40,7 +40,7 @@ from test_generate import PROMPT, write_checkpoint
 HERE = Path(__file__).parent
 LENGTHS = (130, 63, 97, 157)  # two of them meet the matching window, one while it decodes
 SETTINGS = {"default": Settings(), "paper": Settings.paper(), "refresh": Settings(refresh=3, budget=0.1),
-            "int8": Settings(offload="int8")}  # fmt: skip
+            "int8": Settings(llm_kv="int8", slm_kv="int8")}  # fmt: skip
 
 
 def spread(size: int, tmp_path, work, *args, device="cpu", start="fork") -> list:

@@ -30,7 +30,7 @@ INT8 = {
     "default": Settings(slm_kv="int8"),
     "scores of the past": by_slm(slm_kv="int8", score_decay=0.5),
     "marginal, refresh": Settings(slm_kv="int8", marginal=True, refresh=2),
-    "both": Settings(slm_kv="int8", offload="int8", max_moves=3),
+    "both": Settings(slm_kv="int8", llm_kv="int8", max_moves=3),
     "paper": Settings.paper(slm_kv="int8"),
 }
 LENGTHS = (130, 157, 101)
@@ -107,18 +107,19 @@ def test_the_cache_write_rounds_as_its_twin(tokens):
         made = []
         for rope in (kernels_layer.rope_append_torch, kernels_layer.rope_append_triton):
             pools = [torch.zeros(B, G, S, D, dtype=torch.int8, device=device) for _ in range(2)]
-            newest = torch.zeros(2, B * tokens, G, D, dtype=dtype, device=device)
+            newest = torch.zeros(2, B * tokens, G, D, dtype=torch.int8, device=device)
             rope(qkv, cos, sin, length, None, *pools, newest=newest, tokens=tokens, scales=scales)
-            made.append((pools, newest))
-        (expected, exact), (found, copied) = made
-        close(copied, exact, dtype)
-        for ours, twins in zip(found, expected):
+            made.append((*pools, newest))
+        for ours, twins in zip(*made):
             apart = (ours.int() - twins.int()).abs()
             assert apart.max() <= (device == "cuda") and (apart > 0).float().mean() < 0.01
-        for pool, rows, scale in zip(expected, exact, scales):
+        exact = torch.zeros(2, B * tokens, G, D, dtype=dtype, device=device)
+        pools = [torch.zeros(B, G, S, D, dtype=dtype, device=device) for _ in range(2)]
+        kernels_layer.rope_append_torch(qkv, cos, sin, length, None, *pools, newest=exact, tokens=tokens)
+        for pool, copied, rows, scale in zip(made[0][:2], made[0][2], exact, scales):
             for b, t in itertools.product(range(B), range(tokens)):
                 level = encode(rows[b * tokens + t], scale[b])  # (G, D)
-                assert torch.equal(pool[b, :, length[b] - 1 + t], level)
+                assert torch.equal(pool[b, :, length[b] - 1 + t], level) and torch.equal(copied[b * tokens + t], level)
             assert (pool != 0).any(-1).sum() <= B * G * tokens and (pool.abs() == 127).any()
 
 
@@ -229,18 +230,22 @@ def test_the_exact_prompt_is_looked_for_before_the_prefill(monkeypatch):
 
 def test_step_bytes_count_it():
     llm, slm = Config.from_hf(TINY), Config.from_hf({**TINY, "num_attention_heads": 4})
-    exact, held = (step_bytes(llm, slm, 3, 100, 2, Settings().sizes(100), False, fused=True, int8=int8)
+    exact, held = (step_bytes(llm, slm, 3, 100, 2, Settings().sizes(100), False, fused=True, int8=(False, int8))
                    for int8 in (False, True))  # fmt: skip
     assert exact.pop("SLM K, V") == 2 * held.pop("SLM K, V") and exact == held
-    full, rival = (step_bytes(llm, None, 3, 100, 2, None, False, int8=int8)["LLM K, V"] for int8 in (False, True))
-    assert full == 2 * rival == 2 * 2 * 2 * 2 * 16 * 3 * 100
+    assert held.pop("LLM K, V") == 2 * step_bytes(
+        llm, slm, 3, 100, 2, Settings().sizes(100), False, fused=True, int8=(True, True))["LLM K, V"]
+    full, rival = (step_bytes(llm, None, 3, 100, 2, None, False, int8=(int8, False)) for int8 in (False, True))
+    assert full["LLM K, V"] == 2 * rival["LLM K, V"] == 2 * 2 * 2 * 2 * 16 * 3 * 100
 
 
 def test_equal_bytes_take_less_off_for_it():
-    """fp32: a fourth of what the SLM's exact cache takes."""
+    """fp32: a fourth of what the SLM's exact cache takes, and four of the LLM's tokens for one."""
     pair = Pair(decoders("cpu")[0], tiny_decoder(layers=1, heads=4), None)
-    cells = make_cells(["smallkv", "smallkv:slm_kv=int8"], [0.9], "bytes", pair)
-    assert (0.9 - cells[0].own) == pytest.approx(4 * (0.9 - cells[1].own))
+    methods = ["smallkv", "smallkv:slm_kv=int8", "smallkv:slm_kv=int8,llm_kv=int8"]
+    exact, slm, both = make_cells(methods, [0.6], "bytes", pair)
+    assert (0.6 - exact.own) == pytest.approx(4 * (0.6 - slm.own)) and 0.05 < exact.own < 0.15
+    assert both.own == 1.0 and make_cells(methods[2:], [0.2], "bytes", pair)[0].own == pytest.approx(4 * (0.2 - 0.125))
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
