@@ -23,11 +23,13 @@ import kernels
 from int8_rows import Scales, into_query, onto_output
 from kernels_decode import Launch, logit_scale, merge_warps, scratch, split_size, stages
 
-# On an H100, bf16. Both were as kernels_decode.FULL; the new numbers took, in us,
+# On an H100, bf16. They were as kernels_decode.FULL; the new numbers took, in us,
 #   TIERED    4 x 3,379: 20.4 -> 17.1; 32 x 3,379: 91.6 -> 85.4; 64 x 460: 38.7 -> 31.3
 #   MARGINAL  4 x 3,379 and as many marginal: 61.0 -> 42.1
 TIERED = Launch(tile=8192, warps=4, stages=3, programs=264)
+#   INT8      (before: as TIERED) 4 x 3,379: 17.2 -> 15.5; 32 x 3,328: 79.3 -> 74.0; 64 x 460: 30.5 -> 27.5
 MARGINAL = Launch(tile=4096, warps=4, stages=3, programs=528)
+INT8 = Launch(tile=16384, warps=4, stages=3, programs=264)
 SLOTS = 512  # whose weights one program of the merge adds to the memory
 
 
@@ -193,7 +195,7 @@ def tiered_attention_triton(
     marginal = borrowed is not None
     int8 = scales[0] is not None
     key_scale, value_scale = scales if int8 else (query, query)  # not read
-    launch = MARGINAL if marginal else TIERED
+    launch = MARGINAL if marginal else INT8 if int8 and query.itemsize == 2 else TIERED
     group, block = H // G, launch.tile // D
     split = split_size(B * G, N, block, launch.programs)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(N, split)

@@ -21,7 +21,7 @@ from torch import Tensor
 # waits too.
 BYTES = 1 << 17  # that a mover moves at once: 512 rows of 256 bytes; a thousand under way fill PCIe
 MOVERS = 2  # that bring keys, and as many for values
-MORE, LARGE = 4, 1 << 18  # instead, for a pool of more rows than LARGE, whose moves outlast a layer
+MORE, LARGE = 4, 1 << 26  # instead, for a pool of more bytes than LARGE, whose moves outlast a layer
 FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
 
 
@@ -139,7 +139,7 @@ def bring_rows_triton(
     first: bool = False,
 ) -> None:  # fmt: skip
     assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value)) and key.dtype == host_key.dtype
-    programs = FIRST if first else MORE if key[..., 0].numel() > LARGE else MOVERS
+    programs = FIRST if first else MORE if key.nbytes > LARGE else MOVERS
     _bring_kernel[(programs, 2)](
         key, value, host_key, host_value, *key_moves, *value_moves, D=key.shape[3], ROWS=rows_at_once(key),
         WIDTH=16 // key.itemsize, num_warps=32, num_stages=1,

@@ -264,7 +264,7 @@ def test_a_row_in_8_bits_is_within_half_a_level(device):
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("head_dim, at_once, large, first", [
-    (32, 512, 1 << 18, False), (128, 512, 1 << 18, True), (128, 4, 1 << 18, False), (32, 4, 16, False),
+    (32, 512, 1 << 26, False), (128, 512, 1 << 26, True), (128, 4, 1 << 26, False), (32, 4, 16, False),
     (32, 4, 16, True),
 ])  # fmt: skip
 def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, int8, device, monkeypatch):
