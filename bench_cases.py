@@ -172,8 +172,8 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
     """`share` of the critical set of one layer. beside: on a stream of its own, beside the LLM's two large products."""
     slots, count = at.slots[0][0], max(1, round(share * at.critical))
     rows, dtype = host_rows(at.capacity), torch.int8 if int8 else at.dtype
-    pools = at.shared("pools", lambda: [at.pool(at.llm, slots) for _ in range(2)])
-    key, value = (pool.to(dtype) for pool in pools)
+    pools = "pools" + ", in 8 bits" * int8
+    key, value = at.shared(pools, lambda: [at.pool(at.llm, slots).to(dtype) for _ in range(2)])
     host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=dtype)
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from full_cache import Entry, FullCache, ScoredCache, table_bytes
 from host_memory import host_rows, rows_on_host
-from int8_rows import Scales, decode, encode, per_token, scales_of
+from int8_rows import Scales, decode, encode, per_token, prompt_rows
 from kernels import column_sums, tiered_attention
 from kernels_move import store_rows_torch
 from model import Config, Span
@@ -142,14 +142,13 @@ class TieredCache:
             self._copied = staged, self.stream.record_event()
 
     def _to_host(self, b: int, staged: FullCache, length: int) -> None:
-        for layer in range(self.config.layers):
-            both = (self.host_key[layer, b], staged.key[layer, 0]), (self.host_value[layer, b], staged.value[layer, 0])
-            for (host, made), scale in zip(both, self.scales((layer, b))):
-                if scale is not None:
-                    scale.copy_(scales_of(made))  # (G, 2, D)
-                # One KV head is contiguous on both sides: a straight copy that nobody waits for.
-                for target, source in zip(host[:, :length].unbind(), encode(made, per_token(scale)).unbind()):
-                    target.copy_(source, non_blocking=True)
+        both = (self.host_key, staged.key), (self.host_value, staged.value)
+        for (host, made), scale in zip(both, self.scales((slice(None), b))):
+            for part, rows in prompt_rows(made[:, 0], scale):
+                for target, source in zip(host[part, b, :, :length], rows):  # (G, n, D) of a layer
+                    # One KV head is contiguous on both sides: a straight copy that nobody waits for.
+                    for one, other in zip(target, source):
+                        one.copy_(other, non_blocking=True)
 
     def finish_loading(self) -> None:
         """The prefill is over: wait until its prompts are on the host, which is read from now on."""

@@ -22,11 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int8_rows import Scales, decode, encode, per_token, scales_of
+from int8_rows import Scales, decode, encode, per_token, prompt_rows
 from kernels import NEGLIGIBLE, causal_attention, column_sums, full_attention_block
 from model import Config, Span
-
-ROUNDED = 1 << 24  # numbers of a prompt that are rounded at once: in fp32 they take 64 MB, twice
 
 
 @dataclass(frozen=True)
@@ -89,12 +87,9 @@ class FullCache:
         """Take over the prefilled prompt of one sequence: it was written in place, or is rounded now."""
         if self.scale is None:
             return
-        layers = max(1, ROUNDED // staged.key[0].numel())
         for held, made, scale in zip((self.key, self.value), (staged.key, staged.value), self.scale):
-            for part in (slice(first, first + layers) for first in range(0, len(held), layers)):
-                rows = made[part, 0]  # (L', G, n, D)
-                scale[part, b] = scales_of(rows)
-                held[part, b, :, :length] = encode(rows, per_token(scale[part, b]))
+            for part, rows in prompt_rows(made[:, 0], scale[:, b]):
+                held[part, b, :, :length] = rows
 
     def migrate(self, plan: Callable, span: Span) -> None:
         """A full cache has one tier: nothing moves."""

@@ -16,11 +16,14 @@ scales go into the query (`into_query`); V's scales and zero points meet the out
 Shapes follow the legend in model.py.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+AT_ONCE = 1 << 24  # numbers of a prompt that are rounded together: in fp32 they take 64 MB, twice
 LEVELS = 127  # to either side of zero
 SHORTEST = 100  # tokens of a prompt whose range is taken for that of what follows
 ROOM = 1.25  # how much wider than in the prompt a channel's range may get
@@ -60,6 +63,18 @@ def decode(held: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
 def per_token(scales: Tensor | None) -> Tensor | None:
     """Scales of KV heads (..., 2, D), to be broadcast over their tokens' rows (..., n, D)."""
     return None if scales is None else scales.unsqueeze(-3)
+
+
+def prompt_rows(made: Tensor, scales: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """K or V of a prompt, made (L, G, n, D), as a cache holds them: some layers, and their rows (L', G, n, D). scales
+    (L, G, 2, D) are written; None: rows are as they are."""
+    layers = max(1, AT_ONCE // made[0].numel())  # few launches for short prompts, little memory for long ones
+    for part in (slice(first, first + layers) for first in range(0, len(made), layers)):
+        if scales is None:
+            yield part, made[part]
+        else:
+            scales[part] = scales_of(made[part])
+            yield part, encode(made[part], per_token(scales[part]))
 
 
 def into_query(query: Tensor, key: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
