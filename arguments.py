@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "rule (default: 1, all)")  # fmt: skip
     method.add_argument("--llm-kv", choices=HELD, help="how SmallKV's tiers hold K and V: exact (default), or in one "
                         "byte a number, for prompts of 100 tokens or more")  # fmt: skip
-    method.add_argument("--slm-kv", choices=HELD, help="the same of the SLM's own cache")
+    method.add_argument("--slm-kv", choices=HELD, help="the same of the SLM's own cache (the whole one, no drafts)")
     method.add_argument("--paper", action="store_true", help="the paper's setting: the SLM's scores, "
                         "decay 1, Jaccard over all layers, marginal tier")  # fmt: skip
     prompt = parser.add_argument_group("prompts")

@@ -89,9 +89,8 @@ class EagerCache(ScoredCache):
     """A scored cache that attends as H2O was published: with the whole attention matrix. For its running time."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        self._append(layer, key, value, span)
+        seen_key, seen_value = self._append(layer, key, value, span)
         share = query.shape[1] // key.shape[1]
-        seen_key, seen_value = self.key[layer, :, :, : span.end], self.value[layer, :, :, : span.end]
         rows = attention_rows(query, seen_key, span.end - query.shape[2])  # (B, H, T, end): n x n in one chunk
         self.score[layer, :, :, : span.end] += rows.sum(2)
         return rows.to(value.dtype) @ seen_value.repeat_interleave(share, 1)
@@ -214,8 +213,7 @@ class OracleCache(FullCache):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
         if self._plan is None:
             return super().attend(layer, query, key, value, span)
-        self._append(layer, key, value, span)
-        seen_key, seen_value = self.key[layer, :, :, : span.end], self.value[layer, :, :, : span.end]
+        seen_key, seen_value = self._append(layer, key, value, span)
         B, G, end, D = seen_key.shape
         rows = full_attention_step(query, seen_key, seen_value, span.positions[:, 0])[1]  # (B, H, end)
         unseen = torch.arange(end, device=rows.device) > span.positions  # (B, end)

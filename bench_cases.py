@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench_clock import random_decoder
 from bench_count import layer_bytes, layer_products, observed_bytes
+from bench_sessions import draw
 from bench_shapes import FP32, Call, Shape
 from full_cache import FullCache, ScoredCache, logits_dtype
 from graph_sides import STORE, FullSide, ScoredSide
@@ -32,17 +33,17 @@ FEW = 64  # positions of a pool where a call writes one row of each head: how ma
 # ---- Attention -------------------------------------------------------------------------------------------------------
 
 
-def held(at: Shape, config: Config, key_slots: int, value_slots: int, int8: bool) -> tuple[Tensor, Tensor, list]:
+def pools(at: Shape, config: Config, key_slots: int, value_slots: int, int8: bool) -> tuple[Tensor, Tensor, tuple]:
     """K and V of one layer; in 8 bits, and then their scales."""
-    key, value, scales = at.pool(config, key_slots), at.pool(config, value_slots), []
+    key, value, scales = at.pool(config, key_slots), at.pool(config, value_slots), ()
     if int8:
-        key, value = ((20 * pool).to(torch.int8) for pool in (key, value))
-        scales = list(at.draw(2, at.batch, config.kv_heads, 2, config.head_dim, dtype=torch.float32, scale=0.01))
+        key, value = (draw(pool.to(torch.int8)) for pool in (key, value))
+        scales = tuple(at.draw(2, at.batch, config.kv_heads, 2, config.head_dim, dtype=torch.float32, scale=0.01))
     return key, value, scales
 
 
 def decode_attention(at: Shape, int8: bool = False) -> Call:
-    query, (key, value, scales) = at.query(at.llm), held(at, at.llm, at.capacity, at.capacity, int8)
+    query, (key, value, scales) = at.query(at.llm), pools(at, at.llm, at.capacity, at.capacity, int8)
     seen = [pool[:, :, : at.tokens] for pool in (key, value)]
     return Call(lambda: at.backend.decode_attention(query, key, value, at.length, scales or NONE),
                 [query, *seen, at.length, *scales], [query])  # fmt: skip
@@ -50,7 +51,7 @@ def decode_attention(at: Shape, int8: bool = False) -> Call:
 
 def scored_attention(at: Shape, decay: float, logits: bool = False, int8: bool = False) -> Call:
     """logits: they are the scores, with one log of their sum a head, as in a step with fused scores."""
-    query, (key, value, scales) = at.query(at.slm), held(at, at.slm, at.capacity, at.capacity, int8)
+    query, (key, value, scales) = at.query(at.slm), pools(at, at.slm, at.capacity, at.capacity, int8)
     score = torch.rand(at.batch, at.slm.query_heads, at.capacity, device=at.device)
     score, logs = score.to(logits_dtype(at.dtype) if logits else score.dtype), []
     row, seen = score[..., : at.tokens], [pool[:, :, : at.tokens] for pool in (key, value)]
@@ -65,7 +66,7 @@ def tiered_attention(at: Shape, marginal: bool, remembered: bool, int8: bool = F
     """remembered: what each token weighs is added to the score memory."""
     size, (slots, value_slots) = at.sizes[marginal], at.slots[marginal]
     tokens = size.critical + size.marginal
-    query, (key, value, scales) = at.query(at.llm), held(at, at.llm, slots, value_slots, int8)
+    query, (key, value, scales) = at.query(at.llm), pools(at, at.llm, slots, value_slots, int8)
     position, lent = at.positions(size.critical, slots), []
     memory, added = at.memory() if remembered else None, remembered * FP32 * at.pairs * size.critical
     if marginal:
@@ -172,8 +173,8 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
     """`share` of the critical set of one layer. beside: on a stream of its own, beside the LLM's two large products."""
     slots, count = at.slots[0][0], max(1, round(share * at.critical))
     rows, dtype = host_rows(at.capacity), torch.int8 if int8 else at.dtype
-    pools = "pools" + ", in 8 bits" * int8
-    key, value = at.shared(pools, lambda: [at.pool(at.llm, slots).to(dtype) for _ in range(2)])
+    name = "pools" + ", in 8 bits" * int8
+    key, value = at.shared(name, lambda: [draw(at.pool(at.llm, slots).to(dtype)) for _ in range(2)])
     host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=dtype)
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
@@ -227,19 +228,20 @@ def add_norm(at: Shape, of: str, after: str) -> Call:
     return Call(lambda: at.backend.add_norm(x, update, weight, config.norm_eps), [x, update, weight], [x, x])
 
 
-def rope_append(at: Shape, of: str) -> Call:
+def rope_append(at: Shape, of: str, int8: bool = False) -> Call:
     """Of the LLM into slots of its tiers, and the rows that wait to be stored; of the SLM at the token's position."""
     config = getattr(at, of)
     G, D = config.kv_heads, config.head_dim
     qkv, length = at.draw(at.batch, (config.query_heads + 2 * G) * D), torch.full_like(at.length, FEW)
     cos, sin = (at.draw(FEW, D // 2, dtype=torch.float32) for _ in range(2))
-    key, value, options, more = at.pool(config, FEW), at.pool(config, FEW), {}, []
+    (key, value, scales), options, more = pools(at, config, FEW, FEW, int8), {}, []
+    made = at.batch * (config.query_heads * D * at.dtype.itemsize + 2 * G * D * key.itemsize)
     if of == "llm":
-        slot, newest = at.pick(1, FEW)[..., 0].contiguous(), at.draw(2, at.batch, G, D)
+        slot, newest = at.pick(1, FEW)[..., 0].contiguous(), at.draw(2, at.batch, G, D).to(key.dtype)
         options, more = {"key_slot": slot, "value_slot": slot, "newest": newest}, [slot, newest]
-    # Query, key and value together are as many numbers as qkv.
+    options["scales"] = scales or NONE
     return Call(lambda: at.backend.rope_append(qkv, cos, sin, length, None, key, value, **options),
-                [qkv, length, cos[0], sin[0], *more[:1]], [qkv, *more[1:]])  # fmt: skip
+                [qkv, length, cos[0], sin[0], *scales, *more[:1]], [made, *more[1:]])  # fmt: skip
 
 
 def linear(at: Shape, of: str, which: int) -> Call:
@@ -326,6 +328,7 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
         "LLM, memory, in 8 bits": partial(tiered_attention, marginal=False, remembered=True, int8=True),
         "LLM, marginal": partial(tiered_attention, marginal=True, remembered=False),
         "LLM, marginal, memory": partial(tiered_attention, marginal=True, remembered=True),
+        "LLM, marginal, memory, in 8 bits": partial(tiered_attention, marginal=True, remembered=True, int8=True),
     },
     "sum_scores": {
         "one layer": partial(sum_scores, single=True),
@@ -353,7 +356,11 @@ CASES: dict[str, dict[str, Callable[[Shape], Call]]] = {
         for of, name in MODELS.items()
         for after in ("o", "down")
     },
-    "rope_append": {name: partial(rope_append, of=of) for of, name in MODELS.items()},
+    "rope_append": {
+        name + ", in 8 bits" * int8: partial(rope_append, of=of, int8=int8)
+        for of, name in MODELS.items()
+        for int8 in (False, True)
+    },
     "qkv": {f"{name}, the library's": partial(linear, of=of, which=0) for of, name in MODELS.items()},
     "o": {f"{name}, the library's": partial(linear, of=of, which=1) for of, name in MODELS.items()},
     "gate_product": {name: partial(gate_product, of=of) for of, name in MODELS.items()},

@@ -108,16 +108,20 @@ def random_map(llm: Decoder, slm: Decoder, settings: Settings) -> torch.Tensor:
     return torch.stack([torch.randint(n * slm.config.query_heads, (llm.config.query_heads,)) for n in near])
 
 
+def draw(table: torch.Tensor) -> torch.Tensor:
+    """Random K or V in place: normal, or levels of a uniform one."""
+    return table.normal_() if table.is_floating_point() else table.random_(-LEVELS, LEVELS + 1)
+
+
 @torch.inference_mode()
 def fill(session: Session) -> torch.Tensor:
     """Random K and V in every cache, as if prefilled; first tokens (B,)."""
     cache, policy = session.cache, session.policy
+    if cache.scale is not None:
+        cache.scale.fill_(1 / LEVELS)
     batch, device = len(session.prompts), session.llm.device
     if isinstance(cache, FullCache):
-        for table in (cache.key, cache.value):
-            table.normal_() if cache.scale is None else table.random_(-LEVELS, LEVELS + 1)
-        if cache.scale is not None:
-            cache.scale.fill_(1 / LEVELS)
+        draw(cache.key), draw(cache.value)
     else:
         for b, length in enumerate(session.lengths):
             staged = policy.slm_cache.staging(b, length)
@@ -127,7 +131,7 @@ def fill(session: Session) -> torch.Tensor:
             policy.slm_cache.load(b, staged, length)
         if policy.own_scores:
             cache.score.zero_()
-        some = torch.randn(cache.host_key.shape[2:], device=device).to(cache.key.dtype)  # one sequence of one layer
+        some = draw(torch.empty(cache.host_key.shape[2:], device=device, dtype=cache.key.dtype))  # of one sequence
         for host in (*cache.host_key.flatten(0, 1), *cache.host_value.flatten(0, 1)):
             host.copy_(some, non_blocking=True)
         if device.type == "cuda":

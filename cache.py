@@ -70,7 +70,7 @@ class TieredCache:
     in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token
     (L, B, G, S', D), S' rows for S positions (host_memory.py), written once when the token is made; so leaving a pool
     copies nothing, a marginal token that turns critical brings its key alone, and what comes back is the same to the
-    bit. int8: all of them, and what is newest, are levels (int8_rows.py) with key_scale, value_scale (L, B, G, 2, D).
+    bit. int8: all of them, and what is newest, are levels (int8_rows.py), scale (2, L, B, G, 2, D) fp32 of K and of V.
 
     prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
     l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its attention weights say of
@@ -94,8 +94,7 @@ class TieredCache:
         self.value_slot = torch.zeros(*base, critical_slots, dtype=torch.int32, device=device)  # K slot -> V slot
         shape = (*base, host_rows(capacity), config.head_dim)
         self.host_key, self.host_value = (rows_on_host(shape, held, device) for _ in range(2))
-        if int8:
-            self.key_scale, self.value_scale = torch.ones(2, *base, 2, config.head_dim, device=device)
+        self.scale = torch.ones(2, *base, 2, config.head_dim, device=device) if int8 else None
         self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=held)  # this step's K and V
         self.newest_position: Tensor | None = None  # (B,), once a step has run
         if own_decay is not None:
@@ -110,7 +109,7 @@ class TieredCache:
 
     def scales(self, at) -> Scales:
         """K's and V's at this index of (L, B, G, 2, D); None where rows are exact."""
-        return (self.key_scale[at], self.value_scale[at]) if self.key.dtype == torch.int8 else (None, None)
+        return (None, None) if self.scale is None else (self.scale[0][at], self.scale[1][at])
 
     def staging(self, b: int, length: int) -> FullCache:
         """A full cache of one sequence for its prefill, given up once `load` has taken it over."""
@@ -305,8 +304,8 @@ class TieredCache:
             Entry("slot tables, newest K, V", device, tables),
             Entry("host K, V", "host", 2 * self.host_key.nbytes),
         ]
-        if self.key.dtype == torch.int8:
-            entries.append(Entry("int8 scales", device, 2 * self.key_scale.nbytes))
+        if self.scale is not None:
+            entries.append(Entry("int8 scales", device, self.scale.nbytes))
         if self.own_decay is not None:
             entries.append(Entry("scores", device, self.score.nbytes + self.one_way * self.score.numel()))
         return entries

@@ -34,13 +34,15 @@ def device(request):
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Every `torch.empty` of floats comes filled with NaN: whoever reads a hole in a tier must show it. So do the rows
-    of the host; in 8 bits they are -128, which no number is rounded to."""
+    of the host; in 8 bits both are -128, which no number is rounded to."""
     empty, rows_on_host = torch.empty, host_memory.rows_on_host
 
     def poisoned(*size, **options):
         tensor = empty(*size, **options)
         if tensor.is_floating_point() and not tensor.is_meta:
             tensor.fill_(torch.nan)
+        elif tensor.dtype == torch.int8:
+            tensor.fill_(-128)
         return tensor
 
     def poisoned_rows(shape, dtype, device):

@@ -72,7 +72,8 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a budget. budget: as asked for; own: what is left of it for the LLM's cache."""
+    """A method at a budget. budget: as asked for; own: the share of the tokens whose K and V what is left of it
+    for the LLM's cache pays for."""
 
     method: str
     budget: float
@@ -123,7 +124,8 @@ def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair)
     """Every method at every budget.
 
     equal "bytes": LLM's cache and SLM's own K and V together take the budget's share of the full LLM cache, so that
-    much is taken off the budget of a method with an SLM. The scores (fp32) are counted for nobody.
+    much is taken off the budget of a method with an SLM. The scores (fp32) are counted for nobody. Where the LLM's are
+    in 8 bits, a budget may be more than all tokens take: then all are kept, in fewer bytes than it allows.
     """
     cells = []
     for text in methods:
@@ -137,7 +139,7 @@ def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair)
                     share /= pair.slm.dtype.itemsize
                 own = budget - share
                 if options.get("llm_kv") == "int8":
-                    own = min(1.0, own * pair.llm.dtype.itemsize)  # as many more tokens
+                    own = min(1.0, own * pair.llm.dtype.itemsize)  # a token takes so much less
                 if own <= 0:
                     raise ValueError(
                         f"--equal bytes: the SLM's own cache is {share:.1%} of the LLM's full cache, so a budget of "

@@ -37,18 +37,19 @@ from checkpoint import (
     resolve,
     weight_bytes,
 )
-from decode import FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
+from decode import PREFILL_CHUNK, FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
 from evicting import Budget
 from graph import StaticSession
 from graph_speculative import StaticSpeculativeSession
 from host_memory import kind_of_host
+from int8_rows import AT_ONCE
 from kernels import SCORE_BLOCK
 from model import Decoder
 from overhead import cache_bytes
 from quantize import int4_modules
 from report import make_report, print_comparison, print_report
 from settings import Settings
-from smallkv import SmallKV
+from smallkv import SmallKV, pool_slots
 from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV, speculate_ids
 from text import Text, check_same_tokenizer
 
@@ -122,8 +123,8 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
     prompt = cache_bytes(policy.llm.config, max(lengths), 1, policy.llm.dtype.itemsize)
     if device.type == "cuda" and isinstance(policy, SmallKV):  # one is on its way to the host, the next is being made
         prompt *= min(2, len(lengths))
-    if isinstance(policy, SmallKV) and policy.settings.slm_int8:  # exact ones, until they are rounded
-        prompt += cache_bytes(policy.slm.config, max(lengths), 1, policy.slm.dtype.itemsize)
+    if isinstance(policy, SmallKV):
+        prompt += rounding_bytes(policy, lengths, capacity, plain=len(plans) == 1)
     scored = max(model.config.query_heads for model in policy.models) * SCORE_BLOCK * max(lengths) * 4
     on_device["prefill of the longest prompt"] = prompt + 4 * scored  # logits, their softmax, and copies of both
     if device.type == "cpu":
@@ -131,6 +132,20 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
     else:
         check_fits(on_device, device)
         check_fits(on_host, torch.device("cpu"))
+
+
+def rounding_bytes(policy: SmallKV, lengths: list[int], capacity: int, plain: bool) -> int:
+    """What K and V in 8 bits need beside their caches: the SLM's prompts exact until they are rounded, numbers in fp32
+    while they are, and in plain steps what the levels of one layer stand for, one of K and V in fp32 too."""
+    settings, slm, most = policy.settings, policy.slm, 0
+    if settings.slm_int8:
+        together = min(policy.at_once, len(lengths)) if max(lengths) <= PREFILL_CHUNK else 1
+        most = cache_bytes(slm.config, max(lengths), together, slm.dtype.itemsize)
+    tokens = pool_slots(settings, min(lengths), capacity)[1] * settings.llm_int8, capacity * settings.slm_int8
+    layers = [len(lengths) * model.config.kv_heads * model.config.head_dim * count * (2 * model.dtype.itemsize + 4)
+              for model, count in zip((policy.llm, slm), tokens)]  # fmt: skip
+    rounding = 2 * 4 * AT_ONCE * (settings.slm_int8 or settings.llm_int8)
+    return most + max(rounding, *layers if plain else (0,))
 
 
 def make_session(

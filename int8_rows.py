@@ -33,8 +33,8 @@ Scales = tuple[Tensor | None, Tensor | None]  # K's and V's, fp32 (..., 2, D), w
 def check_prompts(name: str, lengths: list[int]) -> None:
     """ValueError if one is too short to give scales. name: of what would be in 8 bits."""
     if min(lengths) < SHORTEST:
-        raise ValueError(f"{name} int8 takes its scales from the prompt, which needs {SHORTEST} tokens; one has "
-                         f"{min(lengths)}: {name} exact takes any")  # fmt: skip
+        raise ValueError(f"{name} in 8 bits takes its scales from the prompt, which needs {SHORTEST} tokens; one has "
+                         f"{min(lengths)}: leave it exact")  # fmt: skip
 
 
 def scales_of(rows: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ def prompt_rows(made: Tensor, scales: Tensor | None) -> Iterator[tuple[slice, Te
             yield part, encode(made[part], per_token(scales[part]))
 
 
-def into_query(query: Tensor, key: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Query (B, T, H, D) and key (B, G, n, D) in the query's dtype, whose products are logits less a constant of their
-    row. scales: K's, (B, G, 2, D); None: both as they are."""
+def into_query(query: Tensor, scales: Tensor | None) -> Tensor:
+    """Query (B, T, H, D) whose products with K's levels are logits less a constant of their row; scales: K's,
+    (B, G, 2, D); None: as it is."""
     if scales is None:
-        return query, key
-    grouped = query.float().unflatten(2, (key.shape[1], -1)) * scales[:, None, :, :1]  # (B, T, G, H/G, D)
-    return grouped.flatten(2, 3).to(query.dtype), key.to(query.dtype)
+        return query
+    grouped = query.float().unflatten(2, (scales.shape[1], -1)) * scales[:, None, :, :1]  # (B, T, G, H/G, D)
+    return grouped.flatten(2, 3).to(query.dtype)
 
 
 def onto_output(out: Tensor, scales: Tensor | None) -> Tensor:

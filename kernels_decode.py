@@ -90,7 +90,7 @@ def scored_attention_torch(
     out, probability = _full_step(query, key, value, length, scales)
     seen = (torch.arange(score.shape[-1], device=score.device) < length[:, None])[:, None].expand_as(score)
     if lse is not None:
-        logit = _logits(*into_query(query[:, None], key, scales[0]))
+        logit = _logits(into_query(query[:, None], scales[0]), key.to(query.dtype))
         total = logit.masked_fill(~seen, -torch.inf).logsumexp(-1) * LOG2_E
         shifted = logit * LOG2_E - anchor[..., None]
         if score.dtype == torch.float16:
@@ -106,11 +106,11 @@ def scored_attention_torch(
 
 
 def _full_step(
-    query: Tensor, key: Tensor, value: Tensor, length: Tensor, scales: Scales = (None, None)
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, scales: Scales
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, D) and row (B, H, S)."""
-    query, key = into_query(query[:, None], key, scales[0])  # (B, 1, H, D)
-    value = value.to(query.dtype)
+    query = into_query(query[:, None], scales[0])  # (B, 1, H, D)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     unseen = torch.arange(value.shape[2], device=value.device) >= length[:, None]  # (B, S)
     value = value.masked_fill(unseen[:, None, :, None], 0)  # unseen columns weigh 0, and 0 * NaN is NaN
     out, row = kernels.full_attention_step(query.transpose(1, 2), key, value, length.long() - 1)

@@ -27,8 +27,9 @@ from kernels_decode import Launch, logit_scale, merge_warps, scratch, split_size
 #   TIERED    4 x 3,379: 20.4 -> 17.1; 32 x 3,379: 91.6 -> 85.4; 64 x 460: 38.7 -> 31.3
 #   MARGINAL  4 x 3,379 and as many marginal: 61.0 -> 42.1
 TIERED = Launch(tile=8192, warps=4, stages=3, programs=264)
-#   INT8      (before: as TIERED) 4 x 3,379: 17.2 -> 15.5; 32 x 3,328: 79.3 -> 74.0; 64 x 460: 30.5 -> 27.5
 MARGINAL = Launch(tile=4096, warps=4, stages=3, programs=528)
+# With 8 bits, without a marginal tier, 16-bit queries; before as TIERED: 4 x 3,379: 17.2 -> 15.5; 32 x 3,328:
+# 79.3 -> 74.0; 64 x 460: 30.5 -> 27.5
 INT8 = Launch(tile=16384, warps=4, stages=3, programs=264)
 SLOTS = 512  # whose weights one program of the merge adds to the memory
 
@@ -54,9 +55,10 @@ def tiered_attention_torch(
     if borrowed is None:
         borrowed = torch.zeros(B, H, value.shape[2], device=query.device)
     used = key_position >= 0
-    query, key = into_query(query[:, None], key, scales[0])  # (B, 1, H, D)
+    query = into_query(query[:, None], scales[0])  # (B, 1, H, D)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     out, by_value_slot = kernels.tiered_attention(
-        query.transpose(1, 2), key, value.to(query.dtype), used, value_slot.long(), borrowed
+        query.transpose(1, 2), key, value, used, value_slot.long(), borrowed
     )
     if memory is not None:
         share = H // key.shape[1]

@@ -130,8 +130,8 @@ def _store_kernel(
 
 
 def rows_at_once(table: Tensor) -> int:
-    """BYTES of them; rows (..., D)."""
-    return max(1, BYTES // (table.shape[-1] * table.itemsize))
+    """BYTES of them, a power of two as D is; rows (..., D)."""
+    return BYTES // (table.shape[-1] * table.itemsize)
 
 
 def bring_rows_triton(

@@ -47,8 +47,8 @@ def verify_attention_torch(
     A'_f(i) of each token's own row on the marginal tokens by V slot, 0 elsewhere; None: there is no marginal tier.
     scales: K's and V's, (B, G, 2, D) each, if they are int8. Returns (B, T, H, D).
     """
-    query, key = into_query(query, key, scales[0])
-    value = value.to(query.dtype)
+    query = into_query(query, scales[0])
+    key, value = key.to(query.dtype), value.to(query.dtype)
     T, heads = query.shape[1], query.transpose(1, 2)  # (B, H, T, D)
     own = length.long()[:, None] - 1 + torch.arange(T, device=length.device)  # (B, T)
     if key_position is None:
@@ -257,8 +257,7 @@ def verify_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, key_position: Tensor | None = None,
     value_slot: Tensor | None = None, borrowed: Tensor | None = None, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
-    if scales[0] is not None:  # a round has tokens enough for four small launches more
-        query, _ = into_query(query, key[:, :, :0], scales[0])
+    query = into_query(query, scales[0])  # here, not in the kernels: a round has tokens enough for some launches more
     B, T, H, D = query.shape
     G, C, N = key.shape[1], key.shape[2], value.shape[2]
     given = [tensor for tensor in (query, key, value, key_position, value_slot) if tensor is not None]
@@ -281,13 +280,13 @@ def verify_attention_triton(
         G=G, GROUP=group, T=T, ROWS=rows, D=D, BLOCK=tile, TIERED=key_position is not None, MARGINAL=marginal,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    out = torch.empty_like(query)
+    out = torch.empty_like(query, dtype=query.dtype if scales[1] is None else torch.float32)
     _verify_merge_kernel[(B * T * H,)](
         out, stat, acc, lent, splits, blocks,
         G=G, GROUP=group, T=T, ROWS=rows, D=D, SPLITS=triton.next_power_of_2(splits), MARGINAL=marginal,
         num_warps=4 if splits <= 32 else 8,
     )  # fmt: skip
-    return onto_output(out, scales[1])
+    return onto_output(out, scales[1]).to(query.dtype)
 
 
 def admit_drafts_triton(position: Tensor, length: Tensor, newest_slot: Tensor, slots: Tensor) -> None:

@@ -48,7 +48,7 @@ class Settings:
     max_moves: at most that many tokens a KV head enter the critical set at a plan, see `limit_moves`; None: no limit.
     slm_budget: share of the SLM's own cache that it keeps, as H2O would; 1 keeps all. See frugal.py.
     llm_kv: how the LLM's tiers hold K and V: "exact", or "int8", half the bytes of 16-bit ones on the GPU, on the host
-        and on their way. See int8_rows.py; prompts must have 100 tokens.
+        and on their way. See int8_rows.py; prompts must have its SHORTEST tokens.
     slm_kv: how the SLM's own cache holds K and V: "exact", or "int8", half the bytes of 16-bit ones. It only ranks (and
         lends rows): the LLM's K and V are what they were. The prompt is ranked by exact ones. The whole cache, no
         drafts; prompts as above.

@@ -128,6 +128,11 @@ class SmallKV:
         layers = self.llm.config.layers
         return [layers_within(self.settings.reach, n, layers, self.slm.config.layers) for n in range(layers)]
 
+    @property
+    def at_once(self) -> int:
+        """Chunks of the LLM's that the SLM takes in one: no more than the LLM's activations."""
+        return max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
+
     # -- before the first token --
 
     def make_cache(self, lengths: list[int], capacity: int) -> TieredCache:
@@ -212,7 +217,7 @@ class SmallKV:
         Leaves a window of each to match on, or None: the map is given, or the prompt too short, and matched in the step
         that makes it long enough.
         """
-        at_once = max(1, self.llm.config.intermediate_size // self.slm.config.intermediate_size)
+        at_once = self.at_once
         n, count = len(prompts[first]), 1
         if len(chunks) == 1 and self.settings.slm_budget == 1:  # a cut cache takes in its prompts one by one
             alike = [len(prompt) == n for prompt in prompts[first : first + at_once]]

@@ -49,6 +49,8 @@ def given(kernel: str, case: str) -> tuple[Call, dict[str, list[torch.Tensor]]]:
 USES = [
     ("decode_attention", "LLM, full cache", ["out"], []),
     ("scored_attention", "SLM, logits", ["out", "score", "lse"], ["anchor"]),
+    ("decode_attention", "LLM, full cache, in 8 bits", ["out"], []),
+    ("scored_attention", "SLM, logits, in 8 bits", ["out", "score", "lse"], ["anchor"]),
     ("scored_attention", "SLM, decay 0", ["out", "score"], []),
     ("scored_attention", "SLM, decay 0.5", ["out"], ["score"]),
     ("tiered_attention", "LLM", ["out"], []),
@@ -101,9 +103,10 @@ def test_bytes_of_what_is_written_in_places():
     assert call.size == found["newest"][0].nbytes + found["length"][0].nbytes
     for case in CASES["rope_append"]:
         call, found = given("rope_append", case)
-        rows = found["out"][0].nbytes + 2 * 3 * 2 * 16 * 4  # query, and a key and a value for each KV head
+        rows = 2 * 3 * 2 * 16 * (1 if "8 bits" in case else 4)  # a key and a value for each KV head
+        rows += found["out"][0].nbytes + sum(scale.nbytes for scale in found["scales"])
         tables = 2 * 8 * 4 + found["length"][0].nbytes  # cos and sin of one position
-        slots = found["key_slot"][0].nbytes + found["newest"][0].nbytes if case == "LLM" else 0
+        slots = found["key_slot"][0].nbytes + found["newest"][0].nbytes if "LLM" in case else 0
         assert call.size == found["qkv"][0].nbytes + rows + tables + slots
 
 
@@ -222,7 +225,7 @@ def test_the_kernels_run_where_triton_does(device, capsys):
     only = ["--only", "tiered_attention,assign_slots,store_rows,add_norm,rope_append", "--backend", "triton"]
     assert bench_kernels.main([*TINY, *only, "--device", device]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["backend"] == "triton" and len(report["rows"]) == 5 + 2 + 1 + 4 + 2
+    assert report["backend"] == "triton" and len(report["rows"]) == 6 + 2 + 1 + 4 + 4
 
 
 def test_a_kernel_that_fails_is_a_row(monkeypatch, capsys):

@@ -84,7 +84,7 @@ def test_all_tiers_have_the_levels_of_the_full_cache(name, device):
     assert torch.equal(session.prefill(), full.prefill())
     cache = session.cache
     cache.finish_loading()
-    tables = (cache.host_key, cache.key_scale, full.cache.key), (cache.host_value, cache.value_scale, full.cache.value)
+    tables = (cache.host_key, cache.scale[0], full.cache.key), (cache.host_value, cache.scale[1], full.cache.value)
     for (held, scale, made), (b, n) in ((table, place) for table in tables for place in enumerate(LENGTHS)):
         prompt = made[:, b, :, :n]  # (L, G, n, D)
         assert torch.equal(scale[:, b], scales_of(prompt))
@@ -126,12 +126,18 @@ def test_attention_hardly_sees_the_rounding(device):
         assert 0 < error < 0.05, error
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
+def test_drafts_on_all_levels_make_the_tokens_of_none(device):
+    pair, prompts, settings = near_pair(device), random_prompts(*LENGTHS), by_slm(llm_kv="int8", budget=1.0)
+    session = SpeculativeSession(pair[0], SpeculativeSmallKV(*pair, settings, 3), prompts, 24)
+    assert answers_of(session, 24) == generate(pair[0], SmallKV(*pair, settings), prompts, 24)
+
+
+@pytest.mark.parametrize("drafts, marginal", [(1, False), (3, False), (3, True)])
 @torch.inference_mode()
-def test_rounds_with_drafts_keep_the_roundings(drafts, device):
+def test_rounds_with_drafts_keep_the_roundings(drafts, marginal, device):
     """Eager rounds and static ones: the same answers and levels; of each kept token the rounding of what is held."""
     prompts, backend = random_prompts(*LENGTHS), TORCH if device == "cpu" else TRITON
-    settings, pair = by_slm(llm_kv="int8"), near_pair(device)
+    settings, pair = by_slm(llm_kv="int8", marginal=marginal), near_pair(device)
     policies = [SpeculativeSmallKV(*pair, settings, drafts) for _ in range(2)]
     eager = SpeculativeSession(pair[0], policies[0], prompts, 24)
     static = StaticSpeculativeSession(backend, pair[0], policies[1], prompts, 24)
@@ -162,7 +168,7 @@ def test_a_later_outlier_is_cut_and_harms_no_other_channel(device):
     key, value = cache._put(1, *rows, span)
     expected = [encode(row, per_token(scale)) for row, scale in zip(rows, cache.scales(1))]
     assert torch.equal(key, expected[0]) and torch.equal(value, expected[1])
-    others = encode(torch.zeros_like(rows[0]), per_token(cache.key_scale[1]))
+    others = encode(torch.zeros_like(rows[0]), per_token(cache.scale[0, 1]))
     assert key[2, 1, 0, 5] == 127 and (key == others).sum() == 95
 
 
@@ -213,7 +219,7 @@ def test_what_moves_is_counted_in_bytes_of_the_host(device):
 def test_the_commands_know_it(tmp_path, capsys):
     """The embedded pair: named in one line, a quarter of fp32's bytes counted; a short prompt is one line, too."""
     assert command.main(["--llm-kv", "int8", "--device", "cpu", "--max-new-tokens", "2", "Where is Dora?"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: llm-kv int8 takes its scales from the prompt")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: llm-kv in 8 bits takes its scales from the")
     asked = ["--llm-kv", "int8", "--device", "cpu", "--max-new-tokens", "3", "--json", str(tmp_path / "r.json")]
     assert command.main([*asked, "Dora's home is in Stony Ashby. " * 30]) == 0
     assert "in 8 bits" in capsys.readouterr().err
@@ -235,6 +241,6 @@ def test_short_prompts_and_other_names_are_refused():
     with pytest.raises(ValueError, match="unknown llm-kv 'int4'; supported: exact, int8"):
         Settings(llm_kv="int4")
     policy = SmallKV(*pair, INT8["default"])
-    with pytest.raises(ValueError, match="needs 100 tokens; one has 99: llm-kv exact takes any"):
+    with pytest.raises(ValueError, match="needs 100 tokens; one has 99: leave it exact"):
         Session(pair[0], policy, random_prompts(130, 99), 4)
     assert len(generate(pair[0], policy, random_prompts(100), 4)[0]) == 4

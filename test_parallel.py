@@ -198,7 +198,7 @@ def answers(team: Team, name: str, sampler: Sampler, static, changes: dict) -> t
         policy = SmallKV(llm, slm, SETTINGS[name])
     else:
         policy = BASELINES[name](llm, command.Budget(0.2))
-    lengths = (130, 101, 157) if name == "int8" else LENGTHS  # it takes no prompt below the matching window
+    lengths = (130, 101, 157) if name == "int8" else LENGTHS  # shorter ones give no scales
     prompts, timing = strip_pads(*pad_left(random_prompts(*lengths))), Timing()
     session = StaticSession(static, llm, policy, prompts, 14) if static else Session(llm, policy, prompts, 14)
     made = list(generate_ids(session, team.sampler(sampler), 14, timing=timing))

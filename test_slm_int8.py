@@ -130,7 +130,7 @@ def test_the_cache_write_rounds_as_its_twin(tokens):
 @pytest.mark.parametrize("name", INT8)
 def test_the_slm_reads_its_prompt_exact_and_keeps_levels(name, chunk, device):
     """Prompt: head maps and scores as without; K and V are those rounded. Steps: attention on what the levels say."""
-    llm, slm = decoders(device)
+    llm, slm = tiny_decoder(intermediate_size=144, device=device), decoders(device)[1]  # two chunks at once
     prompts = random_prompts(*LENGTHS, 130)  # two of a length in a row come to the SLM together
     prompts = [prompts[i] for i in (0, 3, 1, 2)]
     exact, session = (Session(llm, SmallKV(llm, slm, settings), prompts, 30, chunk)
@@ -216,14 +216,16 @@ def test_ledgers_count_one_byte_a_number_and_the_scales(dtype, device):
     assert full.make_cache([150, 120], 158).ledger() == full.predict([150, 120], 158)["LLM"]
 
 
-def test_the_exact_prompt_is_looked_for_before_the_prefill(monkeypatch):
-    """generate.py's check knows of the K and V that are there until they are rounded."""
-    pair, needs = decoders("cpu"), {}
+def test_what_rounding_needs_is_looked_for_before_the_prefill(monkeypatch):
+    """generate.py's check knows of the exact K and V of two prompts that are read together, until they are rounded, and
+    of one layer of all tokens as a plain step has it: levels, their numbers in fp32, and these in the model's dtype."""
+    pair, needs = (tiny_decoder(intermediate_size=144), decoders("cpu")[1]), {}
+    monkeypatch.setattr(command, "AT_ONCE", 100)
     for kind in ("exact", "int8"):
         monkeypatch.setattr(command, "check_fits", lambda parts, where, kind=kind: needs.update({kind: parts}))
         check_caches_fit(SmallKV(*pair, Settings(slm_kv=kind)), [130, 101], 150)
-    config = pair[1].config
-    more = 2 * config.layers * config.kv_heads * config.head_dim * 130 * 4
+    numbers = 2 * 2 * 16  # two prompts, KV heads, head dim
+    more = 2 * 2 * numbers * 130 * 4 + numbers * 150 * 3 * 4  # K and V of two layers; K, V and one of them again
     found = [needs[kind]["prefill of the longest prompt"] for kind in ("exact", "int8")]
     assert found[1] - found[0] == more
 
@@ -254,7 +256,7 @@ def test_equal_bytes_take_less_off_for_it():
 def test_the_commands_know_it(tmp_path, capsys):
     asked = ["--slm-kv", "int8", "--device", "cpu", "--max-new-tokens", "3"]
     assert command.main([*asked, "Where is Dora?"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: slm-kv int8 takes its scales from the prompt")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: slm-kv in 8 bits takes its scales from the")
     assert command.main([*asked, "--json", str(tmp_path / "r.json"), "Dora's home is in Stony Ashby. " * 30]) == 0
     assert "SLM's K, V in 8 bits" in capsys.readouterr().err
     ledger = json.loads((tmp_path / "r.json").read_text())["smallkv"]["report"]["ledger"]
@@ -281,6 +283,6 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="slm-kv int8 goes without drafts"):
         SpeculativeSmallKV(*pair, by_slm(slm_kv="int8"), 3)
     for policy, name in ((SmallKV(*pair, INT8["default"]), "slm-kv"), (FullPolicy(pair[0], int8=True), "full cache")):
-        with pytest.raises(ValueError, match=f"{name} int8 .* needs 100 tokens; one has 99: {name} exact takes any"):
+        with pytest.raises(ValueError, match=f"{name} in 8 bits .* needs 100 tokens; one has 99: leave it exact"):
             Session(pair[0], policy, random_prompts(130, 99), 4)
         assert len(generate(pair[0], policy, random_prompts(100), 4)[0]) == 4
