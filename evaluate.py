@@ -72,8 +72,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a budget. budget: as asked for; own: the share of the tokens whose K and V what is left of it
-    for the LLM's cache pays for."""
+    """A method at a budget. budget: as asked for. own: the share of tokens that is left of it for the LLM's cache."""
 
     method: str
     budget: float
@@ -124,22 +123,20 @@ def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair)
     """Every method at every budget.
 
     equal "bytes": LLM's cache and SLM's own K and V together take the budget's share of the full LLM cache, so that
-    much is taken off the budget of a method with an SLM. The scores (fp32) are counted for nobody. Where the LLM's are
-    in 8 bits, a budget may be more than all tokens take: then all are kept, in fewer bytes than it allows.
+    much is taken off the budget of a method with an SLM, and the rest buys tokens as the LLM holds them: all, if there
+    is more than they take. The scores (fp32) are counted for nobody.
     """
+    full = token_bytes(pair.llm.config, pair.llm.dtype)
     cells = []
     for text in methods:
         method, options = parse_method(text)
         for budget in budgets if method.budgets else [1.0]:
             own = budget
             if equal == "bytes" and method.needs_slm:
-                share = token_bytes(pair.slm.config, pair.slm.dtype) / token_bytes(pair.llm.config, pair.llm.dtype)
-                share *= options.get("slm_budget", 1.0)  # of its own cache that the SLM keeps
-                if options.get("slm_kv") == "int8":
-                    share /= pair.slm.dtype.itemsize
-                own = budget - share
-                if options.get("llm_kv") == "int8":
-                    own = min(1.0, own * pair.llm.dtype.itemsize)  # a token takes so much less
+                llm, slm = (token_bytes(model.config, torch.int8 if options.get(kind) == "int8" else model.dtype)
+                            for model, kind in ((pair.llm, "llm_kv"), (pair.slm, "slm_kv")))  # fmt: skip
+                share = options.get("slm_budget", 1.0) * slm / full  # of its own cache that the SLM keeps
+                own = min(1.0, (budget - share) * full / llm)
                 if own <= 0:
                     raise ValueError(
                         f"--equal bytes: the SLM's own cache is {share:.1%} of the LLM's full cache, so a budget of "
