@@ -56,7 +56,7 @@ class Launch(NamedTuple):
 # was not measured at other numbers.
 FULL = Launch(tile=8192, warps=4, stages=3, programs=1056)  # 64 tokens at D = 128, 64 KB of shared memory
 SCORED = Launch(tile=4096, warps=4, stages=4, programs=1056)  # 64 tokens at D = 64
-# Both with int8, of six: 10.6 us at 4 x 16,896 and 20.8 at 64 x 2,304, and as SCORED 12.0 and 22.2.
+# Both with int8, of six, the first kernel: 10.6 us at 4 x 16,896 and 20.8 at 64 x 2,304, and as SCORED 12.0 and 22.2.
 INT8 = Launch(tile=8192, warps=4, stages=3, programs=1056)
 
 
