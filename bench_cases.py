@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bench_clock import random_decoder
 from bench_count import layer_bytes, layer_products, observed_bytes
-from bench_sessions import draw
 from bench_shapes import FP32, Call, Shape
 from full_cache import FullCache, ScoredCache, logits_dtype
 from graph_sides import STORE, FullSide, ScoredSide
@@ -35,9 +34,9 @@ FEW = 64  # positions of a pool where a call writes one row of each head: how ma
 
 def pools(at: Shape, config: Config, key_slots: int, value_slots: int, int8: bool) -> tuple[Tensor, Tensor, tuple]:
     """K and V of one layer; in 8 bits, and then their scales."""
-    key, value, scales = at.pool(config, key_slots), at.pool(config, value_slots), ()
+    key, value = (at.pool(config, slots, int8=int8) for slots in (key_slots, value_slots))
+    scales = ()
     if int8:
-        key, value = (draw(pool.to(torch.int8)) for pool in (key, value))
         scales = tuple(at.draw(2, at.batch, config.kv_heads, 2, config.head_dim, dtype=torch.float32, scale=0.01))
     return key, value, scales
 
@@ -172,15 +171,14 @@ def fade_memory(at: Shape) -> Call:
 def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False) -> Call:
     """`share` of the critical set of one layer. beside: on a stream of its own, beside the LLM's two large products."""
     slots, count = at.slots[0][0], max(1, round(share * at.critical))
-    rows, dtype = host_rows(at.capacity), torch.int8 if int8 else at.dtype
-    name = "pools" + ", in 8 bits" * int8
-    key, value = at.shared(name, lambda: [draw(at.pool(at.llm, slots).to(dtype)) for _ in range(2)])
-    host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=dtype)
+    name, rows = "pools" + ", in 8 bits" * int8, host_rows(at.capacity)
+    key, value = at.shared(name, lambda: [at.pool(at.llm, slots, int8=int8) for _ in range(2)])
+    host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=key.dtype)
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
                   torch.tensor(at.pairs * count, dtype=torch.int32, device=at.device))  # fmt: skip
-    size, lists = 2 * at.pairs * count * at.llm.head_dim * dtype.itemsize, [*moves]  # of K and V
+    size, lists = 2 * at.pairs * count * at.llm.head_dim * key.itemsize, [*moves]  # of K and V
 
     def bring():
         at.backend.bring_rows(key, value, *host, moves, moves)

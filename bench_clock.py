@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
+from int8_rows import LEVELS
 from model import Config, Decoder
 from parallel import Team
 from quantize import Scheme, int4_modules, put_int4
@@ -50,6 +51,11 @@ class Clock:
         work()
         self.synchronize()
         return time.perf_counter() - begin
+
+
+def draw(table: torch.Tensor) -> torch.Tensor:
+    """Random numbers in place: normal ones, or in 8 bits any level of K and V (int8_rows.py)."""
+    return table.normal_() if table.is_floating_point() else table.random_(-LEVELS, LEVELS + 1)
 
 
 def ceilings(clock: Clock) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 
 from backend import Backend
 from baselines import BASELINES
+from bench_clock import draw
 from bench_count import Setting, paper_throughput, prefill_flops, step_bytes
 from decode import FullPolicy, Session
 from evicting import Budget
@@ -106,11 +107,6 @@ def random_map(llm: Decoder, slm: Decoder, settings: Settings) -> torch.Tensor:
     """A head map (L, H) within the settings' reach."""
     near = SmallKV(llm, slm, settings).needed
     return torch.stack([torch.randint(n * slm.config.query_heads, (llm.config.query_heads,)) for n in near])
-
-
-def draw(table: torch.Tensor) -> torch.Tensor:
-    """Random K or V in place: normal, or levels of a uniform one."""
-    return table.normal_() if table.is_floating_point() else table.random_(-LEVELS, LEVELS + 1)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backend import Backend
+from bench_clock import draw
 from bench_count import Setting
 from full_cache import logits_dtype
 from graph_sides import layers_together
@@ -66,10 +67,12 @@ class Shape:
         return self.batch * self.llm.kv_heads
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype).mul_(scale)
+        table = draw(torch.empty(shape, device=self.device, dtype=dtype or self.dtype))
+        return table if scale == 1 else table.mul_(scale)
 
-    def pool(self, config: Config, slots: int, *layers: int) -> Tensor:
-        return self.draw(*layers, self.batch, config.kv_heads, slots, config.head_dim)
+    def pool(self, config: Config, slots: int, *layers: int, int8: bool = False) -> Tensor:
+        shape = *layers, self.batch, config.kv_heads, slots, config.head_dim
+        return self.draw(*shape, dtype=torch.int8 if int8 else None)
 
     def query(self, config: Config) -> Tensor:
         return self.draw(self.batch, config.query_heads, config.head_dim)

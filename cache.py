@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from full_cache import Entry, FullCache, ScoredCache, table_bytes
+from full_cache import Entry, FullCache, ScoredCache, scale_entries, table_bytes
 from host_memory import host_rows, rows_on_host
 from int8_rows import Scales, decode, encode, per_token, prompt_rows
 from kernels import column_sums, tiered_attention
@@ -328,8 +328,7 @@ class TieredCache:
             ),
             Entry("host K, V", "host", 2 * table_bytes(held, rows, host_rows(capacity), D)),
         ]
-        if int8:
-            entries.append(Entry("int8 scales", device, 2 * table_bytes(torch.float32, rows, 2, D)))
+        entries += scale_entries(config, batch, device, int8)
         if own_scores:
             entries.append(
                 Entry("scores", device, table_bytes(torch.float32, rows, capacity) + one_way * rows * capacity)

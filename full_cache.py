@@ -40,6 +40,12 @@ def table_bytes(dtype: torch.dtype, *shape: int) -> int:
     return dtype.itemsize * torch.Size(shape).numel()
 
 
+def scale_entries(config: Config, batch: int, device: str, int8: bool) -> list[Entry]:
+    """Of the scales (2, L, B, G, 2, D) fp32 of K and V in 8 bits, if they are."""
+    size = table_bytes(torch.float32, 2, config.layers, batch, config.kv_heads, 2, config.head_dim)
+    return [Entry("int8 scales", device, size)] * int8
+
+
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the logits that a model of this dtype keeps as scores."""
     return torch.float16 if dtype.itemsize == 2 else torch.float32
@@ -121,10 +127,9 @@ class FullCache:
     def predict(
         config: Config, batch: int, capacity: int, device: str, dtype: torch.dtype, int8: bool = False
     ) -> list[Entry]:
-        heads = (config.layers, batch, config.kv_heads)
-        size = 2 * table_bytes(torch.int8 if int8 else dtype, *heads, capacity, config.head_dim)
-        scales = 2 * table_bytes(torch.float32, *heads, 2, config.head_dim)
-        return [Entry("full K, V", device, size), *[Entry("int8 scales", device, scales)] * int8]
+        held = torch.int8 if int8 else dtype
+        size = table_bytes(held, config.layers, batch, config.kv_heads, capacity, config.head_dim)
+        return [Entry("full K, V", device, 2 * size), *scale_entries(config, batch, device, int8)]
 
 
 class ScoredCache(FullCache):

@@ -113,8 +113,8 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
     """The caches, as the prefill and the steps of this backend hold them, before they are allocated; on a GPU the
     host's share is checked against the host."""
     device = policy.llm.device
-    plans = [policy.predict(lengths, capacity)]
-    if backend.name == "triton" and type(policy) is SmallKV and has_static_step(policy):
+    plans, static = [policy.predict(lengths, capacity)], has_static_step(policy, backend)
+    if static and type(policy) is SmallKV:
         plans.append(policy.predict(lengths, capacity, static=True))  # what differs takes the place of the prefill's
     on_device, on_host = {}, {}
     for model, entry in ((model, entry) for plan in plans for model, ledger in plan.items() for entry in ledger):
@@ -124,7 +124,7 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
     if device.type == "cuda" and isinstance(policy, SmallKV):  # one is on its way to the host, the next is being made
         prompt *= min(2, len(lengths))
     if isinstance(policy, SmallKV):
-        prompt += rounding_bytes(policy, lengths, capacity, plain=len(plans) == 1)
+        prompt += rounding_bytes(policy, lengths, capacity, plain=not static)
     scored = max(model.config.query_heads for model in policy.models) * SCORE_BLOCK * max(lengths) * 4
     on_device["prefill of the longest prompt"] = prompt + 4 * scored  # logits, their softmax, and copies of both
     if device.type == "cpu":
@@ -137,15 +137,15 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
 def rounding_bytes(policy: SmallKV, lengths: list[int], capacity: int, plain: bool) -> int:
     """What K and V in 8 bits need beside their caches: the SLM's prompts exact until they are rounded, numbers in fp32
     while they are, and in plain steps what the levels of one layer stand for, one of K and V in fp32 too."""
-    settings, slm, most = policy.settings, policy.slm, 0
+    settings, slm, staged = policy.settings, policy.slm, 0
     if settings.slm_int8:
         together = min(policy.at_once, len(lengths)) if max(lengths) <= PREFILL_CHUNK else 1
-        most = cache_bytes(slm.config, max(lengths), together, slm.dtype.itemsize)
+        staged = cache_bytes(slm.config, max(lengths), together, slm.dtype.itemsize)
     tokens = pool_slots(settings, min(lengths), capacity)[1] * settings.llm_int8, capacity * settings.slm_int8
     layers = [len(lengths) * model.config.kv_heads * model.config.head_dim * count * (2 * model.dtype.itemsize + 4)
               for model, count in zip((policy.llm, slm), tokens)]  # fmt: skip
     rounding = 2 * 4 * AT_ONCE * (settings.slm_int8 or settings.llm_int8)
-    return most + max(rounding, *layers if plain else (0,))
+    return staged + max(rounding, *layers if plain else (0,))
 
 
 def make_session(
@@ -153,7 +153,7 @@ def make_session(
 ) -> Session:  # fmt: skip
     """With static steps or rounds, one CUDA graph each, where the backend is Triton and the policy has them; else the
     plain ones."""
-    static = backend.name == "triton" and has_static_step(policy)
+    static = has_static_step(policy, backend)
     if drafts_of(policy):
         kind = partial(StaticSpeculativeSession, backend) if static else SpeculativeSession
         return kind(pair.llm, policy, prompts, new, progress=progress)
@@ -162,13 +162,14 @@ def make_session(
     return Session(pair.llm, policy, prompts, new, progress=progress)
 
 
-def has_static_step(policy) -> bool:
-    """graph.py and graph_speculative.py know the full cache and SmallKV where `Settings.static`; their kernels three
-    head dims. Rounds of drafts need the whole cache of the SLM besides."""
+def has_static_step(policy, backend: Backend) -> bool:
+    """Whether steps are static ones, which are for Triton. graph.py and graph_speculative.py know the full cache and
+    SmallKV where `Settings.static`; their kernels three head dims. Rounds of drafts need the whole cache of the SLM
+    besides."""
     known = type(policy) in (FullPolicy, SpeculativeFull)
     if type(policy) in (SmallKV, SpeculativeSmallKV):
         known = policy.settings.static and (type(policy) is SmallKV or policy.settings.slm_budget == 1)
-    return known and all(model.config.head_dim in (32, 64, 128) for model in policy.models)
+    return backend.name == "triton" and known and all(model.config.head_dim in (32, 64, 128) for model in policy.models)
 
 
 def drafts_of(policy) -> int:
@@ -313,7 +314,7 @@ def backend_line(pair: Pair, policy, backend: Backend) -> str:
     """What runs, in one line: nothing is chosen silently."""
     device = pair.llm.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    static = backend.name == "triton" and has_static_step(policy)
+    static = has_static_step(policy, backend)
     steps = "Triton kernels in a CUDA graph" if static else f"PyTorch {torch.__version__} attention"
     moving = "none (one tier)"
     if isinstance(policy, SmallKV):

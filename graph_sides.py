@@ -61,9 +61,9 @@ class ScoredSide:
 
     With decay 0 and no rows to lend (the default: fused scores) the score of the cache holds logits from the first step
     on, up to each length, fp16 for 16-bit models, else fp32. The attention row is 2 ** (score - lse), lse (L', B, H')
-    fp32: `sum_scores` takes both. Both are less anchor (L', B, H') fp32, the log of each head's sum in
-    the step before; the first step makes its own, by attending twice. Else lse and anchor are None, and the score is
-    what ScoredCache says.
+    fp32: `sum_scores` takes both. Both are less anchor (L', B, H') fp32, the log of each head's sum in the step before;
+    the first step makes its own, by attending twice. Else lse and anchor are None, and the score is what ScoredCache
+    says.
     """
 
     def __init__(self, cache, backend: Backend, length: Tensor, keep_row: bool):

@@ -151,7 +151,7 @@ def test_static_session_is_a_session(name, device):
     sessions = []
     for where, kind in (("cpu", Session), (device, partial(StaticSession, TORCH if device == "cpu" else TRITON))):
         pair = decoders(where, head_dim=32)
-        assert has_static_step(SmallKV(*pair, settings))
+        assert has_static_step(SmallKV(*pair, settings), TRITON)
         session = kind(pair[0], SmallKV(*pair, settings), prompts, 12)
         sessions.append((session, list(generate_ids(session, sampler, 12))))
     (plain, expected), (static, made) = sessions

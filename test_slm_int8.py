@@ -123,6 +123,26 @@ def test_the_cache_write_rounds_as_its_twin(tokens):
             assert (pool != 0).any(-1).sum() <= B * G * tokens and (pool.abs() == 127).any()
 
 
+def test_what_lies_half_way_is_rounded_as_the_twin_does():
+    """Half to even, of numbers that the rotation leaves as they are; and some beyond the last level are among them."""
+    B, H, G, D, S = 3, 6, 2, 32, 9
+    scales = [torch.rand(B, G, 2, D, generator=torch.Generator().manual_seed(seed)) + 0.01 for seed in (1, 2)]
+    level = torch.randint(-300, 300, (2, B, G, D), generator=torch.Generator().manual_seed(0)) / 2
+    width, zero = torch.stack(scales).unbind(3)  # (2, B, G, D) each
+    rows = (level * width + zero).transpose(0, 1).flatten(1)  # (B, 2G D)
+    qkv, scales = torch.cat((torch.ones(B, H * D), rows), 1).to(HERE), tuple(scale.to(HERE) for scale in scales)
+    cos, sin = torch.ones(S, D // 2, device=HERE), torch.zeros(S, D // 2, device=HERE)
+    length, tables = torch.tensor([1, 5, 9], dtype=torch.int32, device=HERE), []
+    for rope in (kernels_layer.rope_append_torch, kernels_layer.rope_append_triton):
+        pools = torch.zeros(2, B, G, S, D, dtype=torch.int8, device=HERE)
+        rope(qkv, cos, sin, length, None, *pools, scales=scales)
+        tables.append(pools.cpu())
+    assert torch.equal(tables[1], tables[0])
+    for b, n in enumerate((1, 5, 9)):
+        held = tables[0][:, b, :, n - 1].float()  # (2, G, D)
+        assert ((held - level[:, b].clamp(-127, 127)).abs() <= 0.51).all() and (held.abs() == 127).any()
+
+
 # ---- Caches and steps ------------------------------------------------------------------------------------------------
 
 
