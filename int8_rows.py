@@ -11,7 +11,13 @@ what a later token has beyond them is cut off. All numbers are taken to be finit
 
 Attention takes levels as they are. No softmax sees K's zero points, which add the same to every token's logit, and its
 scales go into the query (`into_query`); V's scales and zero points meet the output, since weights sum to 1
-(`onto_output`). So a kernel turns a level into a number of the query's dtype, and that is all.
+(`onto_output`).
+
+In a decode step's kernels nothing is left to do for each level of K: the query is rounded to 15 bits, which are two
+numbers of 8 bits, and tensor cores multiply these with levels (`query_levels`, `level_products`); what that rounds is
+at most a hundredth of what K lost to its own levels. Levels of V are read in pairs, 16 bits as the tensor cores' loads
+want them, and two operations on bits make fp16 numbers of them (`value_pairs`): a level at a time would be one load of
+a byte from shared memory each, and a conversion that runs at a quarter of the speed.
 
 Shapes follow the legend in model.py.
 """
@@ -25,7 +31,9 @@ from torch import Tensor
 
 AT_ONCE = 1 << 24  # numbers of a prompt that are rounded together: in fp32 they take 64 MB, twice
 LEVELS = 127  # to either side of zero
+QUERY_LEVELS = 127 * 128  # of a query's largest number: 128 * high + low, high in -127..127, low in -64..63
 SHORTEST = 100  # tokens of a prompt whose range is taken for that of what follows
+FAINT = 1e-30  # a query whose largest number is below: its unit stays a normal fp32 number
 ROOM = 1.25  # how much wider than in the prompt a channel's range may get
 Scales = tuple[Tensor | None, Tensor | None]  # K's and V's, fp32 (..., 2, D), where rows are int8; else None
 
@@ -86,6 +94,15 @@ def into_query(query: Tensor, scales: Tensor | None) -> Tensor:
     return grouped.flatten(2, 3).to(query.dtype)
 
 
+def rounded_query(query: Tensor, scales: Tensor | None) -> Tensor:
+    """`into_query` in the 15 bits in which a decode step's kernels take it."""
+    if scales is None:
+        return query
+    folded = into_query(query.float(), scales)
+    unit = folded.abs().amax(-1, keepdim=True).clamp(min=FAINT) * (1 / QUERY_LEVELS)
+    return ((folded / unit).round() * unit).to(query.dtype)
+
+
 def onto_output(out: Tensor, scales: Tensor | None) -> Tensor:
     """Attention (B, T, H, D) on V's levels -> on V; scales: V's, (B, G, 2, D)."""
     if scales is None:
@@ -100,3 +117,34 @@ def levels(row, scale, zero, LEVELS: tl.constexpr):
     level = tl.minimum(tl.maximum(tl.div_rn(row - zero, scale), -LEVELS), LEVELS)
     # Numbers near 1.5 * 2**23 have no fraction: adding that rounds, half to even as torch.round does.
     return ((level + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
+def query_levels(query, scale, QUERY_LEVELS: tl.constexpr, FAINT: tl.constexpr):
+    """`rounded_query` inside a kernel, (ROWS, D) with K's scales (D,): high and low int8, unit (ROWS,) fp32; the query
+    is (128 * high + low) * unit."""
+    query = query.to(tl.float32) * scale
+    unit = tl.maximum(tl.max(tl.abs(query), 1), FAINT) * (1 / QUERY_LEVELS)
+    level = tl.div_rn(query, tl.broadcast_to(unit[:, None], query.shape))
+    level = ((level + 12582912.0) - 12582912.0).to(tl.int32)  # as in `levels`
+    high = (level + 64) >> 7
+    return high.to(tl.int8), (level - (high << 7)).to(tl.int8), unit
+
+
+@triton.jit
+def level_products(high, low, key):
+    """Of a query and keys (BLOCK, D), all levels: (ROWS, BLOCK) fp32, in units."""
+    key = tl.trans(key)
+    return (tl.dot(high, key) * 128 + tl.dot(low, key)).to(tl.float32)
+
+
+@triton.jit
+def value_pairs(pair, dtype: tl.constexpr):
+    """Levels that were read two at a time, (BLOCK, D/2) int16: those of even channels and those of odd ones, in fp16,
+    or in fp32 if that is the model's dtype."""
+    # 0x6400 is 1024 in fp16, whose last bits are ones; and a level with its sign bit turned is 128 + level.
+    even = ((pair & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    odd = (((pair >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    if dtype == tl.float32:
+        even, odd = even.to(tl.float32), odd.to(tl.float32)
+    return even, odd

@@ -35,7 +35,17 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
-from int8_rows import Scales, into_query, onto_output
+from int8_rows import (
+    FAINT,
+    QUERY_LEVELS,
+    Scales,
+    level_products,
+    onto_output,
+    query_levels,
+    rounded_query,
+    value_pairs,
+)
+from kernels_scores import whole_loads
 
 LOG2_E = math.log2(math.e)  # logits as powers of two: exp2 is one instruction
 CHUNK = 2048  # tokens whose logits one program of the merge turns into probabilities
@@ -52,12 +62,15 @@ class Launch(NamedTuple):
     programs: int
 
 
-# On an H100, 132 multiprocessors, bf16. SCORED was FULL as well: 24.3 us at 4 x 16,896, with the new numbers 23.5. FULL
-# was not measured at other numbers.
-FULL = Launch(tile=8192, warps=4, stages=3, programs=1056)  # 64 tokens at D = 128, 64 KB of shared memory
-SCORED = Launch(tile=4096, warps=4, stages=4, programs=1056)  # 64 tokens at D = 64
-# Both with int8, of six, the first kernel: 10.6 us at 4 x 16,896 and 20.8 at 64 x 2,304, and as SCORED 12.0 and 22.2.
-INT8 = Launch(tile=8192, warps=4, stages=3, programs=1056)
+# On an H100, 132 multiprocessors, with 16-bit queries, at 32 x 16,384, 64 x 2,048 and 4 x 16,384, in us:
+#   FULL         378.6, 109.6 and 57.9 as (8192, 4, 3, 1056); so 366.5, 103.6 and 54.8
+#   SCORED       108.4, 35.1 and 21.0 as (4096, 4, 4, 1056); so 107.9, 34.2 and 19.9
+#   FULL_INT8    207.7, 69.7 and 40.5 as (8192, 4, 3, 1056); so 196.4, 62.5 and 39.5
+#   SCORED_INT8  64.0, 26.4 and 16.1 with 1056 programs; so 62.8, 22.6 and 15.6
+FULL = Launch(tile=4096, warps=2, stages=3, programs=660)  # 32 tokens at D = 128
+SCORED = Launch(tile=4096, warps=2, stages=3, programs=660)
+FULL_INT8 = Launch(tile=8192, warps=2, stages=3, programs=660)
+SCORED_INT8 = Launch(tile=8192, warps=4, stages=3, programs=528)
 
 
 # ---- The twins -------------------------------------------------------------------------------------------------------
@@ -80,7 +93,8 @@ def scored_attention_torch(
     """`decode_attention`, and score = decay * score + attention row in place, on the tokens seen.
 
     score and row are (B, H, S) fp32; row, if given, takes the attention row itself (marginal tokens borrow it). With
-    decay 0 the old score is not read. What lies beyond a length is neither read nor written.
+    decay 0 the old score is not read. What lies beyond a length is neither read nor written, but for logits: where
+    S is a multiple of 16 they may be written up to the next one.
 
     lse and anchor (B, H) fp32, if given: score, fp32 or fp16, takes the logits as powers of two and lse the base-2 log
     of each head's sum, both less anchor, which takes that log: the attention row is 2 ** (score - lse). That needs
@@ -90,7 +104,7 @@ def scored_attention_torch(
     out, probability = _full_step(query, key, value, length, scales)
     seen = (torch.arange(score.shape[-1], device=score.device) < length[:, None])[:, None].expand_as(score)
     if lse is not None:
-        logit = _logits(into_query(query[:, None], scales[0]), key.to(query.dtype))
+        logit = _logits(rounded_query(query[:, None], scales[0]), key.to(query.dtype))
         total = logit.masked_fill(~seen, -torch.inf).logsumexp(-1) * LOG2_E
         shifted = logit * LOG2_E - anchor[..., None]
         if score.dtype == torch.float16:
@@ -109,7 +123,7 @@ def _full_step(
     query: Tensor, key: Tensor, value: Tensor, length: Tensor, scales: Scales
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, D) and row (B, H, S)."""
-    query = into_query(query[:, None], scales[0])  # (B, 1, H, D)
+    query = rounded_query(query[:, None], scales[0])  # (B, 1, H, D)
     key, value = key.to(query.dtype), value.to(query.dtype)
     unseen = torch.arange(value.shape[2], device=value.device) >= length[:, None]  # (B, S)
     value = value.masked_fill(unseen[:, None, :, None], 0)  # unseen columns weigh 0, and 0 * NaN is NaN
@@ -130,34 +144,44 @@ def _logits(query: Tensor, key: Tensor) -> Tensor:
 @triton.jit
 def _full_split_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, length_ptr, logit_ptr, stat_ptr, acc_ptr, anchor_ptr, k_batch, k_head,
-    logit_batch, logit_head, scale, splits, size,
+    v_batch, v_head, logit_batch, logit_head, scale, splits, size,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SCORED: tl.constexpr, LSE: tl.constexpr, HALF_MAX: tl.constexpr, INT8: tl.constexpr,
+    SCORED: tl.constexpr, LSE: tl.constexpr, HALF_MAX: tl.constexpr, ALIGNED: tl.constexpr, INT8: tl.constexpr,
+    QUERY_LEVELS: tl.constexpr, FAINT: tl.constexpr,
 ):  # fmt: skip
-    """One split of one KV head: max, sum and unscaled output of its ROWS query heads (GROUP of them are real)."""
+    """One split of one KV head: max, sum and unscaled output of its ROWS query heads (GROUP of them are real).
+
+    INT8: v_ptr has two levels in each number, and `acc` the even channels of a row before the odd ones.
+    """
     pair, split = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
     row, dim = tl.arange(0, ROWS), tl.arange(0, D)
+    WIDTH: tl.constexpr = D // 2 if INT8 else D  # numbers of a row of V
+    column = tl.arange(0, WIDTH)
     real = row < GROUP
     query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
     length = tl.load(length_ptr + b)  # on its way together with the query
     if INT8:
-        query = (query.to(tl.float32) * tl.load(k_scale_ptr + pair * 2 * D + dim)).to(query.dtype)
+        high, low, unit = query_levels(query, tl.load(k_scale_ptr + pair * 2 * D + dim), QUERY_LEVELS, FAINT)
+        unit *= scale
     if LSE:
         anchor = tl.load(anchor_ptr + pair * GROUP + row, mask=real, other=0.0)
     start = split * size
     if start >= length:
         return
-    base = b.to(tl.int64) * k_batch + g * k_head
+    keys = k_ptr + b.to(tl.int64) * k_batch + g * k_head
+    values = v_ptr + b.to(tl.int64) * v_batch + g * v_head
     top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)  # summed up at the end: a sum over the warps waits for all of them
+    acc, odd_acc = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
     for at in range(start, tl.minimum(start + size, length), BLOCK):
         token = at + tl.arange(0, BLOCK)
         seen = token < length
-        cell = base + token[:, None] * D + dim  # (BLOCK, D)
-        key = tl.load(k_ptr + cell, mask=seen[:, None], other=0.0)
-        logit = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee") * scale  # (ROWS, BLOCK)
+        key = tl.load(keys + token[:, None] * D + dim, mask=seen[:, None], other=0.0)  # (BLOCK, D)
+        if INT8:
+            logit = level_products(high, low, key) * unit[:, None]  # (ROWS, BLOCK)
+        else:
+            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         logit = tl.where(seen, logit, -float("inf"))
         if SCORED:
             line = b.to(tl.int64) * logit_batch + (g * GROUP + row) * logit_head
@@ -166,19 +190,25 @@ def _full_split_kernel(
                 kept = logit - anchor[:, None]
                 if logit_ptr.dtype.element_ty == tl.float16:
                     kept = tl.minimum(kept, HALF_MAX)
-            tl.store(logit_ptr + line[:, None] + token, kept.to(logit_ptr.dtype.element_ty), mask=real[:, None] & seen)
+            tl.store(logit_ptr + line[:, None] + token, kept.to(logit_ptr.dtype.element_ty),
+                     mask=real[:, None] & (token < whole_loads(length, ALIGNED)))  # fmt: skip
         higher = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp2(logit - higher[:, None])
         shrink = tl.exp2(top - higher)
-        value = tl.load(v_ptr + cell, mask=seen[:, None], other=0.0).to(query.dtype)
+        value = tl.load(values + token[:, None] * WIDTH + column, mask=seen[:, None], other=0.0)
+        if INT8:
+            value, odd = value_pairs(value, query.dtype)
+            odd_acc = odd_acc * shrink[:, None] + tl.dot(weight.to(odd.dtype), odd, input_precision="ieee")
         acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        total = total * shrink + tl.sum(weight, 1)
+        total = total * shrink[:, None] + weight
         top = higher
     stat = stat_ptr + (pair * GROUP + row) * 2 * splits + split
     tl.store(stat, top, mask=real)
-    tl.store(stat + splits, total, mask=real)
+    tl.store(stat + splits, tl.sum(total, 1), mask=real)
     part = (pair * splits + split).to(tl.int64) * GROUP + row
-    tl.store(acc_ptr + part[:, None] * D + dim, acc, mask=real[:, None])
+    tl.store(acc_ptr + part[:, None] * D + column, acc, mask=real[:, None])
+    if INT8:
+        tl.store(acc_ptr + part[:, None] * D + WIDTH + column, odd_acc, mask=real[:, None])
 
 
 @triton.jit
@@ -220,10 +250,12 @@ def _merge_kernel(
         part = (pair * splits + split).to(tl.int64) * GROUP + head % GROUP
         acc = tl.load(acc_ptr + part[:, None] * D + dim, mask=live[:, None], other=0.0)  # (SPLITS, D)
         out = tl.sum(acc * shrink[:, None], 0) * scale
+        channel = dim
         if INT8:
-            of_channel = v_scale_ptr + pair * 2 * D + dim
+            channel = dim % (D // 2) * 2 + dim // (D // 2)
+            of_channel = v_scale_ptr + pair * 2 * D + channel
             out = out * tl.load(of_channel) + tl.load(of_channel + D)
-        tl.store(out_ptr + head * D + dim, out.to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + head * D + channel, out.to(out_ptr.dtype.element_ty))
     if LSE:
         log = top + tl.log2(total)
         tl.store(lse_ptr + head, log - tl.load(anchor_ptr + head))
@@ -270,7 +302,8 @@ def _full_triton(query, key, value, length, scales, score=None, decay=0.0, row=N
     int8 = scales[0] is not None
     assert query.is_contiguous() and all(scale.is_contiguous() for scale in scales if int8)
     key_scale, value_scale = scales if int8 else (query, query)  # not read
-    launch = INT8 if int8 else FULL if score is None else SCORED
+    values = value.view(torch.int16) if int8 else value
+    launch = (FULL_INT8 if int8 else FULL) if score is None else (SCORED_INT8 if int8 else SCORED)
     group, block = H // G, launch.tile // D
     split = split_size(B * G, S, block, launch.programs)
     rows, splits = max(16, triton.next_power_of_2(group)), triton.cdiv(S, split)
@@ -278,10 +311,11 @@ def _full_triton(query, key, value, length, scales, score=None, decay=0.0, row=N
     scored = score is not None and lse is None  # the merge makes the scores
     logit = scratch(query, B, H, S) if scored else stat if score is None else score
     _full_split_kernel[(B * G, splits)](
-        query, key, value, key_scale, length, logit, stat, acc, stat if lse is None else anchor, *key.stride()[:2],
-        *logit.stride()[:2], logit_scale(D), splits, split,
+        query, key, values, key_scale, length, logit, stat, acc, stat if lse is None else anchor, *key.stride()[:2],
+        *values.stride()[:2], *logit.stride()[:2], logit_scale(D), splits, split,
         G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None, LSE=lse is not None, HALF_MAX=HALF_MAX,
-        INT8=int8, num_warps=launch.warps, num_stages=stages(launch, query),
+        ALIGNED=S % 16 == 0, INT8=int8, QUERY_LEVELS=QUERY_LEVELS, FAINT=FAINT, num_warps=launch.warps,
+        num_stages=stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
     strides = score.stride()[:2] if scored else (0, 0)

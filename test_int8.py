@@ -16,7 +16,7 @@ from conftest import by_slm, check_ledgers, random_prompts
 from decode import FullPolicy, Session, generate
 from graph_speculative import StaticSpeculativeSession
 from host_memory import host_rows
-from int8_rows import decode, encode, per_token, scales_of
+from int8_rows import QUERY_LEVELS, decode, encode, into_query, per_token, rounded_query, scales_of
 from model import Span
 from settings import Settings
 from smallkv import SmallKV
@@ -47,6 +47,23 @@ def on_levels(pools, device):
     return held, tuple(scales), [decode(rows, per_token(scale), torch.float32) for rows, scale in zip(held, scales)]
 
 
+def as_taken(query, key_scale):
+    """A query (B, H, D) in fp32 as a decode step's kernels see it: rounded after K's scales (B, G, 2, D) went in."""
+    rounded = rounded_query(query.float()[:, None], key_scale)[:, 0]
+    return (rounded.unflatten(1, (key_scale.shape[1], -1)) / key_scale[:, :, :1]).flatten(1, 2)
+
+
+def test_a_query_is_rounded_to_15_bits(device):
+    """Of its largest number, after K's scales: no number moves by more than half a unit, and some do by nearly that; a
+    query of zeros stays one."""
+    query, scale = randn(3, 1, 6, 64, device=device), randn(3, 2, 2, 64, seed=1, device=device)
+    query[1, 0, 2] = 0
+    exact, rounded = into_query(query, scale).double(), rounded_query(query, scale).double()
+    unit = exact.abs().amax(-1, keepdim=True) / QUERY_LEVELS
+    apart = ((rounded - exact).abs() / unit).nan_to_num()
+    assert 0.49 < apart.max() < 0.51 and torch.equal(rounded[1, 0, 2], exact[1, 0, 2])
+
+
 @pytest.mark.parametrize("tokens", [None, 1, 5])
 @pytest.mark.parametrize("critical, marginal, group", cases(
     (1, 110, 3), (63, 48, 7), (257, 0, 1), gpu=[(1, 0, 1), (257, 300, 3), (257, 0, 7)]))  # fmt: skip
@@ -66,7 +83,8 @@ def test_attention_on_the_tiers_levels_equals_its_twin(critical, marginal, group
         else:
             attentions = kernels_eq6.tiered_attention_torch, kernels_eq6.tiered_attention_triton
         more = [() if tokens else (memory,) for memory in memories]
-        truth = attentions[0](query.float(), *exact, *tables, *more[0])
+        taken = query.float() if tokens else as_taken(query, scales[0])
+        truth = attentions[0](taken, *exact, *tables, *more[0])
         twin = attentions[0](query.float(), *held, *tables, *more[1], scales=scales)
         close(twin, truth)
         close(attentions[1](query, *held, *tables, *more[2], scales=scales), twin, dtype)
@@ -92,7 +110,7 @@ def test_all_tiers_have_the_levels_of_the_full_cache(name, device):
     for number in range(24):
         session.step([number, 2 * number, 3 * number])
         pools = (cache.key, cache.key_position, cache.host_key), (cache.value, cache.value_position, cache.host_value)
-        for pool, position, held in pools:
+        for kind, (pool, position, held) in enumerate(pools):
             for b, n in enumerate(session.lengths):
                 rows, token = pool[:, b], position[:, b].long()  # (L, G, slots, D), (L, G, slots)
                 level = held[:, b].gather(2, token.clamp(min=0)[..., None].expand_as(rows))
@@ -100,7 +118,7 @@ def test_all_tiers_have_the_levels_of_the_full_cache(name, device):
                 assert torch.equal(rows[written], level[written])
                 assert (token[written] >= LENGTHS[b]).any() == (n > LENGTHS[b] + 1)
                 made = rows[token == n - 1].unflatten(0, (*cache.newest.shape[1:2], -1))  # (L, G, D)
-                assert torch.equal(made, cache.newest[int(held is cache.host_value), :, b])
+                assert torch.equal(made, cache.newest[kind, :, b])
 
 
 @pytest.mark.parametrize("name", ["default", "marginal", "refresh, moves"])
