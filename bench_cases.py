@@ -67,7 +67,7 @@ def tiered_attention(at: Shape, marginal: bool, remembered: bool, int8: bool = F
     tokens = size.critical + size.marginal
     query, (key, value, scales) = at.query(at.llm), pools(at, at.llm, slots, value_slots, int8)
     position, lent = at.positions(size.critical, slots), []
-    memory, added = at.memory() if remembered else None, remembered * FP32 * at.pairs * size.critical
+    memory, added = at.memory() if remembered else None, remembered * at.remembered.itemsize * at.pairs * size.critical
     if marginal:
         where = at.pick(tokens, tokens)
         value_slot = F.pad(where[..., : size.critical], (0, slots - size.critical)).contiguous()
@@ -103,7 +103,8 @@ def sum_scores(at: Shape, single: bool) -> Call:
     """By logits, as in a step with fused scores. single: of one layer, as where the next needs more of the SLM."""
     L = 1 if single else at.together
     score, memory, (index, rows) = at.ranking().log2_().to(logits_dtype(at.dtype)), at.memory(L), at.matched(L)
-    total, lse = torch.empty_like(memory), torch.zeros(score.shape[:3], device=at.device)
+    total = torch.empty(memory.shape, device=at.device)
+    lse = torch.zeros(score.shape[:3], device=at.device)
     seen, made = memory[..., : at.tokens], total[..., : at.tokens]
     return Call(lambda: at.backend.sum_scores(score, index, at.length, total, lse, memory, Settings.score_decay),
                 [rows, lse, index, at.length, seen], [made], layers=L)  # fmt: skip
@@ -118,7 +119,7 @@ def plan_layers(at: Shape, share: float, single: bool) -> Call:
     order, totals = at.pick(at.critical - recent + moving, older, L).long(), []
     for first in (0, moving):
         among = order[..., first : first + at.critical - recent]
-        totals.append(at.memory(L).scatter_add_(-1, among, torch.ones_like(among, dtype=torch.float32)))
+        totals.append(at.memory(L).float().scatter_add_(-1, among, torch.ones_like(among, dtype=torch.float32)))
     tier = torch.zeros(memory.shape, dtype=torch.int8, device=at.device)
     sizes = torch.zeros(at.capacity + 1, 3, dtype=torch.int32, device=at.device)
     sizes[at.tokens, 0], sizes[at.tokens, 1] = at.critical, recent
@@ -173,7 +174,7 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
     slots, count = at.slots[0][0], max(1, round(share * at.critical))
     name, rows = "pools" + ", in 8 bits" * int8, host_rows(at.capacity)
     key, value = at.shared(name, lambda: [at.pool(at.llm, slots, int8=int8) for _ in range(2)])
-    host = at.on_host(at.batch, at.llm.kv_heads, rows, at.llm.head_dim, dtype=key.dtype)
+    host = at.on_host(at.batch, at.llm.kv_heads, rows, 2, at.llm.head_dim, dtype=key.dtype)
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
@@ -181,7 +182,7 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
     size, lists = 2 * at.pairs * count * at.llm.head_dim * key.itemsize, [*moves]  # of K and V
 
     def bring():
-        at.backend.bring_rows(key, value, *host, moves, moves)
+        at.backend.bring_rows(key, value, host, moves)
 
     if not beside:
         return Call(bring, lists, [size], pcie=size)
@@ -204,9 +205,9 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
 
 def store_rows(at: Shape) -> Call:
     newest = at.draw(2, STORE, at.batch, 1, at.llm.kv_heads, at.llm.head_dim)
-    host = at.on_host(*newest.shape[1:3], at.llm.kv_heads, host_rows(FEW), at.llm.head_dim, dtype=at.dtype)
+    host = at.on_host(*newest.shape[1:3], at.llm.kv_heads, host_rows(FEW), 2, at.llm.head_dim, dtype=at.dtype)
     length = torch.full_like(at.length, FEW)
-    return Call(lambda: at.backend.store_rows(newest, *host, length), [newest, length], [], pcie=newest.nbytes,
+    return Call(lambda: at.backend.store_rows(newest, host, length), [newest, length], [], pcie=newest.nbytes,
                 layers=STORE)  # fmt: skip
 
 
@@ -305,7 +306,7 @@ def tiers(at: Shape) -> tuple[Callable, list[Tensor | int]]:
         return at.backend.tiered_attention(query, *pools, position[layer], None, None, memory[layer])
 
     held = [pool[:, :, :, : at.critical] for pool in (key, value)]
-    return attend, [*held, position, FP32 * L * at.pairs * at.critical]
+    return attend, [*held, position, at.remembered.itemsize * L * at.pairs * at.critical]
 
 
 # ---- All of them -----------------------------------------------------------------------------------------------------

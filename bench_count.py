@@ -87,16 +87,17 @@ def observed_bytes(slm: Config, itemsize: int, int4: bool) -> int:
 
 def step_bytes(
     llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None, marginal: bool,
-    int4: tuple[bool, bool] = (False, False), fused: bool = False, slm_budget: float = 1.0, drafts: bool = False,
+    int4: tuple[bool, bool] = (False, False), memory: int = 0, slm_budget: float = 1.0, drafts: bool = False,
     logits: bool = False, int8: tuple[bool, bool] = (False, False),
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that one decode step cannot avoid to read, by kind; size None is the full cache, slm None a method without.
 
     The LLM's output projection counts, its embedding does not (one row a token); of the SLM neither, and nothing after
     its last attention, but with drafts its layers are read whole. Scores are read once by the plan, and with a marginal
-    tier the rows are those lent; fused, the LLM's memory too. int4: whether the layers of LLM and SLM are INT4, with
-    their scales and zeros. slm_budget: below 1 the SLM's K, V and scores are those of the tokens that it keeps, and
-    what H2O's rule reads of each comes to it: attention gathered and position. logits: the SLM's scores are its newest
+    tier the rows are those lent. int4: whether the layers of LLM and SLM are INT4, with their scales and zeros. memory:
+    bytes of a number in the LLM's own scores, which fused ones read too; 0: not fused. slm_budget: below 1 the SLM's K,
+    V and scores are those of the tokens that it keeps, and what H2O's rule reads of each comes to it: attention
+    gathered and position. logits: the SLM's scores are its newest
     row's, with no more bits than the weights (full_cache.hold_logits). int8: whether the K and V of LLM and SLM are in
     8 bits.
     """
@@ -117,7 +118,7 @@ def step_bytes(
         "LLM K, V": held,
         "SLM weights": layers[1] if drafts else observed_bytes(slm, itemsize, int4[1]),
         "SLM K, V": cache_bytes(slm, kept, batch, number[1]),
-        "scores": scores + 4 * fused * llm.layers * llm.kv_heads * length * batch,
+        "scores": scores + memory * llm.layers * llm.kv_heads * length * batch,
     }
     return found if slm_budget == 1 else found | {"SLM slots": 2 * numbers * slm.kv_heads}
 

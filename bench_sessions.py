@@ -17,7 +17,7 @@ from bench_count import Setting, paper_throughput, prefill_flops, step_bytes
 from decode import FullPolicy, Session
 from evicting import Budget
 from frugal import Prompt
-from full_cache import FullCache
+from full_cache import FullCache, memory_dtype
 from graph import Step
 from int8_rows import LEVELS
 from match import HeadMap
@@ -127,8 +127,8 @@ def fill(session: Session) -> torch.Tensor:
             policy.slm_cache.load(b, staged, length)
         if policy.own_scores:
             cache.score.zero_()
-        some = draw(torch.empty(cache.host_key.shape[2:], device=device, dtype=cache.key.dtype))  # of one sequence
-        for host in (*cache.host_key.flatten(0, 1), *cache.host_value.flatten(0, 1)):
+        some = draw(torch.empty(cache.host.shape[2:], device=device, dtype=cache.key.dtype))  # of one sequence
+        for host in cache.host.flatten(0, 1):
             host.copy_(some, non_blocking=True)
         if device.type == "cuda":
             torch.cuda.synchronize()  # what reads the host next does not wait for these copies
@@ -190,13 +190,14 @@ def row(method, models, setting, settings, length, laps, ttft, turnover, moved) 
     int8 = (settings.llm_int8, settings.slm_int8) if slm else ("int8" in method, False)
     row_bytes = llm.head_dim * (1 if settings.llm_int8 else models[0].dtype.itemsize)
     per_plan = settings.planned(length).critical * setting.batch * llm.layers * llm.kv_heads
+    memory = settings.fused * memory_dtype(models[0].dtype, settings.score_decay).itemsize
     out = {
         "method": method, "setting": setting.name, "length": length, "tpot_s": tpot,
         "tpot_p10_p90": [cuts[0], cuts[-1]],
         "tokens_s": setting.batch / tpot, "ttft_s": ttft, "turnover_asked": turnover,
         "turnover": moved[0] * settings.refresh / per_plan if slm else None, "pcie_bytes_step": sum(moved) * row_bytes,
         "step_bytes": step_bytes(llm, slm, setting.batch, length, models[0].dtype.itemsize, size, settings.marginal,
-                                 tuple(bool(int4_modules(model)) for model in models), settings.fused,
+                                 tuple(bool(int4_modules(model)) for model in models), memory,
                                  settings.slm_budget, logits=settings.logits and method == "smallkv-graph",
                                  int8=int8),
         "prefill_flops": prefill_flops(llm, slm, setting.batch, setting.prompt),

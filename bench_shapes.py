@@ -15,7 +15,7 @@ from torch import Tensor
 from backend import Backend
 from bench_clock import draw
 from bench_count import Setting
-from full_cache import logits_dtype
+from full_cache import logits_dtype, memory_dtype
 from graph_sides import layers_together
 from host_memory import rows_on_host
 from model import Config, Decoder
@@ -51,6 +51,7 @@ class Shape:
         """decoders: those made so far by name, llm or slm; the settings of a run share them."""
         self.backend, self.device, self.decoders, (self.llm, self.slm) = backend, device, decoders, configs
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.remembered = memory_dtype(self.dtype, Settings.score_decay)
         self.batch, self.capacity = setting.batch, setting.prompt + setting.new
         self.tokens = setting.prompt + (setting.new + 1) // 2  # of each sequence, the newest included
         self.length = torch.full((self.batch,), self.tokens, dtype=torch.int32, device=device)
@@ -88,7 +89,8 @@ class Shape:
 
     def memory(self, *layers: int) -> Tensor:
         """Scores of the LLM's tokens, (..., B, G, S)."""
-        return torch.rand(*layers, self.batch, self.llm.kv_heads, self.capacity, device=self.device) / self.tokens
+        rows = torch.rand(*layers, self.batch, self.llm.kv_heads, self.capacity, device=self.device) / self.tokens
+        return rows.to(self.remembered)
 
     def ranking(self) -> Tensor:
         """The SLM's newest rows (L', B, H', S), as uneven as attention."""
@@ -109,6 +111,6 @@ class Shape:
             self.held[name] = make()
         return self.held[name]
 
-    def on_host(self, *shape: int, dtype: torch.dtype) -> list[Tensor]:
+    def on_host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """K and V on the host; nobody looks at the numbers."""
-        return self.shared(f"host, {dtype}", lambda: [rows_on_host(shape, dtype, self.device) for _ in range(2)])
+        return self.shared(f"host, {dtype}", lambda: [rows_on_host(shape, dtype, self.device)])[0]

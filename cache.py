@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from full_cache import Entry, FullCache, ScoredCache, scale_entries, table_bytes
+from full_cache import Entry, FullCache, ScoredCache, memory_dtype, scale_entries, table_bytes
 from host_memory import host_rows, rows_on_host
 from int8_rows import Scales, decode, encode, per_token, prompt_rows
 from kernels import column_sums, tiered_attention
@@ -68,9 +68,10 @@ class TieredCache:
     On the device there are two pools of slots, sized by the budget: the K pool (L, B, G, C, D) holds the keys of
     critical tokens, the V pool (L, B, G, N, D) the values of critical and marginal tokens. A token is critical if it is
     in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token
-    (L, B, G, S', D), S' rows for S positions (host_memory.py), written once when the token is made; so leaving a pool
-    copies nothing, a marginal token that turns critical brings its key alone, and what comes back is the same to the
-    bit. int8: all of them, and what is newest, are levels (int8_rows.py), scale (2, L, B, G, 2, D) fp32 of K and of V.
+    side by side (L, B, G, S', 2, D), S' rows for S positions (host_memory.py), written once when the token is made; so
+    leaving a pool copies nothing, a marginal token that turns critical brings its key alone, and what comes back is the
+    same to the bit. int8: all of them, and what is newest, are levels (int8_rows.py), scale (2, L, B, G, 2, D) fp32 of
+    K and of V.
 
     prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
     l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its attention weights say of
@@ -92,13 +93,13 @@ class TieredCache:
         self.key_position = torch.full((*base, critical_slots), -1, dtype=torch.int32, device=device)
         self.value_position = torch.full((*base, value_slots), -1, dtype=torch.int32, device=device)
         self.value_slot = torch.zeros(*base, critical_slots, dtype=torch.int32, device=device)  # K slot -> V slot
-        shape = (*base, host_rows(capacity), config.head_dim)
-        self.host_key, self.host_value = (rows_on_host(shape, held, device) for _ in range(2))
+        self.host = rows_on_host((*base, host_rows(capacity), 2, config.head_dim), held, device)
         self.scale = torch.ones(2, *base, 2, config.head_dim, device=device) if int8 else None
         self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=held)  # this step's K and V
         self.newest_position: Tensor | None = None  # (B,), once a step has run
         if own_decay is not None:
-            self.score = torch.zeros(*base, capacity, device=device)
+            kept = torch.float32 if one_way else memory_dtype(dtype, own_decay)
+            self.score = torch.zeros(*base, capacity, device=device, dtype=kept)
         if one_way:
             self.dropped = torch.zeros(*base, capacity, dtype=torch.bool, device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -106,6 +107,16 @@ class TieredCache:
         self.keys_moved = self.values_moved = self.steps = self.filled = 0  # filled: rows that the first plan brought
         self._plan: Callable[[int], TierPlan] | None = None
         self._ready: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> borrowed weights, arrival
+
+    @property
+    def host_key(self) -> Tensor:
+        """(L, B, G, S', D)."""
+        return self.host[..., 0, :]
+
+    @property
+    def host_value(self) -> Tensor:
+        """(L, B, G, S', D)."""
+        return self.host[..., 1, :]
 
     def scales(self, at) -> Scales:
         """K's and V's at this index of (L, B, G, 2, D); None where rows are exact."""
@@ -141,13 +152,12 @@ class TieredCache:
             self._copied = staged, self.stream.record_event()
 
     def _to_host(self, b: int, staged: FullCache, length: int) -> None:
-        both = (self.host_key, staged.key), (self.host_value, staged.value)
-        for (host, made), scale in zip(both, self.scales((slice(None), b))):
-            for part, rows in prompt_rows(made[:, 0], scale):
-                for target, source in zip(host[part, b, :, :length], rows):  # (G, n, D) of a layer
-                    # One KV head is contiguous on both sides: a straight copy that nobody waits for.
-                    for one, other in zip(target, source):
-                        one.copy_(other, non_blocking=True)
+        made = zip((staged.key, staged.value), self.scales((slice(None), b)))
+        for (part, key), (_, value) in zip(*(prompt_rows(rows[:, 0], scale) for rows, scale in made)):
+            both = torch.stack((key, value), 3)  # (L', G, n, 2, D)
+            for targets, sources in zip(self.host[part, b, :, :length], both):
+                for target, source in zip(targets, sources):  # a KV head is contiguous: a straight copy, nobody waits
+                    target.copy_(source, non_blocking=True)
 
     def finish_loading(self) -> None:
         """The prefill is over: wait until its prompts are on the host, which is read from now on."""
@@ -178,7 +188,7 @@ class TieredCache:
         """The last step's token goes to the host; it was a recent token since, so nobody has asked for it yet."""
         if self.newest_position is not None:
             newest = self.newest[:, :, :, None]  # (2, L, B, 1, G, D)
-            store_rows_torch(newest, self.host_key, self.host_value, self.newest_position + 1)
+            store_rows_torch(newest, self.host, self.newest_position + 1)
 
     def _prefetch(self, layer: int) -> None:
         if layer == self.config.layers:
@@ -279,7 +289,8 @@ class TieredCache:
         """Add this step's weights (B, H, N), summed over a group's heads, to the LLM's own scores, which have faded."""
         B, G, N = self.value_position[layer].shape
         index = self.value_position[layer].long().clamp(min=0)
-        self.score[layer].scatter_add_(-1, index, weight.view(B, G, -1, N).sum(2))
+        score = self.score[layer]
+        score.scatter_add_(-1, index, weight.view(B, G, -1, N).sum(2).to(score.dtype))
 
     # -- accounting --
 
@@ -292,7 +303,7 @@ class TieredCache:
     def moved_bytes(self) -> float:
         """Bytes from the host a step and sequence, mean; the first plan, which fills the pools, does not count."""
         rows = (self.keys_moved + self.values_moved - self.filled) / max(1, self.steps - 1)
-        return rows * self.config.head_dim * self.host_key.itemsize / self.key.shape[1]
+        return rows * self.config.head_dim * self.host.itemsize / self.key.shape[1]
 
     def ledger(self) -> list[Entry]:
         """What is allocated, by tier and device."""
@@ -302,7 +313,7 @@ class TieredCache:
             Entry("critical K, V", device, 2 * self.key.nbytes),
             Entry("marginal V", device, self.value.nbytes - self.key.nbytes),
             Entry("slot tables, newest K, V", device, tables),
-            Entry("host K, V", "host", 2 * self.host_key.nbytes),
+            Entry("host K, V", "host", self.host.nbytes),
         ]
         if self.scale is not None:
             entries.append(Entry("int8 scales", device, self.scale.nbytes))
@@ -313,7 +324,7 @@ class TieredCache:
     @staticmethod
     def predict(
         config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device: str,
-        dtype: torch.dtype, own_scores: bool = False, one_way: bool = False, int8: bool = False,
+        dtype: torch.dtype, own_decay: float | None = None, one_way: bool = False, int8: bool = False,
     ) -> list[Entry]:  # fmt: skip
         """The ledger from the shapes alone, before anything is allocated."""
         rows, D = config.layers * batch * config.kv_heads, config.head_dim
@@ -329,8 +340,7 @@ class TieredCache:
             Entry("host K, V", "host", 2 * table_bytes(held, rows, host_rows(capacity), D)),
         ]
         entries += scale_entries(config, batch, device, int8)
-        if own_scores:
-            entries.append(
-                Entry("scores", device, table_bytes(torch.float32, rows, capacity) + one_way * rows * capacity)
-            )
+        if own_decay is not None:
+            kept = torch.float32 if one_way else memory_dtype(dtype, own_decay)
+            entries.append(Entry("scores", device, table_bytes(kept, rows, capacity) + one_way * rows * capacity))
         return entries

@@ -26,6 +26,8 @@ from int8_rows import Scales, decode, encode, per_token, prompt_rows
 from kernels import NEGLIGIBLE, causal_attention, column_sums, full_attention_block
 from model import Config, Span
 
+FADES = 0.9  # the largest decay of a memory in 16 bits
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -49,6 +51,12 @@ def scale_entries(config: Config, batch: int, device: str, int8: bool) -> list[E
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the logits that a model of this dtype keeps as scores."""
     return torch.float16 if dtype.itemsize == 2 else torch.float32
+
+
+def memory_dtype(dtype: torch.dtype, decay: float) -> torch.dtype:
+    """Of the LLM's score memory (`--scores fused`), for a model of this dtype: 16 bits for 16, if what comes at a step
+    is at least a tenth of what is there; else the last of its eight digits would swallow it."""
+    return torch.bfloat16 if dtype.itemsize == 2 and decay <= FADES else torch.float32
 
 
 class FullCache:

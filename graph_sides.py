@@ -17,6 +17,7 @@ from kernels_scores import CRITICAL, MARGINAL
 from kernels_tiers import admit_newest
 
 STORE = 4  # layers whose newest rows go to the host in one launch
+HURRY = 2  # layers at a step's beginning whose plans the LLM waits for
 WARPS = 132 * 16  # of a plan in one launch: 16 for each of an H100's multiprocessors, the largest program
 
 
@@ -201,12 +202,11 @@ class TieredSide:
             self.planner.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.planner):
             cache = self.cache
-            host = cache.host_key[layers], cache.host_value[layers]
-            self.backend.store_rows(self.newest[:, layers], *host, self.length)
+            self.backend.store_rows(self.newest[:, layers], cache.host[layers], self.length)
 
     def _plan(self, layers: slice) -> None:
         """Tiers and slots of these layers, and what their marginal slots borrow."""
-        cache, tier, rows = self.cache, self.tier[layers], self.cache.host_key.shape[3]
+        cache, tier, rows = self.cache, self.tier[layers], self.cache.host.shape[3]
         total = torch.empty(tier.shape, device=tier.device)
         memory = cache.score[layers] if self.fused else None
         index = self.policy.index[:, layers]
@@ -214,6 +214,7 @@ class TieredSide:
         self.backend.plan_layers(
             total, self.length, self.sizes, tier, cache.key_position[layers], self.moves, memory, self.decay,
             (rows, self.key_moves.of(layers), self.key_slot[layers], self.moved[0]), self.prior,
+            layers.start < HURRY,
         )  # fmt: skip
         if self.marginal:
             values, slot = cache.value_position[layers], self.new_value_slot[layers]
@@ -243,8 +244,8 @@ class TieredSide:
     def _bring(self, layer: int) -> None:
         cache = self.cache
         self.backend.bring_rows(
-            cache.key[layer], cache.value[layer], cache.host_key[layer], cache.host_value[layer],
-            self.key_moves.of(layer), self.value_moves.of(layer), layer == 0,
+            cache.key[layer], cache.value[layer], cache.host[layer], self.key_moves.of(layer),
+            self.value_moves.of(layer) if self.marginal else None,
         )  # fmt: skip
 
     def attend(self, layer: int, qkv: Tensor, rope, norms) -> Tensor:

@@ -115,7 +115,7 @@ def long_kernel(
             token = at + tl.arange(0, TOKENS)
             seen = token < length
             score = tl.load(total_ptr + token, mask=seen, other=0.0)
-            faded = decay * tl.load(memory_ptr + token, mask=seen, other=0.0)
+            faded = decay * tl.load(memory_ptr + token, mask=seen, other=0.0).to(tl.float32)
             critical_now = tl.load(tier_ptr + token, mask=seen, other=0) == 2
             tl.store(memory_ptr + token, tl.where(critical_now, faded, score), mask=seen)
     if SLOTS:

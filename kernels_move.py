@@ -19,10 +19,11 @@ from torch import Tensor
 # A mover has as many threads as a block can, and all registers of a multiprocessor: few whole ones are less of a loss
 # than many halves, as a product's blocks fill one and wait for it, and whatever shares one with rows that wait for PCIe
 # waits too.
-BYTES = 1 << 17  # that a mover moves at once: 512 rows of 256 bytes; a thousand under way fill PCIe
-MOVERS = 2  # that bring keys, and as many for values
-MORE, LARGE = 4, 1 << 26  # instead, for a pool of more bytes than LARGE, whose moves outlast a layer
-FIRST = 8  # instead, for the first layer of a step: the LLM waits for it, and nobody else has work
+BYTES = 1 << 17  # that a mover moves at once: 256 rows of 512 bytes; a thousand rows under way fill PCIe
+# More do not come faster, and their requests fill the L2 cache's queues, in which everybody else's wait: with 16 for
+# the first layer, which the LLM waits for, a norm of the SLM took 90 us instead of 2, and the step 0.15 ms longer.
+MOVERS = 4
+MORE, LARGE = 8, 1 << 26  # instead, for a pool of more bytes than LARGE, whose moves outlast a layer
 
 
 class Moves(NamedTuple):
@@ -47,31 +48,34 @@ class Moves(NamedTuple):
 
 
 def bring_rows_torch(
-    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
-    first: bool = False,
-) -> None:  # fmt: skip
-    """Rows of one layer from the host, (B, G, S', D), into the slots that wait for them, (B, G, slots, D).
+    key: Tensor, value: Tensor, host: Tensor, moves: Moves, value_moves: Moves | None = None
+) -> None:
+    """Rows of one layer from the host, (B, G, S', 2, D), into the slots that wait for them, (B, G, slots, D).
 
-    first: of the step, for which the LLM waits.
+    moves: of keys; value_moves: of values; None: a token's K and V come together.
     """
-    for pool, host, moves in (key, host_key, key_moves), (value, host_value, value_moves):
-        source, target = (table[: moves.count].long() for table in (moves.source, moves.target))
-        pool.view(-1, pool.shape[-1])[target] = host.flatten(0, 2)[source]
+    for pool, kind, (source, target, count) in (key, 0, moves), (value, 1, value_moves or moves):
+        pool.view(-1, pool.shape[-1])[target[:count].long()] = host.flatten(0, 2)[source[:count].long(), kind]
 
 
-def store_rows_torch(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
-    """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S', D).
+def store_rows_torch(newest: Tensor, host: Tensor, length: Tensor) -> None:
+    """K and V of T tokens a sequence, newest (2, L, B, T, G, D), to their places on the host, (L, B, G, S', 2, D).
 
     length (B,) int32 counts up to the first of them. L may be some of the layers, K and V of each contiguous.
     """
-    newest = newest.transpose(3, 4)  # (2, L, B, G, T, D)
-    position = length.long()[:, None] - 1 + torch.arange(newest.shape[4], device=newest.device)  # (B, T)
-    index = position[None, :, None, :, None].expand(newest.shape[1:])
-    for host, rows in zip((host_key, host_value), newest):
-        host.scatter_(3, index, rows)
+    rows = newest.permute(1, 2, 4, 3, 0, 5)  # (L, B, G, T, 2, D)
+    position = length.long()[:, None] - 1 + torch.arange(rows.shape[3], device=rows.device)  # (B, T)
+    host.scatter_(3, position[None, :, None, :, None, None].expand(rows.shape), rows)
 
 
 # ---- The kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def named(list_ptr, at, count, ROWS: tl.constexpr):
+    """The rows of a list from `at` on."""
+    nth = at + tl.arange(0, ROWS)
+    return tl.load(list_ptr + nth, mask=nth < count, other=0)
 
 
 @triton.jit
@@ -80,79 +84,94 @@ def _bring(
 ):  # fmt: skip
     # WIDTH numbers a thread, where they come from and where they go: else threads would have to exchange them.
     dim = tl.max_contiguous(tl.arange(0, D), WIDTH)
-    for at in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+    begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    source = named(source_ptr, begin, count, ROWS)
+    for at in range(begin, count, step):
         nth = at + tl.arange(0, ROWS)
-        source = tl.load(source_ptr + nth, mask=nth < count, other=0)
-        row = tl.load(host_ptr + source.to(tl.int64)[:, None] * D + dim, mask=(nth < count)[:, None])
-        target = tl.load(target_ptr + nth, mask=nth < count, other=0)
-        tl.store(pool_ptr + target.to(tl.int64)[:, None] * D + dim, row, mask=(nth < count)[:, None])
+        row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=(nth < count)[:, None])
+        source = named(source_ptr, at + step, count, ROWS)  # while the rows are on their way
+        target = named(target_ptr, at, count, ROWS).to(tl.int64)
+        tl.store(pool_ptr + target[:, None] * D + dim, row, mask=(nth < count)[:, None])
 
 
 @triton.jit
-def _bring_kernel(
-    key_ptr, value_ptr, host_key_ptr, host_value_ptr, key_source_ptr, key_target_ptr, key_count_ptr, value_source_ptr,
-    value_target_ptr, value_count_ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+def _bring_one_kernel(
+    key_ptr, value_ptr, host_ptr, key_source_ptr, key_target_ptr, key_count_ptr, value_source_ptr, value_target_ptr,
+    value_count_ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Keys, and values of other tokens."""
     if tl.program_id(1) == 0:
-        _bring(key_ptr, host_key_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), D, ROWS, WIDTH)
+        _bring(key_ptr, host_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), D, ROWS, WIDTH)
     else:
-        _bring(value_ptr, host_value_ptr, value_source_ptr, value_target_ptr, tl.load(value_count_ptr), D, ROWS, WIDTH)
+        _bring(value_ptr, host_ptr + D, value_source_ptr, value_target_ptr, tl.load(value_count_ptr), D, ROWS, WIDTH)
 
 
 @triton.jit
-def _store(
-    host_ptr, newest_ptr, length_ptr, lines, host_rows, B: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr,
+def _bring_both_kernel(
+    key_ptr, value_ptr, host_ptr, source_ptr, target_ptr, count_ptr, D: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    dim = tl.arange(0, D)
+    """K and V of each token as one row of 2 D numbers."""
+    count = tl.load(count_ptr)
+    dim = tl.max_contiguous(tl.arange(0, 2 * D), WIDTH)
+    begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    source = named(source_ptr, begin, count, ROWS)
+    for at in range(begin, count, step):
+        inside = (at + tl.arange(0, ROWS) < count)[:, None]
+        row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=inside)  # (ROWS, 2 D)
+        source = named(source_ptr, at + step, count, ROWS)
+        target = named(target_ptr, at, count, ROWS).to(tl.int64)[:, None] * D
+        tl.store(key_ptr + target + dim, row, mask=inside & (dim < D))
+        tl.store(value_ptr + target + dim - D, row, mask=inside & (dim >= D))
+
+
+@triton.jit
+def _store_kernel(
+    newest_ptr, host_ptr, length_ptr, half, lines, host_rows,
+    B: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program 0: keys, program 1: values."""
+    kind, dim = tl.program_id(0), tl.arange(0, D)
     for at in range(0, lines, ROWS):
         line = at + tl.arange(0, ROWS)  # counts layers, sequences, tokens and KV heads
         inside = line < lines
         sequence = line // (T * G)  # counts over the layers
         position = tl.load(length_ptr + sequence % B, mask=inside, other=1) - 1 + line // G % T
         pair = sequence.to(tl.int64) * G + line % G
-        row = tl.load(newest_ptr + line[:, None] * D + dim, mask=inside[:, None])
-        tl.store(host_ptr + (pair * host_rows + position)[:, None] * D + dim, row, mask=inside[:, None])
-
-
-@triton.jit
-def _store_kernel(
-    newest_ptr, host_key_ptr, host_value_ptr, length_ptr, half, lines, host_rows,
-    B: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    if tl.program_id(0) == 0:
-        _store(host_key_ptr, newest_ptr, length_ptr, lines, host_rows, B, G, T, D, ROWS)
-    else:
-        _store(host_value_ptr, newest_ptr + half, length_ptr, lines, host_rows, B, G, T, D, ROWS)
+        row = tl.load(newest_ptr + kind * half + line[:, None] * D + dim, mask=inside[:, None])
+        place = (pair * host_rows + position) * 2 + kind
+        tl.store(host_ptr + place[:, None] * D + dim, row, mask=inside[:, None])
 
 
 # ---- The launchers ---------------------------------------------------------------------------------------------------
 
 
-def rows_at_once(table: Tensor) -> int:
-    """BYTES of them, a power of two as D is; rows (..., D)."""
-    return BYTES // (table.shape[-1] * table.itemsize)
+def rows_at_once(size: int) -> int:
+    """BYTES of them, a power of two as their size is."""
+    return BYTES // size
 
 
 def bring_rows_triton(
-    key: Tensor, value: Tensor, host_key: Tensor, host_value: Tensor, key_moves: Moves, value_moves: Moves,
-    first: bool = False,
-) -> None:  # fmt: skip
-    assert all(tensor.is_contiguous() for tensor in (key, value, host_key, host_value)) and key.dtype == host_key.dtype
-    programs = FIRST if first else MORE if key.nbytes > LARGE else MOVERS
-    _bring_kernel[(programs, 2)](
-        key, value, host_key, host_value, *key_moves, *value_moves, D=key.shape[3], ROWS=rows_at_once(key),
-        WIDTH=16 // key.itemsize, num_warps=32, num_stages=1,
-    )  # fmt: skip
+    key: Tensor, value: Tensor, host: Tensor, moves: Moves, value_moves: Moves | None = None
+) -> None:
+    assert all(tensor.is_contiguous() for tensor in (key, value, host)) and key.dtype == host.dtype
+    programs = MORE if key.nbytes > LARGE else MOVERS
+    D, size = key.shape[3], key.shape[3] * key.itemsize
+    kind = {"D": D, "WIDTH": 16 // key.itemsize, "num_warps": 32, "num_stages": 1}
+    if value_moves is None:
+        _bring_both_kernel[(programs,)](key, value, host, *moves, ROWS=rows_at_once(2 * size), **kind)
+    else:
+        _bring_one_kernel[(programs // 2, 2)](
+            key, value, host, *moves, *value_moves, ROWS=rows_at_once(size), **kind
+        )  # fmt: skip
 
 
-def store_rows_triton(newest: Tensor, host_key: Tensor, host_value: Tensor, length: Tensor) -> None:
+def store_rows_triton(newest: Tensor, host: Tensor, length: Tensor) -> None:
     _, L, B, T, G, D = newest.shape
-    assert all(tensor.is_contiguous() for tensor in (newest[0], host_key, host_value))
-    assert newest.dtype == host_key.dtype
-    lines, most = L * B * T * G, rows_at_once(newest)
+    assert newest[0].is_contiguous() and host.is_contiguous() and newest.dtype == host.dtype
+    lines, most = L * B * T * G, rows_at_once(D * newest.itemsize)
     rows = min(most, triton.next_power_of_2(lines))
     _store_kernel[(2,)](
-        newest, host_key, host_value, length, newest.stride(0), lines, host_key.shape[3], B=B, G=G, T=T, D=D,
+        newest, host, length, newest.stride(0), lines, host.shape[3], B=B, G=G, T=T, D=D,
         ROWS=rows, num_warps=max(4, 32 * rows // most), num_stages=1,
     )  # fmt: skip

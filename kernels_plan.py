@@ -31,6 +31,10 @@ from kernels_long import BITS, TOKENS, long_kernel, rank_bits
 from kernels_scores import CRITICAL, MARGINAL, whole_loads
 from kernels_tiers import assign_slots_torch, fill_slots
 
+# At most, where each takes all registers of a multiprocessor and the LLM does not wait for the plan: its stages wait
+# for one another and read little, and what others read meanwhile needs fewer multiprocessors than there are. On an H100
+# with 32 x 16,384 tokens, 10 % moved, a step took 10.54 ms, and with a program for each of the 128 rows 10.83.
+PROGRAMS, WHOLE = 48, 16  # warps with all registers
 ROW = 32768  # tokens that a program holds in registers: 64 a thread with 16 warps
 
 
@@ -40,6 +44,7 @@ ROW = 32768  # tokens that a program holds in registers: 64 a thread with 16 war
 def plan_layers_torch(
     total: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, held: Tensor | None = None, moves: int | None = None,
     memory: Tensor | None = None, decay: float = 0.0, slots: tuple | None = None, prior: Tensor | None = None,
+    hurry: bool = False,
 ) -> None:  # fmt: skip
     """Rank the tokens by their scores and cut the ranking into tiers.
 
@@ -54,12 +59,12 @@ def plan_layers_torch(
     ranking's top the best enter, and the best of those held keep the other places. Not for a marginal tier, whose
     tokens would have to be limited too.
 
-    memory (L, B, G, S) fp32, with `--scores fused`: afterwards who is not critical has total there, and the critical
-    have decay * memory, waiting for what they weigh in the LLM (kernels_eq6.py). From length on it stays as it is.
-    Recent tokens must be critical.
+    memory (L, B, G, S), fp32 or 16 bits, with `--scores fused`: afterwards who is not critical has total there, and the
+    critical have decay * memory, waiting for what they weigh in the LLM (kernels_eq6.py). From length on it stays as it
+    is. Recent tokens must be critical.
 
     slots: what `assign_slots` (kernels_tiers.py) takes after the length: the critical get the slots, held is updated.
-    prior (B, S) fp32, none below 0: total + prior ranks, total is remembered.
+    prior (B, S) fp32, none below 0: total + prior ranks, total is remembered. hurry: the LLM waits for this plan.
     """
     token = torch.arange(total.shape[3], device=total.device)
     end = length.long()[:, None, None]
@@ -84,7 +89,8 @@ def plan_layers_torch(
         stay = best(inside & seen, critical - enter.sum(-1, keepdim=True))
         tier.copy_(CRITICAL * (enter | stay))
     if memory is not None:
-        memory.copy_((decay * memory).where(tier == CRITICAL, total).where(seen, memory))
+        before = memory.float()
+        memory.copy_((decay * before).where(tier == CRITICAL, total).where(seen, before))
     if slots is not None:
         assign_slots_torch(held, tier, CRITICAL, length, *slots)
 
@@ -146,80 +152,81 @@ def _competitors(rows, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit
 def _row_kernel(
     total_ptr, length_ptr, sizes_ptr, tier_ptr, held_ptr, memory_ptr, source_ptr, target_ptr, count_ptr, newest_ptr,
-    moved_ptr, queue_ptr, prior_ptr, capacity, slots, host_rows, prior_batch, moves, decay, B,
+    moved_ptr, queue_ptr, prior_ptr, capacity, slots, host_rows, prior_batch, moves, decay, B, pairs,
     G: tl.constexpr, WIDTH: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr, SLOTS: tl.constexpr,
     PRIOR: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One KV head of one sequence and layer, its row in registers: CHUNKS tensors of CHUNK tokens."""
-    pair = tl.program_id(0)
-    length = tl.load(length_ptr + pair // G % B)
-    critical = tl.load(sizes_ptr + length * 3)
-    recent = tl.load(sizes_ptr + length * 3 + 1)
-    marginal = tl.load(sizes_ptr + length * 3 + 2)
-    line, base = pair.to(tl.int64) * capacity, pair.to(tl.int64) * slots
-    total_ptr += line
-    tier_ptr += line
-    memory_ptr += line
-    prior_ptr += pair // G % B * prior_batch
-    at, reach = tl.arange(0, CHUNK), whole_loads(length, ALIGNED)
-    rows = ()
-    inside = tl.zeros([CHUNK], tl.int32)  # bit i: the token of chunk i is held; so are the other sets of tokens below
-    for i in tl.static_range(CHUNKS):
-        token = i * CHUNK + at
-        rows = rows + (rank_bits(total_ptr, prior_ptr, token, length, recent, reach, PRIOR),)
-        if LIMITED | SLOTS:
-            inside |= (tl.load(tier_ptr + token, mask=token < capacity, other=0) == 2).to(tl.int32) << i
-    tl.debug_barrier()  # everybody has read who is held
-    low, last = _cut(rows, length, critical, CHUNK, CHUNKS)
-    top = _best(rows, low, last, CHUNK, CHUNKS)
-    enters, below = top & ~inside, tl.zeros([CHUNK], tl.int32)
-    if LIMITED:
-        coming, staying = (), ()
+    """Each program takes a KV head of one sequence and layer after the other, its row in registers: CHUNKS tensors of
+    CHUNK tokens."""
+    at, first = tl.arange(0, CHUNK), tl.program_id(0)
+    for more in range(0, pairs - first, tl.num_programs(0)):
+        pair = first + more
+        length = tl.load(length_ptr + pair // G % B)
+        critical = tl.load(sizes_ptr + length * 3)
+        recent = tl.load(sizes_ptr + length * 3 + 1)
+        marginal = tl.load(sizes_ptr + length * 3 + 2)
+        line, base = pair.to(tl.int64) * capacity, pair.to(tl.int64) * slots
+        totals, tiers, memories = total_ptr + line, tier_ptr + line, memory_ptr + line
+        priors = prior_ptr + pair // G % B * prior_batch
+        reach = whole_loads(length, ALIGNED)
+        rows = ()
+        inside = tl.zeros([CHUNK], tl.int32)  # bit i: the token of chunk i is held; so are the other sets below
         for i in tl.static_range(CHUNKS):
-            coming = coming + (tl.where((enters >> i) & 1 == 1, rows[i], -1),)
-            staying = staying + (tl.where((inside >> i) & 1 == 1, rows[i], -1),)
-        comers = _competitors(coming, CHUNK, CHUNKS)
-        low, last = _cut(coming, comers, moves + 1, CHUNK, CHUNKS)
-        enters = _best(coming, low, last, CHUNK, CHUNKS)
-        places = critical - tl.minimum(comers, moves + 1)
-        low, last = _cut(staying, _competitors(staying, CHUNK, CHUNKS), places, CHUNK, CHUNKS)
-        top = enters | _best(staying, low, last, CHUNK, CHUNKS)
-    elif marginal > 0:
-        low, last = _cut(rows, length, critical + marginal, CHUNK, CHUNKS)
-        below = _best(rows, low, last, CHUNK, CHUNKS) & ~top
-    if MEMORY:
-        after = ()
-        for i in tl.static_range(CHUNKS):  # apart from the stores, which these loads would wait for
             token = i * CHUNK + at
-            faded = decay * tl.load(memory_ptr + token, mask=token < reach, other=0.0)
-            score = rows[i].to(tl.float32, bitcast=True)
-            if PRIOR:
-                score = tl.load(total_ptr + token, mask=token < reach, other=0.0)
-            after = after + (tl.where((top >> i) & 1 == 1, faded, score),)
+            rows = rows + (rank_bits(totals, priors, token, length, recent, reach, PRIOR),)
+            if LIMITED | SLOTS:
+                inside |= (tl.load(tiers + token, mask=token < capacity, other=0) == 2).to(tl.int32) << i
+        tl.debug_barrier()  # everybody has read who is held
+        low, last = _cut(rows, length, critical, CHUNK, CHUNKS)
+        top = _best(rows, low, last, CHUNK, CHUNKS)
+        enters, below = top & ~inside, tl.zeros([CHUNK], tl.int32)
+        if LIMITED:
+            coming, staying = (), ()
+            for i in tl.static_range(CHUNKS):
+                coming = coming + (tl.where((enters >> i) & 1 == 1, rows[i], -1),)
+                staying = staying + (tl.where((inside >> i) & 1 == 1, rows[i], -1),)
+            comers = _competitors(coming, CHUNK, CHUNKS)
+            low, last = _cut(coming, comers, moves + 1, CHUNK, CHUNKS)
+            enters = _best(coming, low, last, CHUNK, CHUNKS)
+            places = critical - tl.minimum(comers, moves + 1)
+            low, last = _cut(staying, _competitors(staying, CHUNK, CHUNKS), places, CHUNK, CHUNKS)
+            top = enters | _best(staying, low, last, CHUNK, CHUNKS)
+        elif marginal > 0:
+            low, last = _cut(rows, length, critical + marginal, CHUNK, CHUNKS)
+            below = _best(rows, low, last, CHUNK, CHUNKS) & ~top
+        if MEMORY:
+            after = ()
+            for i in tl.static_range(CHUNKS):  # apart from the stores, which these loads would wait for
+                token = i * CHUNK + at
+                faded = decay * tl.load(memories + token, mask=token < reach, other=0.0).to(tl.float32)
+                score = rows[i].to(tl.float32, bitcast=True)
+                if PRIOR:
+                    score = tl.load(totals + token, mask=token < reach, other=0.0)
+                after = after + (tl.where((top >> i) & 1 == 1, faded, score),)
+            for i in tl.static_range(CHUNKS):
+                tl.store(memories + i * CHUNK + at, after[i], mask=i * CHUNK + at < length)
         for i in tl.static_range(CHUNKS):
-            tl.store(memory_ptr + i * CHUNK + at, after[i], mask=i * CHUNK + at < length)
-    for i in tl.static_range(CHUNKS):
-        tier = ((top >> i) & 1) * 2 + ((below >> i) & 1)
-        tl.store(tier_ptr + i * CHUNK + at, tier.to(tl.int8), mask=i * CHUNK + at < capacity)
-    if SLOTS:
-        entering = 0
-        newest = tl.zeros([CHUNK], tl.int32)
-        for i in tl.static_range(0, CHUNKS, 2):  # two chunks at once, in halves of a number
-            one, two, token = (enters >> i) & 1, (enters >> (i + 1)) & 1, i * CHUNK + at
-            nth, number = tl.cumsum(one | (two << 16), 0), tl.sum(one | (two << 16), 0)
-            tl.store(queue_ptr + base + entering + (nth & 0xFFFF) - 1, token, mask=one == 1)
-            entering += number & 0xFFFF
-            tl.store(queue_ptr + base + entering + (nth >> 16) - 1, token + CHUNK, mask=two == 1)
-            entering += number >> 16
-            newest += one * (token == length - 1) + two * (token + CHUNK == length - 1)
-        coming_rows = entering - tl.sum(newest, 0)
-        slot = tl.arange(0, WIDTH)
-        held = tl.load(held_ptr + base + slot, mask=slot < slots, other=-1)
-        token = tl.maximum(held, 0)
-        keep = (held >= 0) & ((tl.gather(top, token % CHUNK, 0) >> (token // CHUNK)) & 1 == 1)
-        tl.debug_barrier()  # the queue stands
-        fill_slots(held, keep, pair, length, entering, coming_rows, held_ptr, source_ptr, target_ptr, count_ptr,
-                   newest_ptr, moved_ptr, queue_ptr, slots, host_rows, B * G, WIDTH)  # fmt: skip
+            tier = ((top >> i) & 1) * 2 + ((below >> i) & 1)
+            tl.store(tiers + i * CHUNK + at, tier.to(tl.int8), mask=i * CHUNK + at < capacity)
+        if SLOTS:
+            entering = 0
+            newest = tl.zeros([CHUNK], tl.int32)
+            for i in tl.static_range(0, CHUNKS, 2):  # two chunks at once, in halves of a number
+                one, two, token = (enters >> i) & 1, (enters >> (i + 1)) & 1, i * CHUNK + at
+                nth, number = tl.cumsum(one | (two << 16), 0), tl.sum(one | (two << 16), 0)
+                tl.store(queue_ptr + base + entering + (nth & 0xFFFF) - 1, token, mask=one == 1)
+                entering += number & 0xFFFF
+                tl.store(queue_ptr + base + entering + (nth >> 16) - 1, token + CHUNK, mask=two == 1)
+                entering += number >> 16
+                newest += one * (token == length - 1) + two * (token + CHUNK == length - 1)
+            coming_rows = entering - tl.sum(newest, 0)
+            slot = tl.arange(0, WIDTH)
+            held = tl.load(held_ptr + base + slot, mask=slot < slots, other=-1)
+            token = tl.maximum(held, 0)
+            keep = (held >= 0) & ((tl.gather(top, token % CHUNK, 0) >> (token // CHUNK)) & 1 == 1)
+            tl.debug_barrier()  # the queue stands
+            fill_slots(held, keep, pair, length, entering, coming_rows, held_ptr, source_ptr, target_ptr, count_ptr,
+                       newest_ptr, moved_ptr, queue_ptr, slots, host_rows, B * G, WIDTH)  # fmt: skip
 
 
 # ---- The launcher ----------------------------------------------------------------------------------------------------
@@ -233,6 +240,7 @@ def row_warps(capacity: int) -> int:
 def plan_layers_triton(
     total: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, held: Tensor | None = None, moves: int | None = None,
     memory: Tensor | None = None, decay: float = 0.0, slots: tuple | None = None, prior: Tensor | None = None,
+    hurry: bool = False,
 ) -> None:  # fmt: skip
     L, B, G, S = tier.shape
     limited, C = moves is not None, 0 if held is None else held.shape[3]
@@ -260,7 +268,8 @@ def plan_layers_triton(
         return
     warps = row_warps(S)
     chunk = 4 * 32 * warps  # tokens: four a thread, a load of 16 bytes
-    _row_kernel[(L * B * G,)](
-        total, *tables, *numbers, **kind, CHUNK=chunk, CHUNKS=triton.cdiv(S, chunk), ALIGNED=S % 16 == 0,
+    rows = L * B * G
+    _row_kernel[(min(rows, PROGRAMS) if warps == WHOLE and not hurry else rows,)](
+        total, *tables, *numbers, rows, **kind, CHUNK=chunk, CHUNKS=triton.cdiv(S, chunk), ALIGNED=S % 16 == 0,
         num_warps=warps,
     )  # fmt: skip

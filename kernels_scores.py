@@ -49,15 +49,15 @@ def sum_scores_torch(
     score (L', B, H', S) fp32, none below 0, or with lse (L', B, H') fp32 logits, fp32 or fp16. index (B, L, H)
     int64: f(i), counted l' * H' + h'. length (B,) int32. total (L, B, G, S) fp32 is written up to each length.
 
-    With `--scores fused` score is the SLM's newest row, and memory (L, B, G, S) fp32 the score memory. tier (L, B, G,
-    S) int8, if given: those CRITICAL there get no score. With them, and total the memory itself, this does to the
-    memory what a plan would that changed no tier.
+    With `--scores fused` score is the SLM's newest row, and memory (L, B, G, S), fp32 or 16 bits, the LLM's own. tier
+    (L, B, G, S) int8, if given: those CRITICAL there get no score. With them, and total the memory itself, this does to
+    the memory what a plan would that changed no tier.
     """
     found = head_sum_torch(score, index, total.shape[2], lse)
     if tier is not None:
         found = found.where(tier != CRITICAL, 0)
     if memory is not None:
-        found = decay * memory + found
+        found = decay * memory.float() + found
     seen = torch.arange(total.shape[3], device=total.device) < length[:, None, None]
     total.copy_(found.where(seen, total))
 
@@ -123,7 +123,7 @@ def _sum_kernel(
     token = at + tl.arange(0, TOKENS)
     cell = line.to(tl.int64) * capacity + token
     if MEMORY:
-        memory = tl.load(memory_ptr + cell, mask=token < reach, other=0.0)
+        memory = tl.load(memory_ptr + cell, mask=token < reach, other=0.0).to(tl.float32)
     total = head_sum(score_ptr + b.to(tl.int64) * score_batch, heads, token, reach, GROUP, LOGITS)
     if TIER:
         total = tl.where(tl.load(tier_ptr + cell, mask=token < reach, other=0) == 2, 0.0, total)

@@ -121,6 +121,7 @@ class SmallKV:
         self.keep_row = settings.marginal  # the SLM's newest row is lent to marginal tokens
         self.one_way = not settings.saliency_shift
         self.own_scores = self.one_way or settings.fused  # the LLM's own attention on what it holds is remembered too
+        self.own_decay = settings.score_decay if self.own_scores else None
 
     @property
     def needed(self) -> list[int]:
@@ -150,11 +151,10 @@ class SmallKV:
         self.index = torch.zeros(shape, dtype=torch.long, device=self.llm.device)  # f(i) of every sequence
         gates = (*shape[:2], self.llm.config.kv_heads)
         self.closed = torch.zeros(gates, dtype=torch.bool, device=self.llm.device)  # heads without a marginal tier
-        own_decay = self.settings.score_decay if self.own_scores else None
         slots = pool_slots(self.settings, min(lengths), capacity)
         self.cache = self.tiers(
             self.llm.config, batch, capacity, *slots, self.llm.device, self.llm.dtype, self.settings.prefetch,
-            own_decay, self.one_way, self.sums, self.settings.llm_int8,
+            self.own_decay, self.one_way, self.sums, self.settings.llm_int8,
         )  # fmt: skip
         return self.cache
 
@@ -174,7 +174,7 @@ class SmallKV:
         llm: Config = self.llm.config
         shape = (self.slm.config, batch, capacity, device, self.slm.dtype, self.keep_row)
         share, refresh = self.settings.slm_budget, self.settings.refresh
-        own = self.own_scores, self.one_way, self.settings.llm_int8
+        own = self.own_decay, self.one_way, self.settings.llm_int8
         if share < 1:
             slm = FrugalCache.predict(*shape, share, refresh, static)
         else:
@@ -313,7 +313,7 @@ class SmallKV:
         """What tokens are ranked by, (B, G, n): a_f(i), one token set for the query heads that share a KV head."""
         if not self.settings.fused:
             return self._newest(layer)
-        return self.settings.score_decay * self.cache.score[layer, :, :, : self.end] + self._newest(layer)
+        return self.settings.score_decay * self.cache.score[layer, :, :, : self.end].float() + self._newest(layer)
 
     def _newest(self, layer: int) -> Tensor:
         """The matched SLM heads' scores; with fused scores these are their newest rows: (B, G, n)."""

@@ -83,11 +83,11 @@ def test_bytes_of_a_step_are_those_of_the_caches():
     tiered = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True)
     assert tiered["LLM K, V"] == full["LLM K, V"] * 20 // 100  # 15 whole tokens and 10 halves
     assert tiered["scores"] == 3 * 2 * 4 * 100 * 4
-    fused = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True, fused=True)
+    fused = step_bytes(llm, slm, 3, 100, 4, TierSizes(15, 5, 10), True, memory=4)
     assert fused == {**tiered, "scores": tiered["scores"] + 3 * 2 * 2 * 100 * 4}  # 2 layers of 2 KV heads
-    narrow, wide = (step_bytes(llm, slm, 3, 100, size, TierSizes(15, 5, 0), False, fused=True, logits=True)["scores"]
+    narrow, wide = (step_bytes(llm, slm, 3, 100, size, TierSizes(15, 5, 0), False, memory=size, logits=True)["scores"]
                     for size in (2, 4))  # fmt: skip
-    assert wide == fused["scores"] and narrow == wide - tiered["scores"] // 2
+    assert wide == fused["scores"] and narrow == wide // 2
     packed = [module for module in bench.random_decoder(llm, torch.device("cpu"), torch.float32, True).layers.modules()]
     held = sum(module.packed.nbytes + module.scale.nbytes + module.zero.nbytes for module in packed
                if isinstance(module, Int4Linear))  # fmt: skip
@@ -191,7 +191,7 @@ def test_an_slm_that_costs_less_is_counted_so(filled, marginal, capsys):
         held = [vars(entry) | {"model": "SLM"} for entry in FrugalCache.predict(*shape)]
         assert [tier for tier in row["tiers"] if tier["model"] == "SLM"] == held
         size = settings.sizes(row["length"])
-        read = step_bytes(llm, slm, 2, row["length"], 4, size, report["marginal"], fused=True, slm_budget=0.4)
+        read = step_bytes(llm, slm, 2, row["length"], 4, size, report["marginal"], memory=4, slm_budget=0.4)
         assert row["step_bytes"] == read and read["SLM K, V"] == 2 * 2 * 2 * 16 * 4 * int(0.4 * row["length"])
         assert row["prefill_flops"] == prefill_flops(llm, slm, 2, 400)
     eager, graph = (row["predicted_bytes"] for row in report["rows"])

@@ -138,7 +138,10 @@ def test_ledger_of_the_static_step_is_as_predicted(name, dtype, device):
     session = Session(pair[0], SmallKV(*pair, SETTINGS[name]), random_prompts(150, 120), 8)
     step = Step(session, session.prefill().argmax(-1), TORCH)
     cache, logits = session.policy.slm_cache, name != "marginal"
-    assert cache.ledger() == session.policy.predict([150, 120], 158, static=True)["SLM"]
+    predicted = session.policy.predict([150, 120], 158, static=True)
+    assert (cache.ledger(), session.cache.ledger()) == (predicted["SLM"], predicted["LLM"])
+    if name != "newest row":
+        assert session.cache.score.dtype == (torch.float32 if dtype == torch.float32 else torch.bfloat16)
     held = [value for value in vars(cache).values() if torch.is_tensor(value)]
     assert sum(tensor.nbytes for tensor in held) == sum(entry.size for entry in cache.ledger())
     assert cache.score.dtype == (torch.float16 if logits and dtype == torch.bfloat16 else torch.float32)

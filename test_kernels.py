@@ -5,6 +5,8 @@ the kernel's 16-bit inputs in fp32. Tolerances: fp32 differs by the order of sum
 so are the weights of its values: a few units of bf16's 8 bits or fp16's 11. Probabilities stay fp32 in the kernels.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -167,11 +169,13 @@ def tiered_case(device, dtype, critical, marginal, group, head_dim, spare):
 def test_tiered_attention_equals_its_twin(critical, marginal, group, device):
     for dtype, head_dim in kinds(device, 32, 64, 128):
         case = tiered_case(device, dtype, critical, marginal, group, head_dim, spare={32: 0, 64: 5, 128: 70}[head_dim])
-        before = randn(2, 2, critical + 9, seed=8, device=device)  # of the score memory; nobody holds its last tokens
+        # Of the score memory, in as many bits as the query; nobody holds its last tokens.
+        before = randn(2, 2, critical + 9, seed=8, dtype=dtype, device=device)
         memories = [before.clone() for _ in range(2)]
         expected = kernels_eq6.tiered_attention_torch(*floats(*case[:3]), *case[3:], memory=memories[0])
         close(kernels_eq6.tiered_attention_triton(*case, memory=memories[1]), expected, dtype)
-        torch.testing.assert_close(memories[1], memories[0], atol=1e-6, rtol=FINE)
+        last = {torch.float32: FINE, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]  # one may be rounded up
+        torch.testing.assert_close(memories[1], memories[0], atol=1e-6, rtol=last)
         assert torch.equal(memories[1][..., critical:], before[..., critical:])
         if head_dim == 64:
             close(kernels_eq6.tiered_attention_triton(*case), expected, dtype)
@@ -263,17 +267,16 @@ def test_a_row_in_8_bits_is_within_half_a_level(device):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("head_dim, at_once, large, first", [
-    (32, 512, 1 << 26, False), (128, 512, 1 << 26, True), (128, 4, 1 << 26, False), (32, 4, 16, False),
-    (32, 4, 16, True),
+@pytest.mark.parametrize("head_dim, at_once, large", [
+    (32, 512, 1 << 26), (128, 512, 1 << 26), (128, 4, 1 << 26), (32, 4, 16),
 ])  # fmt: skip
-def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, int8, device, monkeypatch):
-    """Rows gathered from host memory, in one turn or many, by two to eight programs; slots that nothing
-    comes to keep what they had."""
+def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, int8, device, monkeypatch):
+    """Rows gathered from host memory, in one turn or many, by four or eight programs, K and V of the same tokens or
+    of others; slots that nothing comes to keep what they had."""
     dtype = torch.int8 if int8 else HALF[device][0]
     monkeypatch.setattr(kernels_move, "BYTES", at_once * head_dim * dtype.itemsize)
     monkeypatch.setattr(kernels_move, "LARGE", large)
-    host = [on_host((50 * randn(2, 2, 99, head_dim, seed=seed)).to(dtype), device) for seed in (0, 1)]
+    host = on_host((50 * randn(2, 2, 99, 2, head_dim)).to(dtype), device)
     moves = []
     for slots, count in ((17, 41), (40, 0 if at_once == 512 else 160)):
         generator = torch.Generator().manual_seed(slots)
@@ -282,13 +285,15 @@ def test_movement_equals_its_twin_to_the_bit(head_dim, at_once, large, first, in
         beyond = torch.arange(4 * slots) >= count
         lists = source.masked_fill(beyond, 2**31 - 1), target.masked_fill(beyond, 2**31 - 1), torch.tensor(count)
         moves.append(kernels_move.Moves(*(tensor.int().to(device) for tensor in lists)))
-    results = []
-    for bring in (kernels_move.bring_rows_torch, kernels_move.bring_rows_triton):
-        pools = [(50 * randn(2, 2, slots, head_dim, seed=2, device=device)).to(dtype) for slots in (17, 40)]
-        bring(*pools, *host, *moves, first)
-        results.append(pools)
-    for ours, twins in zip(results[1], results[0]):
-        assert torch.equal(ours, twins)
+    for slots, given in (((17, 40), moves), ((17, 17), moves[:1])):
+        before = [(50 * randn(2, 2, count, head_dim, seed=2, device=device)).to(dtype) for count in slots]
+        results = []
+        for bring in (kernels_move.bring_rows_torch, kernels_move.bring_rows_triton):
+            results.append([pool.clone() for pool in before])
+            bring(*results[-1], host, *given)
+        for ours, twins, held in zip(*reversed(results), before):
+            assert torch.equal(ours, twins)
+            assert torch.equal(ours, held) == (slots == (17, 40) and held is before[1] and at_once == 512)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
@@ -299,15 +304,14 @@ def test_newest_rows_reach_the_host(tokens, at_once, device, monkeypatch):
     newest, layers = randn(2, 7, 2, tokens, 2, 32, device=device), slice(2, 6)
     length = torch.tensor([5, 95], dtype=torch.int32, device=device)
     for store in (kernels_move.store_rows_torch, kernels_move.store_rows_triton):
-        host = [on_host(randn(7, 2, 2, 99, 32, seed=seed), device) for seed in (1, 2)]
-        store(newest[:, layers], *(table[layers] for table in host), length)
+        host = on_host(randn(7, 2, 2, 99, 2, 32, seed=1), device)
+        store(newest[:, layers], host[layers], length)
         if device == "cuda":
             torch.cuda.synchronize()
-        for kind, made in enumerate(host):
-            expected = randn(7, 2, 2, 99, 32, seed=kind + 1)
-            for b, at in enumerate((4, 94)):
-                expected[layers, b, :, at : at + tokens] = newest[kind, layers, b].cpu().transpose(1, 2)
-            assert torch.equal(made.cpu(), expected)
+        expected = randn(7, 2, 2, 99, 2, 32, seed=1)
+        for kind, (b, at) in itertools.product(range(2), enumerate((4, 94))):
+            expected[layers, b, :, at : at + tokens, kind] = newest[kind, layers, b].cpu().transpose(1, 2)
+        assert torch.equal(host.cpu(), expected)
 
 
 # ---- prefill ---------------------------------------------------------------------------------------------------------

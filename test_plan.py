@@ -12,7 +12,7 @@ import kernels_scores
 import kernels_tiers
 from settings import TierSizes
 from smallkv import plan_tiers
-from test_kernels import HERE, cases, randn
+from test_kernels import HALF, HERE, cases, randn
 from test_scores import dyadic, score_case
 
 
@@ -23,7 +23,10 @@ def device():
 
 @pytest.fixture
 def rank(monkeypatch):
-    """rank(long, ...) runs the kernel; with `long`, as if the row were too long for registers."""
+    """rank(long, ...) runs the kernel; with `long`, as if the row were too long for registers. Up to 4,096 tokens three
+    programs take turns with the rows, unless in a hurry."""
+    monkeypatch.setattr(kernels_plan, "PROGRAMS", 3)
+    monkeypatch.setattr(kernels_plan, "WHOLE", kernels_plan.row_warps(4096))
 
     def run(long, total, *args, **options):
         monkeypatch.setattr(kernels_plan, "ROW", 0 if long else 32768)
@@ -65,7 +68,7 @@ def test_plan_equals_its_twin(lengths, ties, marginal, long, rank, device):
     for added in (None, prior):
         tiers = [torch.full(total.shape, 9, dtype=torch.int8, device=device) for _ in range(2)]
         kernels_plan.plan_layers_torch(total, length, sizes, tiers[0], prior=added)
-        rank(long, total, length, sizes, tiers[1], prior=added)
+        rank(long, total, length, sizes, tiers[1], prior=added, hurry=added is not None)
         assert torch.equal(*tiers)
         counts = sizes[length.long()][:, None]
         assert ((tiers[1] == kernels_scores.CRITICAL).sum(-1) == counts[..., 0]).all()
@@ -91,7 +94,8 @@ def test_plan_tells_tiny_scores_apart(bits, rank, device, monkeypatch):
     gpu=itertools.product([(1, 63), (109, 45), (111, 257), (2049, 5), (16893, 77)], (None, 2), *[(False, True)] * 2),
 ))  # fmt: skip
 def test_plan_with_a_memory_equals_its_twin(lengths, moves, added, long, rank, device):
-    """Who is critical, and what is remembered of everyone: to the bit, and beyond the length as it was."""
+    """Who is critical, and what is remembered of everyone, in 32 bits and in 16: to the bit, and beyond the length as
+    it was."""
     total, length, sizes = plan_case(device, lengths, moves is None, ties=False)
     B, S = len(lengths), total.shape[3]
     recent = sizes[length.long()][:, 1].max().item() + 8
@@ -100,16 +104,17 @@ def test_plan_with_a_memory_equals_its_twin(lengths, moves, added, long, rank, d
     held[..., 7 : 7 + recent] = before.clamp(min=-1)
     prior = dyadic(B, S, seed=2, device=device) if added else None
     begun = dyadic(2, B, 2, S, seed=3, device=device)
-    tiers, memories = [], []
-    for plan in (kernels_plan.plan_layers_torch, partial(rank, long)):
-        tier, memory = tiers_of(held, S), begun.clone()
-        plan(total, length, sizes, tier, held, moves, memory, 0.5, None, prior)
-        tiers.append(tier), memories.append(memory)
-    assert torch.equal(*tiers) and torch.equal(*memories)
     late = torch.arange(S, device=device) >= length[:, None, None]
-    critical = tiers[1] == kernels_scores.CRITICAL
-    expected = total.where(~critical, begun / 2).where(~late, begun)
-    assert torch.equal(memories[1], expected)
+    for dtype in (torch.float32, HALF[device][0]):
+        tiers, memories = [], []
+        for plan in (kernels_plan.plan_layers_torch, partial(rank, long)):
+            tier, memory = tiers_of(held, S), begun.to(dtype, copy=True)
+            plan(total, length, sizes, tier, held, moves, memory, 0.5, None, prior)
+            tiers.append(tier), memories.append(memory)
+        assert torch.equal(*tiers) and torch.equal(*memories)
+        critical, before = tiers[1] == kernels_scores.CRITICAL, begun.to(dtype).float()
+        expected = total.where(~critical, before / 2).where(~late, before)
+        assert torch.equal(memories[1], expected.to(dtype))
 
 
 @pytest.mark.parametrize("lengths, moves, fused, long", cases(

@@ -5,7 +5,7 @@ import torch
 
 import kernels_decode
 import kernels_scores
-from test_kernels import HERE, beyond_is_nan, cases, full_case
+from test_kernels import HALF, HERE, beyond_is_nan, cases, floats, full_case
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_scores_are_summed_as_by_their_twin(lengths, group, device):
     score, index, length = score_case(device, lengths, group)
     B, S = len(lengths), score.shape[3]
     memory = dyadic(2, B, 2, S, seed=3, device=device)
-    for remembered in (None, memory):
+    for remembered in (None, memory, memory.to(HALF[device][0])):
         totals = [torch.full((2, B, 2, S), torch.nan, device=device) for _ in range(2)]
         for total, add in zip(totals, (kernels_scores.sum_scores_torch, kernels_scores.sum_scores_triton)):
             add(score, index, length, total, None, remembered, 0.5)
@@ -59,7 +59,7 @@ def test_scores_are_summed_as_by_their_twin(lengths, group, device):
             assert totals[1][:, b, :, n:].isnan().all()
             heads = index[b, 1, group:].tolist()  # of the second layer's second KV head
             expected = sum(score[head // 3, b, head % 3, :n] for head in heads)
-            expected = expected if remembered is None else expected + memory[1, b, 1, :n] / 2
+            expected = expected if remembered is None else expected + remembered[1, b, 1, :n].float() / 2
             assert torch.equal(totals[1][1, b, 1, :n], expected)
 
 
@@ -83,6 +83,23 @@ def test_logits_in_16_bits_are_those_in_32_rounded_near_an_anchor(far, limit, de
         row = torch.exp2(score - lse[..., None])  # half a unit of the tenth bit, for what counts: 2 ** -10 and above
         large = seen & (rows > 2**-10)
         assert large.sum() > 100 and ((row - rows).abs() / rows)[large].max() < limit
+
+
+def test_logits_are_written_in_whole_lines(device):
+    """Where a row is a multiple of 16 long: up to each length they are the twin's; beyond the next 16 nothing is."""
+    for dtype in HALF[device]:
+        query, *pools, length = full_case(device, dtype, (111, 257), 3, 64)
+        key, value = (torch.nn.functional.pad(pool, (0, 0, 0, -pool.shape[2] % 16), value=torch.nan) for pool in pools)
+        shape = 2, 6, key.shape[2]
+        scores = [torch.full(shape, 7.0, dtype=torch.float16, device=device) for _ in range(2)]
+        logs = [torch.zeros(2, *shape[:2], device=device) for _ in range(2)]
+        for score, log, name in zip(scores, logs, ("torch", "triton")):
+            attend = getattr(kernels_decode, f"scored_attention_{name}")
+            attend(floats(query)[0] if name == "torch" else query, key, value, length, score, 0.0, None, *log)
+        for b, n in enumerate(length.tolist()):
+            torch.testing.assert_close(scores[1][b, :, :n], scores[0][b, :, :n], atol=2e-2, rtol=2e-3)
+            assert (scores[1][b, :, n + -n % 16 :] == 7).all()
+        torch.testing.assert_close(logs[1], logs[0], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -253,11 +253,11 @@ def test_what_rounding_needs_is_looked_for_before_the_prefill(monkeypatch):
 
 def test_step_bytes_count_it():
     llm, slm = Config.from_hf(TINY), Config.from_hf({**TINY, "num_attention_heads": 4})
-    exact, held = (step_bytes(llm, slm, 3, 100, 2, Settings().sizes(100), False, fused=True, int8=(False, int8))
+    exact, held = (step_bytes(llm, slm, 3, 100, 2, Settings().sizes(100), False, memory=2, int8=(False, int8))
                    for int8 in (False, True))  # fmt: skip
     assert exact.pop("SLM K, V") == 2 * held.pop("SLM K, V") and exact == held
     assert held.pop("LLM K, V") == 2 * step_bytes(
-        llm, slm, 3, 100, 2, Settings().sizes(100), False, fused=True, int8=(True, True))["LLM K, V"]
+        llm, slm, 3, 100, 2, Settings().sizes(100), False, memory=2, int8=(True, True))["LLM K, V"]
     full, rival = (step_bytes(llm, None, 3, 100, 2, None, False, int8=(int8, False)) for int8 in (False, True))
     assert full["LLM K, V"] == 2 * rival["LLM K, V"] == 2 * 2 * 2 * 2 * 16 * 3 * 100
 
