@@ -125,7 +125,7 @@ def fill(session: Session) -> torch.Tensor:
             if isinstance(staged, Prompt):
                 staged.gathered.uniform_()  # who stays in a cut cache: the newest, and others at random
             policy.slm_cache.load(b, staged, length)
-        if policy.own_scores:
+        if policy.own_decay is not None:
             cache.score.zero_()
         some = draw(torch.empty(cache.host.shape[2:], device=device, dtype=cache.key.dtype))  # of one sequence
         for host in cache.host.flatten(0, 1):

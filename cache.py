@@ -98,8 +98,7 @@ class TieredCache:
         self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=held)  # this step's K and V
         self.newest_position: Tensor | None = None  # (B,), once a step has run
         if own_decay is not None:
-            kept = torch.float32 if one_way else memory_dtype(dtype, own_decay)
-            self.score = torch.zeros(*base, capacity, device=device, dtype=kept)
+            self.score = torch.zeros(*base, capacity, device=device, dtype=memory_dtype(dtype, own_decay, one_way))
         if one_way:
             self.dropped = torch.zeros(*base, capacity, dtype=torch.bool, device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -158,6 +157,7 @@ class TieredCache:
             for targets, sources in zip(self.host[part, b, :, :length], both):
                 for target, source in zip(targets, sources):  # a KV head is contiguous: a straight copy, nobody waits
                     target.copy_(source, non_blocking=True)
+            del key, value, both  # before the next piece is made
 
     def finish_loading(self) -> None:
         """The prefill is over: wait until its prompts are on the host, which is read from now on."""
@@ -341,6 +341,6 @@ class TieredCache:
         ]
         entries += scale_entries(config, batch, device, int8)
         if own_decay is not None:
-            kept = torch.float32 if one_way else memory_dtype(dtype, own_decay)
-            entries.append(Entry("scores", device, table_bytes(kept, rows, capacity) + one_way * rows * capacity))
+            size = table_bytes(memory_dtype(dtype, own_decay, one_way), rows, capacity)
+            entries.append(Entry("scores", device, size + one_way * rows * capacity))
         return entries

@@ -53,10 +53,11 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype.itemsize == 2 else torch.float32
 
 
-def memory_dtype(dtype: torch.dtype, decay: float) -> torch.dtype:
+def memory_dtype(dtype: torch.dtype, decay: float, one_way: bool = False) -> torch.dtype:
     """Of the LLM's score memory (`--scores fused`), for a model of this dtype: 16 bits for 16, if what comes at a step
-    is at least a tenth of what is there; else the last of its eight digits would swallow it."""
-    return torch.bfloat16 if dtype.itemsize == 2 and decay <= FADES else torch.float32
+    is at least a tenth of what is there; else it could be lost beside eight binary digits. one_way: the scores of
+    --no-saliency-shift, which no kernel reads, stay fp32."""
+    return torch.bfloat16 if dtype.itemsize == 2 and decay <= FADES and not one_way else torch.float32
 
 
 class FullCache:

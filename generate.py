@@ -120,10 +120,12 @@ def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend
     for model, entry in ((model, entry) for plan in plans for model, ledger in plan.items() for entry in ledger):
         where, name = on_device if entry.device == device.type else on_host, f"{model} {entry.what}"
         where[name] = max(where.get(name, 0), entry.size)
-    prompt = cache_bytes(policy.llm.config, max(lengths), 1, policy.llm.dtype.itemsize)
+    prompt = one = cache_bytes(policy.llm.config, max(lengths), 1, policy.llm.dtype.itemsize)
     if device.type == "cuda" and isinstance(policy, SmallKV):  # one is on its way to the host, the next is being made
         prompt *= min(2, len(lengths))
     if isinstance(policy, SmallKV):
+        # The piece that is put side by side: some layers, or one (int8_rows.prompt_rows).
+        prompt += min(one, max(2 * AT_ONCE * policy.llm.dtype.itemsize, one // policy.llm.config.layers))
         prompt += rounding_bytes(policy, lengths, capacity, plain=not static)
     scored = max(model.config.query_heads for model in policy.models) * SCORE_BLOCK * max(lengths) * 4
     on_device["prefill of the longest prompt"] = prompt + 4 * scored  # logits, their softmax, and copies of both

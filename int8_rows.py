@@ -15,9 +15,9 @@ scales go into the query (`into_query`); V's scales and zero points meet the out
 
 In a decode step's kernels nothing is left to do for each level of K: the query is rounded to 15 bits, which are two
 numbers of 8 bits, and tensor cores multiply these with levels (`query_levels`, `level_products`); what that rounds is
-at most a hundredth of what K lost to its own levels. Levels of V are read in pairs, 16 bits as the tensor cores' loads
-want them, and two operations on bits make fp16 numbers of them (`value_pairs`): a level at a time would be one load of
-a byte from shared memory each, and a conversion that runs at a quarter of the speed.
+a hundredth of what K lost to its own levels, two where a few channels are far larger. Levels of V are read in pairs, 16
+bits as the tensor cores' loads want them, and two operations on bits make fp16 numbers of them (`value_pairs`): a level
+at a time would be one load of a byte from shared memory each, and a conversion that runs at a quarter of the speed.
 
 Shapes follow the legend in model.py.
 """
@@ -95,7 +95,8 @@ def into_query(query: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def rounded_query(query: Tensor, scales: Tensor | None) -> Tensor:
-    """`into_query` in the 15 bits in which a decode step's kernels take it."""
+    """`into_query` in the 15 bits in which a decode step's kernels take it. (They keep all of them; here the query's
+    dtype has the last word.)"""
     if scales is None:
         return query
     folded = into_query(query.float(), scales)

@@ -72,7 +72,7 @@ def store_rows_torch(newest: Tensor, host: Tensor, length: Tensor) -> None:
 
 
 @triton.jit
-def named(list_ptr, at, count, ROWS: tl.constexpr):
+def _named(list_ptr, at, count, ROWS: tl.constexpr):
     """The rows of a list from `at` on."""
     nth = at + tl.arange(0, ROWS)
     return tl.load(list_ptr + nth, mask=nth < count, other=0)
@@ -85,12 +85,12 @@ def _bring(
     # WIDTH numbers a thread, where they come from and where they go: else threads would have to exchange them.
     dim = tl.max_contiguous(tl.arange(0, D), WIDTH)
     begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
-    source = named(source_ptr, begin, count, ROWS)
+    source = _named(source_ptr, begin, count, ROWS)
     for at in range(begin, count, step):
         nth = at + tl.arange(0, ROWS)
         row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=(nth < count)[:, None])
-        source = named(source_ptr, at + step, count, ROWS)  # while the rows are on their way
-        target = named(target_ptr, at, count, ROWS).to(tl.int64)
+        source = _named(source_ptr, at + step, count, ROWS)  # while the rows are on their way
+        target = _named(target_ptr, at, count, ROWS).to(tl.int64)
         tl.store(pool_ptr + target[:, None] * D + dim, row, mask=(nth < count)[:, None])
 
 
@@ -115,12 +115,12 @@ def _bring_both_kernel(
     count = tl.load(count_ptr)
     dim = tl.max_contiguous(tl.arange(0, 2 * D), WIDTH)
     begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
-    source = named(source_ptr, begin, count, ROWS)
+    source = _named(source_ptr, begin, count, ROWS)
     for at in range(begin, count, step):
         inside = (at + tl.arange(0, ROWS) < count)[:, None]
         row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=inside)  # (ROWS, 2 D)
-        source = named(source_ptr, at + step, count, ROWS)
-        target = named(target_ptr, at, count, ROWS).to(tl.int64)[:, None] * D
+        source = _named(source_ptr, at + step, count, ROWS)
+        target = _named(target_ptr, at, count, ROWS).to(tl.int64)[:, None] * D
         tl.store(key_ptr + target + dim, row, mask=inside & (dim < D))
         tl.store(value_ptr + target + dim - D, row, mask=inside & (dim >= D))
 
@@ -155,6 +155,7 @@ def bring_rows_triton(
     key: Tensor, value: Tensor, host: Tensor, moves: Moves, value_moves: Moves | None = None
 ) -> None:
     assert all(tensor.is_contiguous() for tensor in (key, value, host)) and key.dtype == host.dtype
+    assert value_moves is not None or key.shape == value.shape, "K and V that come together have the same slots"
     programs = MORE if key.nbytes > LARGE else MOVERS
     D, size = key.shape[3], key.shape[3] * key.itemsize
     kind = {"D": D, "WIDTH": 16 // key.itemsize, "num_warps": 32, "num_stages": 1}

@@ -11,7 +11,7 @@ With fused scores, the default, the SLM's are logits, in 16 bits for a model of 
 (`lse`, see kernels_decode.py): each number that the gather reads costs an exp2. Bytes, for Qwen2-7B with Qwen2-0.5B:
 the floor is every score once, 2 * 24 * 14 a token and sequence (44 MB, 0.015 ms of an H100 at 4 x 16,384; 0.35 GB, 0.12
 ms at 32 x 16,384). The gather reads a row for each of the LLM's 28 * 28 heads (0.1 and 0.82 GB), some of them from the
-L2 cache; the memory is read besides, 4 * 28 * 4 a token and sequence (30 MB and 0.24 GB), and as many totals are
+L2 cache; the memory is read besides, 2 * 28 * 4 a token and sequence (15 MB and 0.12 GB), and totals of 4 * 28 * 4 are
 written.
 
 Shapes follow the legend in model.py; L is the number of layers at hand.
@@ -97,7 +97,7 @@ def head_sum(score_ptr, heads, token, reach, GROUP: tl.constexpr, LOGITS: tl.con
 
 @triton.jit
 def whole_loads(length, ALIGNED: tl.constexpr):
-    """How far to read: a mask that ends anywhere would cut every load of 16 bytes into four."""
+    """How far to read, or to write what nobody reads: a mask that ends anywhere would cut every 16 bytes into four."""
     reach = length
     if ALIGNED:
         reach = tl.cdiv(length, 16) * 16

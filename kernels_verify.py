@@ -27,7 +27,7 @@ from torch import Tensor
 import kernels
 from int8_rows import Scales, into_query, onto_output
 
-TILE, BLOCK_MAX = 8192, 128  # numbers in a tile of K, and tokens: 64 at D = 128, as in kernels_decode.py
+TILE, BLOCK_MAX = 8192, 128  # numbers in a tile of K, and tokens: 64 at D = 128
 ROWS_MAX = 64  # query rows of a program: with 64 tokens and D = 128 the sums fill a half of the registers
 PROGRAMS = 528  # aimed at: four for each multiprocessor of an H100; each leaves T times the output of a decode step
 CHUNK = 1024  # tokens whose scores one program folds

@@ -120,8 +120,8 @@ class SmallKV:
         self.models, self.sums = [llm, slm], sums
         self.keep_row = settings.marginal  # the SLM's newest row is lent to marginal tokens
         self.one_way = not settings.saliency_shift
-        self.own_scores = self.one_way or settings.fused  # the LLM's own attention on what it holds is remembered too
-        self.own_decay = settings.score_decay if self.own_scores else None
+        # The LLM's own attention on what it holds is remembered too, or not.
+        self.own_decay = settings.score_decay if self.one_way or settings.fused else None
 
     @property
     def needed(self) -> list[int]:

@@ -125,7 +125,7 @@ def test_all_tiers_have_the_levels_of_the_full_cache(name, device):
 def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
     """On a GPU captured, with Triton, against the eager path on the CPU: fp32 on both."""
     prompts = random_prompts(*LENGTHS)
-    cpu, pair = decoders("cpu"), decoders(device)
+    cpu, pair = decoders("cpu", 32), decoders(device, 32)  # kernels want 32 at least
     expected = generate(cpu[0], SmallKV(*cpu, INT8[name]), prompts, 14)
     session = Session(pair[0], SmallKV(*pair, INT8[name]), prompts, 14)
     assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected

@@ -132,7 +132,8 @@ def test_logits_as_scores_equal_their_twin(lengths, group, device):
 def test_a_capacity_of_many_splits_is_merged(device):
     """One sequence: the smallest splits, most of them beyond the length."""
     query, key, value, length = full_case(device, torch.float32, [700], 3, 32, capacity=12000)
-    assert kernels_decode.split_size(2, 12000, 256, kernels_decode.FULL.programs) == 512
+    block = kernels_decode.FULL.tile // 32
+    assert kernels_decode.split_size(2, 12000, block, kernels_decode.FULL.programs) == 2 * block
     expected = kernels_decode.decode_attention_torch(query, key, value, length)
     close(kernels_decode.decode_attention_triton(query, key, value, length), expected)
 

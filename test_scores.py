@@ -1,10 +1,13 @@
 """The kernels of the scores and of the score memory against their PyTorch twins: as test_kernels.py, to the bit."""
 
+import itertools
+
 import pytest
 import torch
 
 import kernels_decode
 import kernels_scores
+from int8_rows import encode, per_token, scales_of
 from test_kernels import HALF, HERE, beyond_is_nan, cases, floats, full_case
 
 
@@ -86,16 +89,21 @@ def test_logits_in_16_bits_are_those_in_32_rounded_near_an_anchor(far, limit, de
 
 
 def test_logits_are_written_in_whole_lines(device):
-    """Where a row is a multiple of 16 long: up to each length they are the twin's; beyond the next 16 nothing is."""
-    for dtype in HALF[device]:
+    """Where a row is a multiple of 16 long: up to each length they are the twin's; beyond the next 16 nothing is. K and
+    V in 16 bits and in 8."""
+    for dtype, int8 in itertools.product(HALF[device], (False, True)):
         query, *pools, length = full_case(device, dtype, (111, 257), 3, 64)
         key, value = (torch.nn.functional.pad(pool, (0, 0, 0, -pool.shape[2] % 16), value=torch.nan) for pool in pools)
+        scales = (None, None)
+        if int8:
+            scales = tuple(scales_of(pool.nan_to_num()) for pool in (key, value))
+            key, value = (encode(pool.nan_to_num(), per_token(scale)) for pool, scale in zip((key, value), scales))
         shape = 2, 6, key.shape[2]
         scores = [torch.full(shape, 7.0, dtype=torch.float16, device=device) for _ in range(2)]
         logs = [torch.zeros(2, *shape[:2], device=device) for _ in range(2)]
         for score, log, name in zip(scores, logs, ("torch", "triton")):
             attend = getattr(kernels_decode, f"scored_attention_{name}")
-            attend(floats(query)[0] if name == "torch" else query, key, value, length, score, 0.0, None, *log)
+            attend(floats(query)[0] if name == "torch" else query, key, value, length, score, 0.0, None, *log, scales)
         for b, n in enumerate(length.tolist()):
             torch.testing.assert_close(scores[1][b, :, :n], scores[0][b, :, :n], atol=2e-2, rtol=2e-3)
             assert (scores[1][b, :, n + -n % 16 :] == 7).all()
@@ -119,10 +127,12 @@ def test_a_sum_by_logits_is_the_sum_by_probabilities(lengths, group, half, devic
 @pytest.mark.parametrize("lengths, group", CASES)
 def test_a_memory_fades_as_its_twin_does(lengths, group, device):
     row, index, length = score_case(device, lengths, group)
-    memories, tier = fade_case(*row.shape[1:4:2], 2, device)
-    for memory, fade in zip(memories, (kernels_scores.sum_scores_torch, kernels_scores.sum_scores_triton)):
-        fade(row, index, length, memory, None, memory, 0.5, tier)
-    assert torch.equal(*memories)
+    for dtype in (torch.float32, HALF[device][0]):
+        memories, tier = fade_case(*row.shape[1:4:2], 2, device)
+        memories = [memory.to(dtype) for memory in memories]
+        for memory, fade in zip(memories, (kernels_scores.sum_scores_torch, kernels_scores.sum_scores_triton)):
+            fade(row, index, length, memory, None, memory, 0.5, tier)
+        assert torch.equal(*memories)
 
 
 @pytest.mark.parametrize("lengths, group", CASES)

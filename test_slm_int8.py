@@ -188,7 +188,7 @@ def test_the_slm_reads_its_prompt_exact_and_keeps_levels(name, chunk, device):
 @pytest.mark.parametrize("name", INT8)
 def test_static_step_makes_the_tokens_of_the_eager_path(name, device):
     """On a GPU captured, with Triton, against the eager path on the CPU: fp32 on both."""
-    prompts, cpu, pair = random_prompts(*LENGTHS), decoders("cpu"), decoders(device)
+    prompts, cpu, pair = random_prompts(*LENGTHS), decoders("cpu", 32), decoders(device, 32)  # kernels want 32 at least
     expected = generate(cpu[0], SmallKV(*cpu, INT8[name]), prompts, 14)
     session = Session(pair[0], SmallKV(*pair, INT8[name]), prompts, 14)
     assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected
@@ -205,7 +205,7 @@ def test_static_step_with_triton(name):
 
 def test_a_full_cache_in_8_bits(device):
     """The rival: eager and static steps make the same tokens, whose logits are near those of the exact cache."""
-    prompts, cpu, llm = random_prompts(*LENGTHS), decoders("cpu")[0], decoders(device)[0]
+    prompts, cpu, llm = random_prompts(*LENGTHS), decoders("cpu", 32)[0], decoders(device, 32)[0]
     expected = generate(cpu, FullPolicy(cpu, int8=True), prompts, 14)
     session = Session(llm, FullPolicy(llm, int8=True), prompts, 14)
     assert generate_static(session, 14, TORCH if device == "cpu" else TRITON) == expected
