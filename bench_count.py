@@ -97,9 +97,8 @@ def step_bytes(
     tier the rows are those lent. int4: whether the layers of LLM and SLM are INT4, with their scales and zeros. memory:
     bytes of a number in the LLM's own scores, which fused ones read too; 0: not fused. slm_budget: below 1 the SLM's K,
     V and scores are those of the tokens that it keeps, and what H2O's rule reads of each comes to it: attention
-    gathered and position. logits: the SLM's scores are its newest
-    row's, with no more bits than the weights (full_cache.hold_logits). int8: whether the K and V of LLM and SLM are in
-    8 bits.
+    gathered and position. logits: the SLM's scores are its newest row's, with no more bits than the weights
+    (full_cache.hold_logits). int8: whether the K and V of LLM and SLM are in 8 bits.
     """
     layers = [layer_bytes(config, itemsize, small) if config else 0 for config, small in zip((llm, slm), int4)]
     weights = layers[0] + itemsize * llm.vocab_size * llm.hidden_size

@@ -18,6 +18,7 @@ numbers of 8 bits, and tensor cores multiply these with levels (`query_levels`, 
 a hundredth of what K lost to its own levels, two where a few channels are far larger. Levels of V are read in pairs, 16
 bits as the tensor cores' loads want them, and two operations on bits make fp16 numbers of them (`value_pairs`): a level
 at a time would be one load of a byte from shared memory each, and a conversion that runs at a quarter of the speed.
+(Rounds of drafts, kernels_verify.py, still turn levels into numbers of the query's dtype.)
 
 Shapes follow the legend in model.py.
 """
