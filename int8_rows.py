@@ -114,21 +114,25 @@ def onto_output(out: Tensor, scales: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def levels(row, scale, zero, LEVELS: tl.constexpr):
-    """`encode` inside a kernel, of numbers in fp32."""
-    level = tl.minimum(tl.maximum(tl.div_rn(row - zero, scale), -LEVELS), LEVELS)
-    # Numbers near 1.5 * 2**23 have no fraction: adding that rounds, half to even as torch.round does.
-    return ((level + 12582912.0) - 12582912.0).to(tl.int8)
+def _nearest(number):
+    """The whole number nearest to it, half to even as torch.round does: numbers near 1.5 * 2**23 have no fraction."""
+    return (number + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def query_levels(query, scale, QUERY_LEVELS: tl.constexpr, FAINT: tl.constexpr):
+def levels(row, scale, zero, LEVELS: tl.constexpr):
+    """`encode` inside a kernel, of numbers in fp32."""
+    level = tl.minimum(tl.maximum(tl.div_rn(row - zero, scale), -LEVELS), LEVELS)
+    return _nearest(level).to(tl.int8)
+
+
+@triton.jit
+def query_levels(query, scale, LEVELS: tl.constexpr = QUERY_LEVELS, FAINT: tl.constexpr = FAINT):
     """`rounded_query` inside a kernel, (ROWS, D) with K's scales (D,): high and low int8, unit (ROWS,) fp32; the query
     is (128 * high + low) * unit."""
     query = query.to(tl.float32) * scale
-    unit = tl.maximum(tl.max(tl.abs(query), 1), FAINT) * (1 / QUERY_LEVELS)
-    level = tl.div_rn(query, tl.broadcast_to(unit[:, None], query.shape))
-    level = ((level + 12582912.0) - 12582912.0).to(tl.int32)  # as in `levels`
+    unit = tl.maximum(tl.max(tl.abs(query), 1), FAINT) * (1 / LEVELS)
+    level = _nearest(tl.div_rn(query, tl.broadcast_to(unit[:, None], query.shape))).to(tl.int32)
     high = (level + 64) >> 7
     return high.to(tl.int8), (level - (high << 7)).to(tl.int8), unit
 
@@ -150,3 +154,12 @@ def value_pairs(pair, dtype: tl.constexpr):
     if dtype == tl.float32:
         even, odd = even.to(tl.float32), odd.to(tl.float32)
     return even, odd
+
+
+@triton.jit
+def paired_output(out, scale_ptr, D: tl.constexpr):
+    """`onto_output` inside a kernel, for sums over `value_pairs`, the even channels (D/2,) before the odd ones: the
+    outputs and their channels. scale_ptr: of V's (2, D) of this KV head."""
+    at = tl.arange(0, D)
+    channel = at % (D // 2) * 2 + at // (D // 2)
+    return out * tl.load(scale_ptr + channel) + tl.load(scale_ptr + D + channel), channel

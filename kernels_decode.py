@@ -35,16 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
-from int8_rows import (
-    FAINT,
-    QUERY_LEVELS,
-    Scales,
-    level_products,
-    onto_output,
-    query_levels,
-    rounded_query,
-    value_pairs,
-)
+from int8_rows import Scales, level_products, onto_output, paired_output, query_levels, rounded_query, value_pairs
 from kernels_scores import whole_loads
 
 LOG2_E = math.log2(math.e)  # logits as powers of two: exp2 is one instruction
@@ -147,7 +138,6 @@ def _full_split_kernel(
     v_batch, v_head, logit_batch, logit_head, scale, splits, size,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     SCORED: tl.constexpr, LSE: tl.constexpr, HALF_MAX: tl.constexpr, ALIGNED: tl.constexpr, INT8: tl.constexpr,
-    QUERY_LEVELS: tl.constexpr, FAINT: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head: max, sum and unscaled output of its ROWS query heads (GROUP of them are real).
 
@@ -162,7 +152,7 @@ def _full_split_kernel(
     query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
     length = tl.load(length_ptr + b)  # on its way together with the query
     if INT8:
-        high, low, unit = query_levels(query, tl.load(k_scale_ptr + pair * 2 * D + dim), QUERY_LEVELS, FAINT)
+        high, low, unit = query_levels(query, tl.load(k_scale_ptr + pair * 2 * D + dim))
         unit *= scale
     if LSE:
         anchor = tl.load(anchor_ptr + pair * GROUP + row, mask=real, other=0.0)
@@ -252,9 +242,7 @@ def _merge_kernel(
         out = tl.sum(acc * shrink[:, None], 0) * scale
         channel = dim
         if INT8:
-            channel = dim % (D // 2) * 2 + dim // (D // 2)
-            of_channel = v_scale_ptr + pair * 2 * D + channel
-            out = out * tl.load(of_channel) + tl.load(of_channel + D)
+            out, channel = paired_output(out, v_scale_ptr + pair * 2 * D, D)
         tl.store(out_ptr + head * D + channel, out.to(out_ptr.dtype.element_ty))
     if LSE:
         log = top + tl.log2(total)
@@ -314,7 +302,7 @@ def _full_triton(query, key, value, length, scales, score=None, decay=0.0, row=N
         query, key, values, key_scale, length, logit, stat, acc, stat if lse is None else anchor, *key.stride()[:2],
         *values.stride()[:2], *logit.stride()[:2], logit_scale(D), splits, split,
         G=G, GROUP=group, ROWS=rows, D=D, BLOCK=block, SCORED=score is not None, LSE=lse is not None, HALF_MAX=HALF_MAX,
-        ALIGNED=S % 16 == 0, INT8=int8, QUERY_LEVELS=QUERY_LEVELS, FAINT=FAINT, num_warps=launch.warps,
+        ALIGNED=S % 16 == 0, INT8=int8, num_warps=launch.warps,
         num_stages=stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)

@@ -20,16 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
-from int8_rows import (
-    FAINT,
-    QUERY_LEVELS,
-    Scales,
-    level_products,
-    onto_output,
-    query_levels,
-    rounded_query,
-    value_pairs,
-)
+from int8_rows import Scales, level_products, onto_output, paired_output, query_levels, rounded_query, value_pairs
 from kernels_decode import Launch, logit_scale, merge_warps, scratch, split_size, stages
 
 # On an H100, bf16. They were (8192, 4, 3, 1056); the new numbers took, in us,
@@ -84,7 +75,7 @@ def _tiered_split_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, position_ptr, slot_ptr, borrowed_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr,
     critical_slots, value_slots, logit_head, scale, splits, size,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, MARGINAL: tl.constexpr,
-    MEMORY: tl.constexpr, INT8: tl.constexpr, QUERY_LEVELS: tl.constexpr, FAINT: tl.constexpr,
+    MEMORY: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """One split of the K slots with the values they name, and the same split of the V slots for what is borrowed.
 
@@ -97,7 +88,7 @@ def _tiered_split_kernel(
     real = row < GROUP
     query = tl.load(q_ptr + (pair * GROUP + row)[:, None] * D + dim, mask=real[:, None], other=0.0)  # (ROWS, D)
     if INT8:
-        high, low, unit = query_levels(query, tl.load(k_scale_ptr + pair * 2 * D + dim), QUERY_LEVELS, FAINT)
+        high, low, unit = query_levels(query, tl.load(k_scale_ptr + pair * 2 * D + dim))
         unit *= scale
     head = (pair * GROUP + row).to(tl.int64)
     keys, values = pair.to(tl.int64) * critical_slots, pair.to(tl.int64) * value_slots
@@ -201,9 +192,7 @@ def _tiered_merge_kernel(
             out += tl.sum(tl.load(lent_ptr + part[:, None] * D + dim, mask=held[:, None], other=0.0), 0)
         channel = dim
         if INT8:
-            channel = dim % (D // 2) * 2 + dim // (D // 2)
-            of_channel = v_scale_ptr + pair * 2 * D + channel
-            out = out * tl.load(of_channel) + tl.load(of_channel + D)
+            out, channel = paired_output(out, v_scale_ptr + pair * 2 * D, D)
         tl.store(out_ptr + (pair * GROUP + turn) * D + channel, out.to(out_ptr.dtype.element_ty))
     if MEMORY:
         weight = tl.where(real[:, None], tl.exp2(logit - top[:, None]) * scale[:, None], 0.0)  # (ROWS, SLOTS)
@@ -239,7 +228,7 @@ def tiered_attention_triton(
         query, key, values, key_scale, key_position, value_slot if marginal else key_position,
         borrowed if marginal else stat, logit, stat, acc, lent, C, N, line, logit_scale(D), splits, split,
         GROUP=group, ROWS=rows, D=D, BLOCK=block, MARGINAL=marginal, MEMORY=memory is not None, INT8=int8,
-        QUERY_LEVELS=QUERY_LEVELS, FAINT=FAINT, num_warps=launch.warps, num_stages=stages(launch, query),
+        num_warps=launch.warps, num_stages=stages(launch, query),
     )  # fmt: skip
     out = torch.empty_like(query)
     turns = group if memory is None else max(group, triton.cdiv(C, SLOTS))

@@ -80,49 +80,37 @@ def _named(list_ptr, at, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _bring(
-    pool_ptr, host_ptr, source_ptr, target_ptr, count, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    pool_ptr, value_ptr, host_ptr, source_ptr, target_ptr, count, D: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
+    """Rows of D numbers into a pool; BOTH: K and V of each token, rows of 2 D, into the pool and that of the values."""
     # WIDTH numbers a thread, where they come from and where they go: else threads would have to exchange them.
-    dim = tl.max_contiguous(tl.arange(0, D), WIDTH)
-    begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
-    source = _named(source_ptr, begin, count, ROWS)
-    for at in range(begin, count, step):
-        nth = at + tl.arange(0, ROWS)
-        row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=(nth < count)[:, None])
-        source = _named(source_ptr, at + step, count, ROWS)  # while the rows are on their way
-        target = _named(target_ptr, at, count, ROWS).to(tl.int64)
-        tl.store(pool_ptr + target[:, None] * D + dim, row, mask=(nth < count)[:, None])
-
-
-@triton.jit
-def _bring_one_kernel(
-    key_ptr, value_ptr, host_ptr, key_source_ptr, key_target_ptr, key_count_ptr, value_source_ptr, value_target_ptr,
-    value_count_ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Keys, and values of other tokens."""
-    if tl.program_id(1) == 0:
-        _bring(key_ptr, host_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), D, ROWS, WIDTH)
-    else:
-        _bring(value_ptr, host_ptr + D, value_source_ptr, value_target_ptr, tl.load(value_count_ptr), D, ROWS, WIDTH)
-
-
-@triton.jit
-def _bring_both_kernel(
-    key_ptr, value_ptr, host_ptr, source_ptr, target_ptr, count_ptr, D: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """K and V of each token as one row of 2 D numbers."""
-    count = tl.load(count_ptr)
-    dim = tl.max_contiguous(tl.arange(0, 2 * D), WIDTH)
+    dim = tl.max_contiguous(tl.arange(0, 2 * D if BOTH else D), WIDTH)
     begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     source = _named(source_ptr, begin, count, ROWS)
     for at in range(begin, count, step):
         inside = (at + tl.arange(0, ROWS) < count)[:, None]
-        row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=inside)  # (ROWS, 2 D)
-        source = _named(source_ptr, at + step, count, ROWS)
+        row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=inside)
+        source = _named(source_ptr, at + step, count, ROWS)  # while the rows are on their way
         target = _named(target_ptr, at, count, ROWS).to(tl.int64)[:, None] * D
-        tl.store(key_ptr + target + dim, row, mask=inside & (dim < D))
-        tl.store(value_ptr + target + dim - D, row, mask=inside & (dim >= D))
+        if BOTH:
+            tl.store(pool_ptr + target + dim, row, mask=inside & (dim < D))
+            tl.store(value_ptr + target + dim - D, row, mask=inside & (dim >= D))
+        else:
+            tl.store(pool_ptr + target + dim, row, mask=inside)
+
+
+@triton.jit
+def _bring_kernel(
+    key_ptr, value_ptr, host_ptr, key_source_ptr, key_target_ptr, key_count_ptr, value_source_ptr, value_target_ptr,
+    value_count_ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(1) == 0:
+        _bring(key_ptr, value_ptr, host_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), D, ROWS, WIDTH,
+               BOTH)  # fmt: skip
+    elif not BOTH:
+        _bring(value_ptr, value_ptr, host_ptr + D, value_source_ptr, value_target_ptr, tl.load(value_count_ptr), D,
+               ROWS, WIDTH, BOTH)  # fmt: skip
 
 
 @triton.jit
@@ -157,14 +145,11 @@ def bring_rows_triton(
     assert all(tensor.is_contiguous() for tensor in (key, value, host)) and key.dtype == host.dtype
     assert value_moves is not None or key.shape == value.shape, "K and V that come together have the same slots"
     programs = MORE if key.nbytes > LARGE else MOVERS
-    D, size = key.shape[3], key.shape[3] * key.itemsize
-    kind = {"D": D, "WIDTH": 16 // key.itemsize, "num_warps": 32, "num_stages": 1}
-    if value_moves is None:
-        _bring_both_kernel[(programs,)](key, value, host, *moves, ROWS=rows_at_once(2 * size), **kind)
-    else:
-        _bring_one_kernel[(programs // 2, 2)](
-            key, value, host, *moves, *value_moves, ROWS=rows_at_once(size), **kind
-        )  # fmt: skip
+    both, D = value_moves is None, key.shape[3]
+    _bring_kernel[(programs, 1) if both else (programs // 2, 2)](
+        key, value, host, *moves, *(value_moves or moves), D=D, ROWS=rows_at_once((1 + both) * D * key.itemsize),
+        WIDTH=16 // key.itemsize, BOTH=both, num_warps=32, num_stages=1,
+    )  # fmt: skip
 
 
 def store_rows_triton(newest: Tensor, host: Tensor, length: Tensor) -> None:
