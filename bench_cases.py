@@ -75,7 +75,7 @@ def tiered_attention(at: Shape, marginal: bool, remembered: bool, int8: bool = F
         share.scatter_(-1, where[..., size.critical :].long(), 0.5 / at.tokens)
         lent = [value_slot, share.repeat_interleave(at.llm.query_heads // at.llm.kv_heads, 1)]
     read = [query, key[:, :, : size.critical], value[:, :, :tokens], position, *scales, *lent]
-    more = *(lent or NONE), memory, scales or NONE
+    more = *(lent or NONE), memory, Settings.score_decay, scales or NONE
     return Call(lambda: at.backend.tiered_attention(query, key, value, position, *more),
                 [*read, added], [query, added])  # fmt: skip
 
@@ -123,16 +123,15 @@ def plan_layers(at: Shape, share: float, single: bool) -> Call:
     tier = torch.zeros(memory.shape, dtype=torch.int8, device=at.device)
     sizes = torch.zeros(at.capacity + 1, 3, dtype=torch.int32, device=at.device)
     sizes[at.tokens, 0], sizes[at.tokens, 1] = at.critical, recent
-    seen = memory[..., : at.tokens]
+    cut, others = torch.zeros_like(slots.newest), memory.itemsize * slots.newest.numel() * (at.tokens - at.critical)
 
     def work():
         for total in totals:
             slots.moves.count.zero_()
-            at.backend.plan_layers(total, at.length, sizes, tier, slots.position, None, memory, Settings.score_decay,
-                                   slots.given)  # fmt: skip
+            at.backend.plan_layers(total, at.length, sizes, tier, slots.position, None, memory, slots.given, cut=cut)
 
-    read = [totals[0][..., : at.tokens], at.length, sizes[at.tokens], tier, slots.position, seen, slots.moved]
-    return Call(work, read, [tier, seen, *slots.written(moving)], launches=2, layers=L)
+    read = [totals[0][..., : at.tokens], at.length, sizes[at.tokens], tier, slots.position, slots.moved, cut]
+    return Call(work, read, [tier, others, cut, *slots.written(moving)], launches=2, layers=L)
 
 
 def assign_slots(at: Shape, share: float, single: bool) -> Call:
@@ -303,7 +302,8 @@ def tiers(at: Shape) -> tuple[Callable, list[Tensor | int]]:
     def attend(layer, qkv, rope, norms):
         pools = key[layer], value[layer]
         query = at.backend.rope_append(qkv, *rope, at.length, norms, *pools, slot, slot, newest=newest[:, layer])
-        return at.backend.tiered_attention(query, *pools, position[layer], None, None, memory[layer])
+        more = None, None, memory[layer], Settings.score_decay
+        return at.backend.tiered_attention(query, *pools, position[layer], *more)
 
     held = [pool[:, :, :, : at.critical] for pool in (key, value)]
     return attend, [*held, position, at.remembered.itemsize * L * at.pairs * at.critical]

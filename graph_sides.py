@@ -122,6 +122,7 @@ class TieredSide:
         self.key_slot = torch.zeros(L, B, G, dtype=torch.int32, device=device)
         self.new_value_slot = torch.zeros_like(self.key_slot) if self.marginal else self.key_slot
         self.tier = torch.zeros(L, B, G, S, dtype=torch.int8, device=device)
+        self.cut = torch.zeros_like(self.key_slot)  # where the last critical set ended, see plan_layers
         self.key_moves = Moves.none(self.cache.key_position)
         self.value_moves = Moves.none(self.cache.value_position) if self.marginal else self.key_moves
         self.moved = torch.zeros(2, 1, dtype=torch.int64, device=device)  # keys and values brought from the host
@@ -212,9 +213,9 @@ class TieredSide:
         index = self.policy.index[:, layers]
         self.backend.sum_scores(self.ranking, index, self.length, total, self.lse, memory, self.decay)
         self.backend.plan_layers(
-            total, self.length, self.sizes, tier, cache.key_position[layers], self.moves, memory, self.decay,
+            total, self.length, self.sizes, tier, cache.key_position[layers], self.moves, memory,
             (rows, self.key_moves.of(layers), self.key_slot[layers], self.moved[0]), self.prior,
-            layers.start < HURRY,
+            layers.start < HURRY, self.cut[layers],
         )  # fmt: skip
         if self.marginal:
             values, slot = cache.value_position[layers], self.new_value_slot[layers]
@@ -260,7 +261,7 @@ class TieredSide:
         self.store(layer)
         lent = (cache.value_slot[layer], self.borrowed[layer]) if self.marginal else (None, None)
         memory = cache.score[layer] if self.fused else None
-        return self.backend.tiered_attention(query, key, value, position, *lent, memory, scales)
+        return self.backend.tiered_attention(query, key, value, position, *lent, memory, self.decay, scales)
 
     def join(self) -> None:
         """The side streams' last work belongs to this step: a captured graph must end on one stream."""

@@ -5,9 +5,11 @@ exists twice with one signature: `..._torch` (the twin, which calls the truth in
 
 Flash decoding as in kernels_decode.py. The first kernel takes one split of the K slots with the values they name, and
 the same split of the V slots for what is borrowed; the second merges the splits with `(1 - m)` of Eq. 6. With fused
-scores it also adds what each token weighed to the LLM's score memory: the logits lie in a scratch of one layer, which
-stays in the L2 cache, and no weights are written in between. (Weights written by slot, and found by the next step's
-sum through a table of slots by token, took 2 to 10 us less here and up to 9 more there: no step was faster.)
+scores it also adds what each token weighed to the LLM's score memory, which fades: the logits lie in a scratch of one
+layer, which stays in the L2 cache, and no weights are written in between. (Weights written by slot, and found by the
+next step's sum through a table of slots by token, took 2 to 10 us less here and up to 9 more there: no step was faster.
+Nor was one in which a few programs add them on a stream of their own, beside the output projection: they take 100 us
+for what all multiprocessors do in 8, and the projection and the gate wait for those that they have.)
 
 The pools may be int8 (int8_rows.py).
 
@@ -38,15 +40,15 @@ SLOTS = 512  # whose weights one program of the merge adds to the memory
 
 def tiered_attention_torch(
     query: Tensor, key: Tensor, value: Tensor, key_position: Tensor, value_slot: Tensor | None = None,
-    borrowed: Tensor | None = None, memory: Tensor | None = None, scales: Scales = (None, None),
+    borrowed: Tensor | None = None, memory: Tensor | None = None, decay: float = 1.0, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     """Eq. 6 on the pools: query (B, H, D), key (B, G, C, D), value (B, G, N, D); returns (B, H, D).
 
     key_position (B, G, C) int32: the token in each K slot, -1 if none. value_slot (B, G, C) int32: where in the V pool
     its value lies; None: at the same slot. borrowed (B, H, N) fp32: A'_f(i) on the marginal tokens by V slot, 0
-    elsewhere; None: there is no marginal tier. memory (B, G, S), fp32 or 16 bits, if given (`--scores fused`): each
-    critical token gets what it weighs in the outputs of the KV head's query heads, the sum of (1 - m) softmax(q K_C),
-    in place. scales: K's and V's, (B, G, 2, D) each, if the pools are int8.
+    elsewhere; None: there is no marginal tier. memory (B, G, S), fp32 or 16 bits, if given (`--scores fused`): that of
+    each critical token becomes decay times what it was plus what the token weighs in the outputs of the KV head's query
+    heads, the sum of (1 - m) softmax(q K_C), in place. scales: K's and V's, (B, G, 2, D) each, if the pools are int8.
     """
     B, H, _ = query.shape
     if value_slot is None:
@@ -63,7 +65,9 @@ def tiered_attention_torch(
         share = H // key.shape[1]
         critical = by_value_slot.gather(-1, value_slot.long().repeat_interleave(share, 1))  # (B, H, C)
         own = critical.unflatten(1, (-1, share)).sum(2).where(used, 0)  # (B, G, C)
-        memory.copy_(memory.float().scatter_add_(-1, key_position.long().clamp(min=0), own))
+        token, before = key_position.long().clamp(min=0), memory.float()
+        gained = (decay - 1) * before.gather(-1, token).where(used, 0) + own
+        memory.copy_(before.scatter_add_(-1, token, gained))
     return onto_output(out.transpose(1, 2), scales[1])[:, 0]
 
 
@@ -157,7 +161,7 @@ def _tiered_split_kernel(
 @triton.jit
 def _tiered_merge_kernel(
     out_ptr, v_scale_ptr, position_ptr, logit_ptr, stat_ptr, acc_ptr, lent_ptr, memory_ptr, slots, logit_head, capacity,
-    splits,
+    decay, splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
     MARGINAL: tl.constexpr, MEMORY: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +200,7 @@ def _tiered_merge_kernel(
         tl.store(out_ptr + (pair * GROUP + turn) * D + channel, out.to(out_ptr.dtype.element_ty))
     if MEMORY:
         weight = tl.where(real[:, None], tl.exp2(logit - top[:, None]) * scale[:, None], 0.0)  # (ROWS, SLOTS)
-        tl.store(cell, before + tl.sum(weight, 0), mask=token >= 0)
+        tl.store(cell, decay * before + tl.sum(weight, 0), mask=token >= 0)
 
 
 # ---- The launcher ----------------------------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ def _tiered_merge_kernel(
 
 def tiered_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, key_position: Tensor, value_slot: Tensor | None = None,
-    borrowed: Tensor | None = None, memory: Tensor | None = None, scales: Scales = (None, None),
+    borrowed: Tensor | None = None, memory: Tensor | None = None, decay: float = 1.0, scales: Scales = (None, None),
 ) -> Tensor:  # fmt: skip
     B, H, D = query.shape
     G, C, N = key.shape[1], key.shape[2], value.shape[2]
@@ -234,7 +238,7 @@ def tiered_attention_triton(
     turns = group if memory is None else max(group, triton.cdiv(C, SLOTS))
     _tiered_merge_kernel[(B * G, turns)](
         out, value_scale, key_position, logit, stat, acc, lent, stat if memory is None else memory, C, line,
-        0 if memory is None else memory.shape[2], splits,
+        0 if memory is None else memory.shape[2], decay, splits,
         GROUP=group, ROWS=triton.next_power_of_2(group), D=D, SPLITS=triton.next_power_of_2(splits), SLOTS=SLOTS,
         MARGINAL=marginal, MEMORY=memory is not None, INT8=int8, num_warps=merge_warps(splits),
     )  # fmt: skip

@@ -58,21 +58,28 @@ def _take(bits_ptr, tier_ptr, end, count, AMONG: tl.constexpr, TAKEN: tl.constex
 
 
 @triton.jit
-def rank_bits(total_ptr, prior_ptr, token, length, recent, reach, PRIOR: tl.constexpr):
-    """What tokens rank by, as int32 bits: the score and the prior, recent tokens on top; -1 from `length` on."""
+def score_bits(total_ptr, prior_ptr, token, reach, PRIOR: tl.constexpr):
+    """Scores with their prior, as int32 bits: positive floats order like these."""
     score = tl.load(total_ptr + token, mask=token < reach, other=0.0)
     if PRIOR:
         score += tl.load(prior_ptr + token, mask=token < reach, other=0.0)
-    bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where(token >= length - recent, 0x7F7FFFFF, bits)  # the largest finite number
-    bits = tl.where(token == length - 1, 0x7F800000, bits)  # infinity
-    return tl.where(token < length, bits, -1)
+    return score.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def rank_bits(bits, token, end, length, recent):
+    """What tokens before `end` rank by, from the bits of their scores: recent tokens on top; -1 from `length` on."""
+    if end > length - recent:  # most are neither
+        bits = tl.where(token >= length - recent, 0x7F7FFFFF, bits)  # the largest finite number
+        bits = tl.where(token == length - 1, 0x7F800000, bits)  # infinity
+        bits = tl.where(token < length, bits, -1)
+    return bits
 
 
 @triton.jit
 def long_kernel(
     total_ptr, length_ptr, sizes_ptr, tier_ptr, held_ptr, memory_ptr, source_ptr, target_ptr, count_ptr, newest_ptr,
-    moved_ptr, queue_ptr, prior_ptr, capacity, slots, host_rows, prior_batch, moves, decay, B,
+    moved_ptr, queue_ptr, prior_ptr, capacity, slots, host_rows, prior_batch, moves, B,
     G: tl.constexpr, WIDTH: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr, SLOTS: tl.constexpr,
     PRIOR: tl.constexpr, bits_ptr, kept_ptr, BITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +96,8 @@ def long_kernel(
     prior_ptr += pair // G % B * prior_batch
     for at in range(0, capacity, TOKENS):
         token = at + tl.arange(0, TOKENS)
-        bits = rank_bits(total_ptr, prior_ptr, token, length, recent, length, PRIOR)
+        bits = score_bits(total_ptr, prior_ptr, token, length, PRIOR)
+        bits = rank_bits(bits, token, at + TOKENS, length, recent)
         tl.store(bits_ptr + token, bits, mask=token < length)
         tl.store(tier_ptr + token, tl.zeros([TOKENS], tl.int8), mask=token < capacity)
     tl.debug_barrier()
@@ -113,11 +121,9 @@ def long_kernel(
         tl.debug_barrier()
         for at in range(0, length, TOKENS):
             token = at + tl.arange(0, TOKENS)
-            seen = token < length
-            score = tl.load(total_ptr + token, mask=seen, other=0.0)
-            faded = decay * tl.load(memory_ptr + token, mask=seen, other=0.0).to(tl.float32)
-            critical_now = tl.load(tier_ptr + token, mask=seen, other=0) == 2
-            tl.store(memory_ptr + token, tl.where(critical_now, faded, score), mask=seen)
+            score = tl.load(total_ptr + token, mask=token < length, other=0.0)
+            critical_now = tl.load(tier_ptr + token, mask=token < length, other=2) == 2
+            tl.store(memory_ptr + token, score, mask=~critical_now)
     if SLOTS:
         tl.debug_barrier()
         assign_line(pair, length, 2, tier_ptr - line, held_ptr, source_ptr, target_ptr, count_ptr, newest_ptr,

@@ -9,15 +9,15 @@ exists twice with one signature: `..._torch` (the twin) and `..._triton`. The sl
 those of the V pool are (kernels_tiers.py), but here what they need is at hand: who is critical, and who has just become
 so.
 
-Ranking does not sort. Positive floats order like their bits, so the k-th largest is found bit by bit, the highest
-first: a bit stays if k tokens or more are as large with it. Random scores are told apart after some 20 of the 31 bits,
-and the search ends there. A program holds its whole row in registers meanwhile: what is left is a comparison a token
-and bit, with one sum over the program for each bit. A row longer than `ROW` tokens does not fit: kernels_long.py.
+Ranking does not sort. Positive floats order like their bits, so a number that k tokens reach is searched among the
+31-bit integers: from where the last plan's critical set ended it takes 4 to 7 counts, where bit after bit takes 20. A
+program holds its whole row in registers meanwhile: a count is a comparison a token, with one sum over the program. A
+row longer than `ROW` tokens does not fit: kernels_long.py.
 
-Bytes, for Qwen2-7B with Qwen2-0.5B: totals, memory and tiers are read, memory and tiers written, 10 a token, layer and
-KV head (73 MB, 0.02 ms of an H100 at 4 x 16,384; 0.59 GB, 0.2 ms at 32 x 16,384), the totals out of the L2 cache, where
-the launch before has just put them. Most of its time is not bytes: a program has one row at a time, and each of its
-stages waits for the one before (28 us a row).
+Bytes, for Qwen2-7B with Qwen2-0.5B in 16 bits: totals and tiers are read, memory and tiers written, 8 a token, layer
+and KV head (58 MB, 0.02 ms of an H100 at 4 x 16,384; 0.47 GB, 0.16 ms at 32 x 16,384), the totals out of the L2 cache,
+where the launch before has just put them. Most of its time is not bytes: a program has one row at a time, and each of
+its stages waits for the one before (16 us a row).
 
 Shapes follow the legend in model.py. Lengths and sizes are device tensors; `sizes` (S + 1, 3) int32 is the table of
 critical, recent and marginal tokens by length. L is the number of layers at hand.
@@ -28,13 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels_long import BITS, TOKENS, long_kernel, rank_bits
+from kernels_long import BITS, TOKENS, long_kernel, rank_bits, score_bits
 from kernels_scores import CRITICAL, MARGINAL, whole_loads
 from kernels_tiers import assign_slots_torch, fill_slots
 
 # At most, where each takes all registers of a multiprocessor and the LLM does not wait for the plan: its stages wait
 # for one another and read little, and what others read meanwhile needs fewer multiprocessors than there are. On an H100
-# with 32 x 16,384 tokens, 10 % moved, a step took 10.54 ms, and with a program for each of the 128 rows 10.83.
+# with 32 x 16,384 tokens, 10 % moved, a step took 10.54 ms, and with a program for each of the 128 rows 10.83; since
+# rows take half the time 10.15, and with 32 or 40 programs the same.
 PROGRAMS, WHOLE = 48, 16  # warps with all registers
 ROW = 32768  # tokens that a program holds in registers: 64 a thread with 16 warps
 
@@ -44,8 +45,8 @@ ROW = 32768  # tokens that a program holds in registers: 64 a thread with 16 war
 
 def plan_layers_torch(
     total: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, held: Tensor | None = None, moves: int | None = None,
-    memory: Tensor | None = None, decay: float = 0.0, slots: tuple | None = None, prior: Tensor | None = None,
-    hurry: bool = False,
+    memory: Tensor | None = None, slots: tuple | None = None, prior: Tensor | None = None, hurry: bool = False,
+    cut: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Rank the tokens by their scores and cut the ranking into tiers.
 
@@ -60,12 +61,14 @@ def plan_layers_torch(
     ranking's top the best enter, and the best of those held keep the other places. Not for a marginal tier, whose
     tokens would have to be limited too.
 
-    memory (L, B, G, S), fp32 or 16 bits, with `--scores fused`: afterwards who is not critical has total there, and the
-    critical have decay * memory, waiting for what they weigh in the LLM (kernels_eq6.py). From length on it stays as it
-    is. Recent tokens must be critical.
+    memory (L, B, G, S), fp32 or 16 bits, with `--scores fused`: afterwards who is not critical has total there. What
+    the critical have fades as they get what they weigh in the LLM (kernels_eq6.py). From length on it stays as it is.
+    Recent tokens must be critical.
 
     slots: what `assign_slots` (kernels_tiers.py) takes after the length: the critical get the slots, held is updated.
     prior (B, S) fp32, none below 0: total + prior ranks, total is remembered. hurry: the LLM waits for this plan.
+    cut (L, B, G) int32: where the last critical set ended, a hint at where the next one may; any number will do. The
+    kernel whose rows lie in registers reads and writes it.
     """
     token = torch.arange(total.shape[3], device=total.device)
     end = length.long()[:, None, None]
@@ -90,8 +93,7 @@ def plan_layers_torch(
         stay = best(inside & seen, critical - enter.sum(-1, keepdim=True))
         tier.copy_(CRITICAL * (enter | stay))
     if memory is not None:
-        before = memory.float()
-        memory.copy_((decay * before).where(tier == CRITICAL, total).where(seen, before))
+        memory.copy_(memory.float().where((tier == CRITICAL) | ~seen, total))
     if slots is not None:
         assign_slots_torch(held, tier, CRITICAL, length, *slots)
 
@@ -100,22 +102,31 @@ def plan_layers_torch(
 
 
 @triton.jit
-def _cut(rows, number, count, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def _cut(rows, number, count, guess, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Where the `count` best of a row end: (low, last). Among them are those whose bits are above `low`, and those with
-    just these bits up to position `last`. rows: the bits in chunks, -1 for `number` fewer than all who compete."""
-    low = 0
-    bit = 30
-    many = number + 0
+    just these bits up to position `last`. rows: the bits in chunks, -1 for `number` fewer than all who compete.
+
+    `many` are at least `low`, fewer than `count` at least `high`. First in leaps from `guess` until it is in between,
+    then where a straight line through both counts would have it; every third time in the middle, which no row defeats.
+    """
+    low, many, high, fewer = 0, number + 0, 0x7F800001, 0
+    at, leap, turn = tl.minimum(tl.maximum(guess, 1), 0x7F800000), 1 << 17, 0
     done = (number <= count).to(tl.int32)  # all of them
     while done == 0:
-        candidate = low | (1 << bit)
         found = tl.zeros([CHUNK], tl.int32)
         for i in tl.static_range(CHUNKS):
-            found += (rows[i] - candidate) >> 31  # -1 if it is smaller: half the instructions of a comparison
-        many = CHUNK * CHUNKS + tl.sum(found, 0)
-        low = tl.where(many >= count, candidate, low)
-        done = ((many == count) | (bit == 0)).to(tl.int32)
-        bit -= 1
+            found += (rows[i] - at) >> 31  # -1 if it is smaller: half the instructions of a comparison
+        there = CHUNK * CHUNKS + tl.sum(found, 0)
+        enough = there >= count
+        low, many = tl.where(enough, at, low), tl.where(enough, there, many)
+        high, fewer = tl.where(enough, high, at), tl.where(enough, fewer, there)
+        done = ((there == count) | (high - low == 1)).to(tl.int32)
+        share = tl.where(turn % 3 == 2, 0.5, (many - count + 0.5) / (many - fewer + 1.0))
+        between = ((high - low).to(tl.float32) * share).to(tl.int32)
+        beyond = tl.where((low > 0) & (high < 0x7F800001), between, tl.where(enough, leap, high - low - leap))
+        at = low + tl.minimum(tl.maximum(beyond, 1), high - low - 1)
+        leap = tl.where(leap < 1 << 27, leap * 8, leap)
+        turn += 1
     last = number * 0 + CHUNK * CHUNKS
     if (number > count) & (many != count):  # more have these bits than there are places: the first of them
         found = tl.zeros([CHUNK], tl.int32)
@@ -125,8 +136,8 @@ def _cut(rows, number, count, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
         for i in tl.static_range(CHUNKS):
             equal = (rows[i] == low).to(tl.int32)
             token = i * CHUNK + tl.arange(0, CHUNK)
-            at = (equal > 0) & (tl.cumsum(equal, 0) == rest)
-            last = tl.minimum(last, tl.min(tl.where(at, token, CHUNK * CHUNKS), 0))
+            nth = (equal > 0) & (tl.cumsum(equal, 0) == rest)
+            last = tl.minimum(last, tl.min(tl.where(nth, token, CHUNK * CHUNKS), 0))
             rest -= tl.sum(equal, 0)
     return low, last
 
@@ -153,7 +164,7 @@ def _competitors(rows, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit
 def _row_kernel(
     total_ptr, length_ptr, sizes_ptr, tier_ptr, held_ptr, memory_ptr, source_ptr, target_ptr, count_ptr, newest_ptr,
-    moved_ptr, queue_ptr, prior_ptr, capacity, slots, host_rows, prior_batch, moves, decay, B, pairs,
+    moved_ptr, queue_ptr, prior_ptr, cut_ptr, capacity, slots, host_rows, prior_batch, moves, B, pairs,
     G: tl.constexpr, WIDTH: tl.constexpr, MEMORY: tl.constexpr, LIMITED: tl.constexpr, SLOTS: tl.constexpr,
     PRIOR: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -170,15 +181,23 @@ def _row_kernel(
         totals, tiers, memories = total_ptr + line, tier_ptr + line, memory_ptr + line
         priors = prior_ptr + pair // G % B * prior_batch
         reach = whole_loads(length, ALIGNED)
-        rows = ()
+        scores, rows = (), ()
         inside = tl.zeros([CHUNK], tl.int32)  # bit i: the token of chunk i is held; so are the other sets below
+        # All loads at once: beside the models each takes microseconds, and nothing else runs here meanwhile.
         for i in tl.static_range(CHUNKS):
             token = i * CHUNK + at
-            rows = rows + (rank_bits(totals, priors, token, length, recent, reach, PRIOR),)
+            scores = scores + (score_bits(totals, priors, token, reach, PRIOR),)
             if LIMITED | SLOTS:
                 inside |= (tl.load(tiers + token, mask=token < capacity, other=0) == 2).to(tl.int32) << i
+        if SLOTS:
+            slot = tl.arange(0, WIDTH)
+            held = tl.load(held_ptr + base + slot, mask=slot < slots, other=-1)
+            new = (tl.load(tiers + length - 1) != 2).to(tl.int32)  # the newest token: only a second plan finds it held
         tl.debug_barrier()  # everybody has read who is held
-        low, last = _cut(rows, length, critical, CHUNK, CHUNKS)
+        for i in tl.static_range(CHUNKS):
+            rows = rows + (rank_bits(scores[i], i * CHUNK + at, (i + 1) * CHUNK, length, recent),)
+        low, last = _cut(rows, length, critical, tl.load(cut_ptr + pair), CHUNK, CHUNKS)
+        tl.store(cut_ptr + pair, low)
         top = _best(rows, low, last, CHUNK, CHUNKS)
         enters, below = top & ~inside, tl.zeros([CHUNK], tl.int32)
         if LIMITED:
@@ -187,46 +206,41 @@ def _row_kernel(
                 coming = coming + (tl.where((enters >> i) & 1 == 1, rows[i], -1),)
                 staying = staying + (tl.where((inside >> i) & 1 == 1, rows[i], -1),)
             comers = _competitors(coming, CHUNK, CHUNKS)
-            low, last = _cut(coming, comers, moves + 1, CHUNK, CHUNKS)
+            low, last = _cut(coming, comers, moves + 1, low, CHUNK, CHUNKS)
             enters = _best(coming, low, last, CHUNK, CHUNKS)
             places = critical - tl.minimum(comers, moves + 1)
-            low, last = _cut(staying, _competitors(staying, CHUNK, CHUNKS), places, CHUNK, CHUNKS)
+            low, last = _cut(staying, _competitors(staying, CHUNK, CHUNKS), places, low, CHUNK, CHUNKS)
             top = enters | _best(staying, low, last, CHUNK, CHUNKS)
         elif marginal > 0:
-            low, last = _cut(rows, length, critical + marginal, CHUNK, CHUNKS)
+            low, last = _cut(rows, length, critical + marginal, low, CHUNK, CHUNKS)
             below = _best(rows, low, last, CHUNK, CHUNKS) & ~top
         if MEMORY:
-            after = ()
-            for i in tl.static_range(CHUNKS):  # apart from the stores, which these loads would wait for
+            for i in tl.static_range(CHUNKS):
                 token = i * CHUNK + at
-                faded = decay * tl.load(memories + token, mask=token < reach, other=0.0).to(tl.float32)
                 score = rows[i].to(tl.float32, bitcast=True)
                 if PRIOR:
                     score = tl.load(totals + token, mask=token < reach, other=0.0)
-                after = after + (tl.where((top >> i) & 1 == 1, faded, score),)
-            for i in tl.static_range(CHUNKS):
-                tl.store(memories + i * CHUNK + at, after[i], mask=i * CHUNK + at < length)
+                tl.store(memories + token, score, mask=(token < length) & ((top >> i) & 1 == 0))
         for i in tl.static_range(CHUNKS):
             tier = ((top >> i) & 1) * 2 + ((below >> i) & 1)
             tl.store(tiers + i * CHUNK + at, tier.to(tl.int8), mask=i * CHUNK + at < capacity)
         if SLOTS:
-            entering = 0
-            newest = tl.zeros([CHUNK], tl.int32)
-            for i in tl.static_range(0, CHUNKS, 2):  # two chunks at once, in halves of a number
-                one, two, token = (enters >> i) & 1, (enters >> (i + 1)) & 1, i * CHUNK + at
-                nth, number = tl.cumsum(one | (two << 16), 0), tl.sum(one | (two << 16), 0)
-                tl.store(queue_ptr + base + entering + (nth & 0xFFFF) - 1, token, mask=one == 1)
-                entering += number & 0xFFFF
-                tl.store(queue_ptr + base + entering + (nth >> 16) - 1, token + CHUNK, mask=two == 1)
-                entering += number >> 16
-                newest += one * (token == length - 1) + two * (token + CHUNK == length - 1)
-            coming_rows = entering - tl.sum(newest, 0)
-            slot = tl.arange(0, WIDTH)
-            held = tl.load(held_ptr + base + slot, mask=slot < slots, other=-1)
+            # Who enters queues up column by column of the chunks, which takes one scan; the newest token comes last.
+            enters &= ~tl.where(at == (length - 1) % CHUNK, 1 << ((length - 1) // CHUNK), 0)
+            number = tl.zeros([CHUNK], tl.int32)
+            for i in tl.static_range(CHUNKS):
+                number += (enters >> i) & 1
+            coming, place = tl.sum(number, 0), tl.cumsum(number, 0) - number
+            enters, place = tl.gather(enters, at, 0), tl.gather(place, at, 0)
+            for i in tl.static_range(CHUNKS):
+                enters_here = (enters >> i) & 1
+                tl.store(queue_ptr + base + place, i * CHUNK + at, mask=enters_here == 1)
+                place += enters_here
+            tl.store(queue_ptr + base + coming, length - 1, mask=new == 1)
             token = tl.maximum(held, 0)
             keep = (held >= 0) & ((tl.gather(top, token % CHUNK, 0) >> (token // CHUNK)) & 1 == 1)
             tl.debug_barrier()  # the queue stands
-            fill_slots(held, keep, pair, length, entering, coming_rows, held_ptr, source_ptr, target_ptr, count_ptr,
+            fill_slots(held, keep, pair, length, coming + new, coming, held_ptr, source_ptr, target_ptr, count_ptr,
                        newest_ptr, moved_ptr, queue_ptr, slots, host_rows, B * G, WIDTH)  # fmt: skip
 
 
@@ -240,8 +254,8 @@ def row_warps(capacity: int) -> int:
 
 def plan_layers_triton(
     total: Tensor, length: Tensor, sizes: Tensor, tier: Tensor, held: Tensor | None = None, moves: int | None = None,
-    memory: Tensor | None = None, decay: float = 0.0, slots: tuple | None = None, prior: Tensor | None = None,
-    hurry: bool = False,
+    memory: Tensor | None = None, slots: tuple | None = None, prior: Tensor | None = None, hurry: bool = False,
+    cut: Tensor | None = None,
 ) -> None:  # fmt: skip
     L, B, G, S = tier.shape
     limited, C = moves is not None, 0 if held is None else held.shape[3]
@@ -255,7 +269,7 @@ def plan_layers_triton(
         length, sizes, tier, tier if held is None else held, total if memory is None else memory, *given, newest,
         moved, queue, total if prior is None else prior,
     )  # fmt: skip
-    numbers = S, C, host_rows, 0 if prior is None else prior.stride(0), moves or 0, decay, B
+    numbers = S, C, host_rows, 0 if prior is None else prior.stride(0), moves or 0, B
     kind = {
         "G": G, "WIDTH": triton.next_power_of_2(max(1, C)), "MEMORY": memory is not None, "LIMITED": limited,
         "SLOTS": slots is not None, "PRIOR": prior is not None,
@@ -270,7 +284,8 @@ def plan_layers_triton(
     warps = row_warps(S)
     chunk = 4 * 32 * warps  # tokens: four a thread, a load of 16 bytes
     rows = L * B * G
+    cut = torch.zeros(L, B, G, dtype=torch.int32, device=total.device) if cut is None else cut
     _row_kernel[(min(rows, PROGRAMS) if warps == WHOLE and not hurry else rows,)](
-        total, *tables, *numbers, rows, **kind, CHUNK=chunk, CHUNKS=triton.cdiv(S, chunk), ALIGNED=S % 16 == 0,
+        total, *tables, cut, *numbers, rows, **kind, CHUNK=chunk, CHUNKS=triton.cdiv(S, chunk), ALIGNED=S % 16 == 0,
         num_warps=warps,
     )  # fmt: skip

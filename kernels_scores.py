@@ -50,14 +50,14 @@ def sum_scores_torch(
     int64: f(i), counted l' * H' + h'. length (B,) int32. total (L, B, G, S) fp32 is written up to each length.
 
     With `--scores fused` score is the SLM's newest row, and memory (L, B, G, S), fp32 or 16 bits, the LLM's own. tier
-    (L, B, G, S) int8, if given: those CRITICAL there get no score. With them, and total the memory itself, this does to
-    the memory what a plan would that changed no tier.
+    (L, B, G, S) int8, if given: those CRITICAL there have their memory as it was. With them, and total the memory
+    itself, this does to the memory what a plan would that changed no tier.
     """
     found = head_sum_torch(score, index, total.shape[2], lse)
-    if tier is not None:
-        found = found.where(tier != CRITICAL, 0)
     if memory is not None:
         found = decay * memory.float() + found
+        if tier is not None:
+            found = found.where(tier != CRITICAL, memory.float())
     seen = torch.arange(total.shape[3], device=total.device) < length[:, None, None]
     total.copy_(found.where(seen, total))
 
@@ -125,10 +125,10 @@ def _sum_kernel(
     if MEMORY:
         memory = tl.load(memory_ptr + cell, mask=token < reach, other=0.0).to(tl.float32)
     total = head_sum(score_ptr + b.to(tl.int64) * score_batch, heads, token, reach, GROUP, LOGITS)
-    if TIER:
-        total = tl.where(tl.load(tier_ptr + cell, mask=token < reach, other=0) == 2, 0.0, total)
     if MEMORY:
         total = decay * memory + total
+        if TIER:
+            total = tl.where(tl.load(tier_ptr + cell, mask=token < reach, other=0) == 2, memory, total)
     tl.store(total_ptr + cell, total, mask=token < length)
 
 

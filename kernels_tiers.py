@@ -102,8 +102,8 @@ def fill_slots(
     rows of the first `coming` of them are listed: of all but the newest token, which would be the last."""
     slot, base = tl.arange(0, SLOTS), pair.to(tl.int64) * slots
     layer = pair // pairs
-    first = tl.atomic_add(count_ptr + layer, coming)  # of the layer's list, for this KV head
-    tl.atomic_add(moved_ptr, coming.to(tl.int64))
+    first = tl.atomic_add(count_ptr + layer, coming, sem="relaxed")  # of the layer's list, for this KV head
+    tl.atomic_add(moved_ptr, coming.to(tl.int64), sem="relaxed")
     free = (slot < slots) & (keep == 0)
     nth = tl.cumsum(free.to(tl.int32), 0) - 1  # of the free slots up to this one, itself included
     came = tl.load(queue_ptr + base + nth, mask=free & (nth < entering), other=-1)

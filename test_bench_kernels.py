@@ -88,7 +88,8 @@ def test_bytes_of_a_plan_are_those_of_its_tables():
         total, length, tier, held, memory = (found[name][0] for name in ("total", "length", "tier", "held", "memory"))
         source, target, count, newest, moved = found["slots"]
         naive = total.nbytes + length.nbytes + 12 + count.nbytes + newest.nbytes  # 12: a line of the table of sizes
-        naive += 2 * sum(table.nbytes for table in (tier, held, memory, moved))
+        naive += 2 * sum(table.nbytes for table in (tier, held, moved, found["cut"][0]))
+        naive += memory.nbytes - memory.itemsize * newest.numel() * shape(FULL).critical  # theirs changes in attention
         moving = len(tier) * 3 * 2 * round(0.1 * shape(FULL).critical)  # layers, sequences, KV heads
         assert call.size == naive + 2 * 4 * moving and call.layers == len(tier)
 
@@ -158,10 +159,10 @@ def test_every_launch_of_the_slots_finds_a_tenth_that_enters(kernel):
     at = shape(Setting(2, 400, 8))
     calls = []
 
-    def spy(*args):
-        position, moved = (args[4], args[8][3]) if kernel == "plan_layers" else (args[0], args[7])
+    def spy(*args, **named):
+        position, moved = (args[4], args[7][3]) if kernel == "plan_layers" else (args[0], args[7])
         before = moved.item()
-        getattr(TORCH, kernel)(*args)
+        getattr(TORCH, kernel)(*args, **named)
         calls.append(moved.item() - before)
         assert (position >= 0).sum(-1).eq(at.critical).all() and (position == at.tokens - 1).sum(-1).eq(1).all()
 

@@ -74,7 +74,7 @@ def test_attention_on_the_tiers_levels_equals_its_twin(critical, marginal, group
         query, *pools, position, slot, borrowed = tiered_case(
             HERE, dtype, critical + (tokens or 1) - 1, marginal, group, head_dim, spare)
         held, scales, exact = on_levels(pools, HERE)
-        tables, memories = (position, slot, borrowed), [torch.zeros(2, 2, critical + 9, device=HERE) for _ in range(3)]
+        tables, memories = (position, slot, borrowed), [torch.ones(2, 2, critical + 9, device=HERE) for _ in range(3)]
         if tokens:
             query = 2 * randn(2, tokens, 2 * group, head_dim, dtype=dtype, device=HERE)
             length = torch.full((2,), critical, dtype=torch.int32, device=HERE)
@@ -82,7 +82,7 @@ def test_attention_on_the_tiers_levels_equals_its_twin(critical, marginal, group
             attentions = kernels_verify.verify_attention_torch, kernels_verify.verify_attention_triton
         else:
             attentions = kernels_eq6.tiered_attention_torch, kernels_eq6.tiered_attention_triton
-        more = [() if tokens else (memory,) for memory in memories]
+        more = [() if tokens else (memory, 0.5) for memory in memories]
         taken = query.float() if tokens else as_taken(query, scales[0])
         truth = attentions[0](taken, *exact, *tables, *more[0])
         twin = attentions[0](query.float(), *held, *tables, *more[1], scales=scales)

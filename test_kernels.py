@@ -173,8 +173,8 @@ def test_tiered_attention_equals_its_twin(critical, marginal, group, device):
         for kept in {torch.float32, dtype}:  # the score memory, which may have 16 bits where the model has
             before = randn(2, 2, critical + 9, seed=8, dtype=kept, device=device)  # nobody holds its last tokens
             memories = [before.clone() for _ in range(2)]
-            expected = kernels_eq6.tiered_attention_torch(*floats(*case[:3]), *case[3:], memory=memories[0])
-            close(kernels_eq6.tiered_attention_triton(*case, memory=memories[1]), expected, dtype)
+            expected = kernels_eq6.tiered_attention_torch(*floats(*case[:3]), *case[3:], memories[0], 0.5)
+            close(kernels_eq6.tiered_attention_triton(*case, memories[1], 0.5), expected, dtype)
             last = {torch.float32: FINE, torch.float16: 2**-10, torch.bfloat16: 2**-7}[kept]  # one may be rounded up
             torch.testing.assert_close(memories[1], memories[0], atol=1e-6, rtol=last)
             assert torch.equal(memories[1][..., critical:], before[..., critical:])
@@ -183,7 +183,8 @@ def test_tiered_attention_equals_its_twin(critical, marginal, group, device):
 
 
 def test_what_the_memory_gets_is_what_the_tokens_weigh(device):
-    """Where all is critical, a token's weights are its column of full attention, summed over the KV head's heads."""
+    """And it fades. Where all is critical, a token's weights are its column of full attention, summed over the KV
+    head's heads."""
     query, key, value = (randn(2, heads, 40, 32, seed=seed, device=device) for seed, heads in enumerate((6, 2, 2)))
     place = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(n)) for n in range(4)])
     place = place.view(2, 2, 40).to(device)
@@ -192,8 +193,8 @@ def test_what_the_memory_gets_is_what_the_tokens_weigh(device):
     rows = kernels.attention_rows(query, key)[:, :, -1]  # (B, H, n)
     for attention in (kernels_eq6.tiered_attention_torch, kernels_eq6.tiered_attention_triton):
         memory = torch.ones(2, 2, 43, device=device)
-        attention(query[:, :, -1].contiguous(), *pools, position, memory=memory)
-        torch.testing.assert_close(memory[..., :40] - 1, rows.unflatten(1, (2, 3)).sum(2), atol=1e-5, rtol=1e-5)
+        attention(query[:, :, -1].contiguous(), *pools, position, memory=memory, decay=0.25)
+        torch.testing.assert_close(memory[..., :40] - 0.25, rows.unflatten(1, (2, 3)).sum(2), atol=1e-5, rtol=1e-5)
         assert (memory[..., 40:] == 1).all()
 
 

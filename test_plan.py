@@ -65,10 +65,13 @@ def plan_case(device, lengths, marginal, ties):
 def test_plan_equals_its_twin(lengths, ties, marginal, long, rank, device):
     total, length, sizes = plan_case(device, lengths, marginal, ties)
     prior = dyadic(len(lengths), total.shape[3], seed=2, device=device) * 4
+    # Hints: below all scores, about right, above them all, nonsense; the second plan has the first one's.
+    cut = torch.tensor([0, 0x3F000000, 0x7F800001, -5], dtype=torch.int32, device=device).repeat(len(lengths))
+    cut = cut[: 4 * len(lengths)].view(2, len(lengths), 2)
     for added in (None, prior):
         tiers = [torch.full(total.shape, 9, dtype=torch.int8, device=device) for _ in range(2)]
         kernels_plan.plan_layers_torch(total, length, sizes, tiers[0], prior=added)
-        rank(long, total, length, sizes, tiers[1], prior=added, hurry=added is not None)
+        rank(long, total, length, sizes, tiers[1], prior=added, hurry=added is not None, cut=cut)
         assert torch.equal(*tiers)
         counts = sizes[length.long()][:, None]
         assert ((tiers[1] == kernels_scores.CRITICAL).sum(-1) == counts[..., 0]).all()
@@ -94,8 +97,8 @@ def test_plan_tells_tiny_scores_apart(bits, rank, device, monkeypatch):
     gpu=itertools.product([(1, 63), (109, 45), (111, 257), (2049, 5), (16893, 77)], (None, 2), *[(False, True)] * 2),
 ))  # fmt: skip
 def test_plan_with_a_memory_equals_its_twin(lengths, moves, added, long, rank, device):
-    """Who is critical, and what is remembered of everyone, in 32 bits and in 16: to the bit, and beyond the length as
-    it was."""
+    """Who is critical, and what is remembered of everyone else, in 32 bits and in 16: to the bit; of the critical, and
+    beyond the length, what it was."""
     total, length, sizes = plan_case(device, lengths, moves is None, ties=False)
     B, S = len(lengths), total.shape[3]
     recent = sizes[length.long()][:, 1].max().item() + 8
@@ -109,12 +112,11 @@ def test_plan_with_a_memory_equals_its_twin(lengths, moves, added, long, rank, d
         tiers, memories = [], []
         for plan in (kernels_plan.plan_layers_torch, partial(rank, long)):
             tier, memory = tiers_of(held, S), begun.to(dtype, copy=True)
-            plan(total, length, sizes, tier, held, moves, memory, 0.5, None, prior)
+            plan(total, length, sizes, tier, held, moves, memory, None, prior)
             tiers.append(tier), memories.append(memory)
         assert torch.equal(*tiers) and torch.equal(*memories)
-        critical, before = tiers[1] == kernels_scores.CRITICAL, begun.to(dtype).float()
-        expected = total.where(~critical, before / 2).where(~late, before)
-        assert torch.equal(memories[1], expected.to(dtype))
+        as_it_was = (tiers[1] == kernels_scores.CRITICAL) | late
+        assert torch.equal(memories[1], begun.where(as_it_was, total).to(dtype))
 
 
 @pytest.mark.parametrize("lengths, moves, fused, long", cases(
@@ -123,7 +125,8 @@ def test_plan_with_a_memory_equals_its_twin(lengths, moves, added, long, rank, d
     gpu=itertools.product([(1, 63), (111, 257), (2049, 5), (8300, 70), (16885, 70)], (None, 2), *[(False, True)] * 2),
 ))  # fmt: skip
 def test_plan_with_slots_is_the_plan_and_then_the_slots(lengths, moves, fused, long, rank, device):
-    """Some steps one after another, in one launch each, against the two twins: tiers, memory, slots, rows to come."""
+    """Some steps one after another, in one launch each, against the two twins: tiers, memory, who is held, how many
+    come; which of the free slots a token takes is left open."""
     total, length, sizes = plan_case(device, lengths, not fused and moves is None, ties=False)
     total, sizes = torch.nn.functional.pad(total.nan_to_num(0), (0, 3)), torch.cat((sizes, sizes[-1:].expand(3, 3)))
     B, S, C = len(lengths), total.shape[3], sizes[:, 0].max().item() + 7
@@ -131,24 +134,38 @@ def test_plan_with_slots_is_the_plan_and_then_the_slots(lengths, moves, fused, l
     prior = dyadic(B, S, seed=2, device=device) if fused else None
     for step in range(4):
         total = total.roll(step * 7, -1)
-        results = []
+        counts, names = [], []
         for (held, tier, memory, moved), plan in zip(ends, (kernels_plan.plan_layers_torch, partial(rank, long))):
             listed, newest = kernels_move.Moves.none(held), torch.full((2, B, 2), 7, dtype=torch.int32, device=device)
-            slots, others = (S + 3, listed, newest, moved), (memory, 0.5) if fused else (None, 0.0)
-            limit = moves if step else None
-            plan(total, length, sizes, tier, held, limit, *others, slots if results else None, prior)
-            if not results:
+            slots, others, before = (S + 3, listed, newest, moved), memory if fused else None, held.clone()
+            twin = not counts
+            plan(total, length, sizes, tier, held, moves if step else None, others, None if twin else slots, prior)
+            if twin:
                 kernels_tiers.assign_slots_torch(held, tier, kernels_scores.CRITICAL, length, *slots)
-            results.append((listed, newest))
-        for one, other in zip(*ends):
+            check_slots(before, held, tier, length, *slots[:3])
+            counts.append(listed.count), names.append(held.sort(-1).values)
+        assert torch.equal(*counts) and torch.equal(*names)
+        for one, other in list(zip(*ends))[1:]:
             assert torch.equal(one, other)
-        (expected, where), (listed, newest) = results
-        assert torch.equal(newest, where) and torch.equal(listed.count, expected.count)
-        for layer, count in enumerate(listed.count.tolist()):
-            came = [set(zip(each.source[layer, :count].tolist(), each.target[layer, :count].tolist()))
-                    for each in (listed, expected)]  # fmt: skip
-            assert came[0] == came[1] and len(came[0]) == count
         length = length + 1
+
+
+def check_slots(before, held, tier, length, host_rows, moves, newest):
+    """The critical have a slot each, who had one keeps it, the newest token is where it is said to be, and the rows of
+    all others that came are listed."""
+    stays = (before >= 0) & (tier.gather(-1, before.long().clamp(min=0)) == kernels_scores.CRITICAL)
+    assert torch.equal(held[stays], before[stays])
+    C, last = held.shape[3], length[:, None].expand(newest.shape) - 1
+    assert torch.equal(held.gather(-1, newest.long()[..., None])[..., 0], last)
+    for layer, count in enumerate(moves.count.tolist()):
+        expected = []
+        for pair, (now, then, end) in enumerate(zip(*(table.tolist() for table in (
+            held[layer].flatten(0, 1), before[layer].flatten(0, 1), last[layer].flatten())))):  # fmt: skip
+            assert len(set(now) - {-1}) == C - now.count(-1) == (tier[layer].flatten(0, 1)[pair] == 2).sum()
+            expected += [(pair * host_rows + token, pair * C + slot) for slot, token in enumerate(now)
+                         if token not in (then[slot], end, -1)]  # fmt: skip
+        listed = zip(moves.source[layer, :count].tolist(), moves.target[layer, :count].tolist())
+        assert sorted(listed) == sorted(expected) and len(expected) == count
 
 
 def plans(B, S, slots, device):

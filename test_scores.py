@@ -150,13 +150,13 @@ def test_a_memory_fades_by_logits_as_by_probabilities(lengths, group, device):
 
 
 def test_fading_is_what_a_sum_and_a_plan_do(device):
-    """With the tiers as they are: the critical have decay * memory, the others what they would rank by."""
+    """With the tiers as they are: the critical keep theirs, the others have what they would rank by."""
     row, index, length = score_case(device, (109, 45), 3)
     (memory, before), tier = fade_case(2, row.shape[3], 2, device)
     total = torch.zeros_like(memory)
     kernels_scores.sum_scores_torch(row, index, length, total, None, before, 0.5)
     kernels_scores.sum_scores_torch(row, index, length, memory, None, memory, 0.5, tier)
-    expected = (before / 2).where(tier == kernels_scores.CRITICAL, total)
+    expected = before.where(tier == kernels_scores.CRITICAL, total)
     for b, n in enumerate((109, 45)):
         assert torch.equal(memory[:, b, :, :n], expected[:, b, :, :n])
         assert torch.equal(memory[:, b, :, n:], before[:, b, :, n:])
