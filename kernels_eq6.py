@@ -112,8 +112,10 @@ def _tiered_split_kernel(
             logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         logit = tl.where(used, logit, -float("inf"))
         if MEMORY:
-            # Whole lines: a mask that ends anywhere would cut every store of 16 bytes.
-            tl.store(logit_ptr + head[:, None] * logit_head + slot, logit, mask=real[:, None] & (slot < logit_head))
+            # Whole lines: a mask that ends anywhere would cut every store of 16 bytes. And kept in the L2 cache, where
+            # the next layer's go to the same addresses: else K and V, which nobody reads again, drive them out.
+            whole = real[:, None] & (slot < logit_head)
+            tl.store(logit_ptr + head[:, None] * logit_head + slot, logit, mask=whole, eviction_policy="evict_last")
         higher = tl.maximum(top, tl.max(logit, 1))
         anchor = tl.where(higher == -float("inf"), 0.0, higher)  # a tile whose slots are all empty
         weight = tl.exp2(logit - anchor[:, None])
