@@ -17,7 +17,7 @@ row longer than `ROW` tokens does not fit: kernels_long.py.
 Bytes, for Qwen2-7B with Qwen2-0.5B in 16 bits: totals and tiers are read, memory and tiers written, 8 a token, layer
 and KV head (58 MB, 0.02 ms of an H100 at 4 x 16,384; 0.47 GB, 0.16 ms at 32 x 16,384), the totals out of the L2 cache,
 where the launch before has just put them. Most of its time is not bytes: a program has one row at a time, and each of
-its stages waits for the one before (16 us a row).
+its stages waits for the one before (17 us a row).
 
 Shapes follow the legend in model.py. Lengths and sizes are device tensors; `sizes` (S + 1, 3) int32 is the table of
 critical, recent and marginal tokens by length. L is the number of layers at hand.
@@ -231,6 +231,7 @@ def _row_kernel(
             for i in tl.static_range(CHUNKS):
                 number += (enters >> i) & 1
             coming, place = tl.sum(number, 0), tl.cumsum(number, 0) - number
+            # As they are, but spread over the threads one by one, as single numbers are stored: once, not by chunk.
             enters, place = tl.gather(enters, at, 0), tl.gather(place, at, 0)
             for i in tl.static_range(CHUNKS):
                 enters_here = (enters >> i) & 1

@@ -3,9 +3,10 @@
 Where it sits: SLM -> **scores** -> plan (kernels_plan.py), on a side stream of the decode step (graph.py). Beyond the
 paper, see `Settings.scores`. `sum_scores` exists twice with one signature, `..._torch` (the twin) and `..._triton`: the
 scores of the matched heads, summed for each KV head (Eq. 4, Eq. 5), and the memory make what the plan ranks by. In a
-step without a plan the same sum, without what the critical tokens get from the SLM, is the memory itself.
+step without a plan the same sum is the memory itself, of all but the critical tokens.
 
-In a layer's attention (kernels_eq6.py) the memory of the critical tokens gets the LLM's own weights, for the next step.
+In a layer's attention (kernels_eq6.py) that of the critical tokens fades and gets the LLM's own weights, for the next
+step.
 
 With fused scores, the default, the SLM's are logits, in 16 bits for a model of 16 bits, with the log of each head's sum
 (`lse`, see kernels_decode.py): each number that the gather reads costs an exp2. Bytes, for Qwen2-7B with Qwen2-0.5B:

@@ -102,6 +102,7 @@ def fill_slots(
     rows of the first `coming` of them are listed: of all but the newest token, which would be the last."""
     slot, base = tl.arange(0, SLOTS), pair.to(tl.int64) * slots
     layer = pair // pairs
+    # Relaxed: the lists are read by a later launch, and else each would wait until the GPU has seen all stores so far.
     first = tl.atomic_add(count_ptr + layer, coming, sem="relaxed")  # of the layer's list, for this KV head
     tl.atomic_add(moved_ptr, coming.to(tl.int64), sem="relaxed")
     free = (slot < slots) & (keep == 0)
