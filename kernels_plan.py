@@ -10,9 +10,9 @@ those of the V pool are (kernels_tiers.py), but here what they need is at hand: 
 so.
 
 Ranking does not sort. Positive floats order like their bits, so a number that k tokens reach is searched among the
-31-bit integers: from where the last plan's critical set ended it takes 4 to 7 counts, where bit after bit takes 20. A
-program holds its whole row in registers meanwhile: a count is a comparison a token, with one sum over the program. A
-row longer than `ROW` tokens does not fit: kernels_long.py.
+31-bit integers: from where the last plan's critical set ended it takes some 4 to 7 counts, where bit after bit takes 16
+to 20. A program holds its whole row in registers meanwhile: a count is a comparison a token, with one sum over the
+program. A row longer than `ROW` tokens does not fit: kernels_long.py.
 
 Bytes, for Qwen2-7B with Qwen2-0.5B in 16 bits: totals and tiers are read, memory and tiers written, 8 a token, layer
 and KV head (58 MB, 0.02 ms of an H100 at 4 x 16,384; 0.47 GB, 0.16 ms at 32 x 16,384), the totals out of the L2 cache,
