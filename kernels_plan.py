@@ -109,8 +109,9 @@ def _cut(rows, number, count, guess, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     `many` are at least `low`, fewer than `count` at least `high`. First in leaps from `guess` until it is in between,
     then where a straight line through both counts would have it; every third time in the middle, which no row defeats.
     """
-    low, many, high, fewer = 0, number + 0, 0x7F800001, 0
-    at, leap, turn = tl.minimum(tl.maximum(guess, 1), 0x7F800000), 1 << 17, 0
+    beyond_all = 0x7F800001  # infinity, the newest token's, is 0x7F800000
+    low, many, high, fewer = 0, number + 0, beyond_all, 0
+    at, leap, turn = tl.minimum(tl.maximum(guess, 1), beyond_all - 1), 1 << 17, 0
     done = (number <= count).to(tl.int32)  # all of them
     while done == 0:
         found = tl.zeros([CHUNK], tl.int32)
@@ -123,7 +124,7 @@ def _cut(rows, number, count, guess, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
         done = ((there == count) | (high - low == 1)).to(tl.int32)
         share = tl.where(turn % 3 == 2, 0.5, (many - count + 0.5) / (many - fewer + 1.0))
         between = ((high - low).to(tl.float32) * share).to(tl.int32)
-        beyond = tl.where((low > 0) & (high < 0x7F800001), between, tl.where(enough, leap, high - low - leap))
+        beyond = tl.where((low > 0) & (high < beyond_all), between, tl.where(enough, leap, high - low - leap))
         at = low + tl.minimum(tl.maximum(beyond, 1), high - low - 1)
         leap = tl.where(leap < 1 << 27, leap * 8, leap)
         turn += 1

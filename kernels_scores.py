@@ -130,8 +130,9 @@ def _sum_kernel(
         total = decay * memory + total
         if TIER:
             total = tl.where(tl.load(tier_ptr + cell, mask=token < reach, other=0) == 2, memory, total)
-    # Kept in the L2 cache, where the plan reads them next and then the next layer's take their place.
-    tl.store(total_ptr + cell, total, mask=token < length, eviction_policy="evict_last")
+    # Totals are kept in the L2 cache, where the plan reads them next and then the next layer's take their place; the
+    # memory, which is large and read in the next step, is not.
+    tl.store(total_ptr + cell, total, mask=token < length, eviction_policy="" if TIER else "evict_last")
 
 
 # ---- The launchers ---------------------------------------------------------------------------------------------------

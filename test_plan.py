@@ -66,8 +66,8 @@ def test_plan_equals_its_twin(lengths, ties, marginal, long, rank, device):
     total, length, sizes = plan_case(device, lengths, marginal, ties)
     prior = dyadic(len(lengths), total.shape[3], seed=2, device=device) * 4
     # Hints: below all scores, about right, above them all, nonsense; the second plan has the first one's.
-    cut = torch.tensor([0, 0x3F000000, 0x7F800001, -5], dtype=torch.int32, device=device).repeat(len(lengths))
-    cut = cut[: 4 * len(lengths)].view(2, len(lengths), 2)
+    cut = torch.tensor([0, 0x3F000000, 0x7F800001, -5], dtype=torch.int32, device=device)
+    cut = cut.repeat(len(lengths)).view(2, len(lengths), 2)
     for added in (None, prior):
         tiers = [torch.full(total.shape, 9, dtype=torch.int8, device=device) for _ in range(2)]
         kernels_plan.plan_layers_torch(total, length, sizes, tiers[0], prior=added)
