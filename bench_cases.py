@@ -177,8 +177,8 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
     pair = torch.arange(at.pairs, device=at.device).view(at.batch, -1, 1)
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
-                  torch.tensor(at.pairs * count, dtype=torch.int32, device=at.device))  # fmt: skip
-    size, lists = 2 * at.pairs * count * at.llm.head_dim * key.itemsize, [*moves]  # of K and V
+                  *(torch.tensor(n, dtype=torch.int32, device=at.device) for n in (at.pairs * count, 0)))  # fmt: skip
+    size, lists = 2 * at.pairs * count * at.llm.head_dim * key.itemsize, [*moves[:3]]  # of K and V
 
     def bring():
         at.backend.bring_rows(key, value, host, moves)

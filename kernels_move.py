@@ -19,26 +19,29 @@ from torch import Tensor
 # A mover has as many threads as a block can, and all registers of a multiprocessor: few whole ones are less of a loss
 # than many halves, as a product's blocks fill one and wait for it, and whatever shares one with rows that wait for PCIe
 # waits too.
-BYTES = 1 << 17  # that a mover moves at once: 256 rows of 512 bytes; a thousand rows under way fill PCIe
+BYTES = 1 << 17  # that a mover takes at once: 256 rows of 512 bytes; a thousand rows under way fill PCIe
 # More do not come faster, and their requests fill the L2 cache's queues, in which everybody else's wait: with 16 for
 # the first layer, which the LLM waits for, a norm of the SLM took 90 us instead of 2, and the step 0.15 ms longer.
 MOVERS = 4
 MORE, LARGE = 8, 1 << 26  # instead, for a pool of more bytes than LARGE, whose moves outlast a layer
+TURNS = tl.constexpr(4)  # of BYTES at most in a share, at whose beginning the rows' names are waited for
 
 
 class Moves(NamedTuple):
     """Rows of one layer and pool that must come from the host: the first count () of the lists source and target
-    (B * G * N), all int32. Rows of the host's table count b, g, token, those of the pool b, g, slot; in any order."""
+    (B * G * N), all int32. Rows of the host's table count b, g, token, those of the pool b, g, slot; in any order.
+    taken () int32: 0; movers count there while they take rows from the lists."""
 
     source: Tensor
     target: Tensor
     count: Tensor
+    taken: Tensor
 
     @classmethod
     def none(cls, position: Tensor) -> "Moves":
         """No moves yet, for the pools of all layers, positions (L, B, G, N): each table gets L in front."""
         empty = torch.zeros_like(position).flatten(1)
-        return cls(empty, empty.clone(), torch.zeros_like(empty[:, 0]))
+        return cls(empty, empty.clone(), *(torch.zeros_like(empty[:, 0]) for _ in range(2)))
 
     def of(self, layers: int | slice) -> "Moves":
         return Moves(*(table[layers] for table in self))
@@ -54,7 +57,7 @@ def bring_rows_torch(
 
     moves: of keys; value_moves: of values; None: a token's K and V come together.
     """
-    for pool, kind, (source, target, count) in (key, 0, moves), (value, 1, value_moves or moves):
+    for pool, kind, (source, target, count, _) in (key, 0, moves), (value, 1, value_moves or moves):
         pool.view(-1, pool.shape[-1])[target[:count].long()] = host.flatten(0, 2)[source[:count].long(), kind]
 
 
@@ -80,37 +83,53 @@ def _named(list_ptr, at, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _bring(
-    pool_ptr, value_ptr, host_ptr, source_ptr, target_ptr, count, D: tl.constexpr, ROWS: tl.constexpr,
+    pool_ptr, value_ptr, host_ptr, source_ptr, target_ptr, count, taken_ptr, D: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows of D numbers into a pool; BOTH: K and V of each token, rows of 2 D, into the pool and that of the values."""
+    """Rows of D numbers into a pool; BOTH: K and V of each token, rows of 2 D, into the pool and that of the values.
+
+    Half of the list is shared out evenly, of the rest a program takes a share when it is through with its last: beside
+    the models some multiprocessors get their rows in two fifths of the time of others, and all would wait for these.
+    """
     # WIDTH numbers a thread, where they come from and where they go: else threads would have to exchange them.
-    dim = tl.max_contiguous(tl.arange(0, 2 * D if BOTH else D), WIDTH)
-    begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
-    source = _named(source_ptr, begin, count, ROWS)
-    for at in range(begin, count, step):
-        inside = (at + tl.arange(0, ROWS) < count)[:, None]
-        row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=inside)
-        source = _named(source_ptr, at + step, count, ROWS)  # while the rows are on their way
-        target = _named(target_ptr, at, count, ROWS).to(tl.int64)[:, None] * D
-        if BOTH:
-            tl.store(pool_ptr + target + dim, row, mask=inside & (dim < D))
-            tl.store(value_ptr + target + dim - D, row, mask=inside & (dim >= D))
-        else:
-            tl.store(pool_ptr + target + dim, row, mask=inside)
+    dim, programs = tl.max_contiguous(tl.arange(0, 2 * D if BOTH else D), WIDTH), tl.num_programs(0)
+    size = ROWS * tl.maximum(1, count // (2 * programs * ROWS))
+    share = ROWS * tl.maximum(1, tl.minimum(TURNS, count // (8 * programs * ROWS)))
+    even = programs * size
+    shares = tl.minimum(programs, tl.cdiv(count, size)) + tl.cdiv(tl.maximum(0, count - even), share)
+    begin = tl.program_id(0) * size
+    while begin < count:
+        end = tl.minimum(begin + size, count)
+        source, taken = _named(source_ptr, begin, end, ROWS), 0
+        for at in range(begin, end, ROWS):
+            inside = (at + tl.arange(0, ROWS) < end)[:, None]
+            row = tl.load(host_ptr + source.to(tl.int64)[:, None] * 2 * D + dim, mask=inside)
+            source = _named(source_ptr, at + ROWS, end, ROWS)  # while the rows are on their way
+            target = _named(target_ptr, at, end, ROWS).to(tl.int64)[:, None] * D
+            if at == begin:
+                # After each share one asks for the next: who is the last to ask leaves a 0 to the next launch.
+                taken = tl.atomic_add(taken_ptr, 1, sem="relaxed")
+                tl.store(taken_ptr, 0, mask=taken + 1 == shares)
+            if BOTH:
+                tl.store(pool_ptr + target + dim, row, mask=inside & (dim < D))
+                tl.store(value_ptr + target + dim - D, row, mask=inside & (dim >= D))
+            else:
+                tl.store(pool_ptr + target + dim, row, mask=inside)
+        begin, size = even + taken * share, share
 
 
 @triton.jit
 def _bring_kernel(
-    key_ptr, value_ptr, host_ptr, key_source_ptr, key_target_ptr, key_count_ptr, value_source_ptr, value_target_ptr,
-    value_count_ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BOTH: tl.constexpr,
+    key_ptr, value_ptr, host_ptr, key_source_ptr, key_target_ptr, key_count_ptr, key_taken_ptr, value_source_ptr,
+    value_target_ptr, value_count_ptr, value_taken_ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BOTH: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
-        _bring(key_ptr, value_ptr, host_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), D, ROWS, WIDTH,
-               BOTH)  # fmt: skip
-    elif not BOTH:
-        _bring(value_ptr, value_ptr, host_ptr + D, value_source_ptr, value_target_ptr, tl.load(value_count_ptr), D,
+        _bring(key_ptr, value_ptr, host_ptr, key_source_ptr, key_target_ptr, tl.load(key_count_ptr), key_taken_ptr, D,
                ROWS, WIDTH, BOTH)  # fmt: skip
+    elif not BOTH:
+        _bring(value_ptr, value_ptr, host_ptr + D, value_source_ptr, value_target_ptr, tl.load(value_count_ptr),
+               value_taken_ptr, D, ROWS, WIDTH, BOTH)  # fmt: skip
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def test_bytes_of_a_plan_are_those_of_its_tables():
     for case in CASES["plan_layers"]:
         call, found = given("plan_layers", case)
         total, length, tier, held, memory = (found[name][0] for name in ("total", "length", "tier", "held", "memory"))
-        source, target, count, newest, moved = found["slots"]
+        source, target, count, _, newest, moved = found["slots"]
         naive = total.nbytes + length.nbytes + 12 + count.nbytes + newest.nbytes  # 12: a line of the table of sizes
         naive += 2 * sum(table.nbytes for table in (tier, held, moved, found["cut"][0]))
         naive += memory.nbytes - memory.itemsize * newest.numel() * shape(FULL).critical  # theirs changes in attention
