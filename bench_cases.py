@@ -178,7 +178,7 @@ def bring_rows(at: Shape, share: float, beside: bool = False, int8: bool = False
     moves = Moves(*((pair * step + at.pick(count, among).sort(-1).values).flatten().int()
                     for step, among in ((rows, at.tokens - 1), (slots, at.critical))),
                   *(torch.tensor(n, dtype=torch.int32, device=at.device) for n in (at.pairs * count, 0)))  # fmt: skip
-    size, lists = 2 * at.pairs * count * at.llm.head_dim * key.itemsize, [*moves[:3]]  # of K and V
+    size, lists = 2 * at.pairs * count * at.llm.head_dim * key.itemsize, [*moves.lists]  # of K and V
 
     def bring():
         at.backend.bring_rows(key, value, host, moves)

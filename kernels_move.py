@@ -43,6 +43,11 @@ class Moves(NamedTuple):
         empty = torch.zeros_like(position).flatten(1)
         return cls(empty, empty.clone(), *(torch.zeros_like(empty[:, 0]) for _ in range(2)))
 
+    @property
+    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a plan writes and a mover reads: source, target, count."""
+        return self[:3]
+
     def of(self, layers: int | slice) -> "Moves":
         return Moves(*(table[layers] for table in self))
 
@@ -57,7 +62,7 @@ def bring_rows_torch(
 
     moves: of keys; value_moves: of values; None: a token's K and V come together.
     """
-    for pool, kind, (source, target, count, _) in (key, 0, moves), (value, 1, value_moves or moves):
+    for pool, kind, (source, target, count) in (key, 0, moves.lists), (value, 1, (value_moves or moves).lists):
         pool.view(-1, pool.shape[-1])[target[:count].long()] = host.flatten(0, 2)[source[:count].long(), kind]
 
 

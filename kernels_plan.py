@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels_long import BITS, TOKENS, long_kernel, rank_bits, score_bits
+from kernels_move import Moves
 from kernels_scores import CRITICAL, MARGINAL, whole_loads
 from kernels_tiers import assign_slots_torch, fill_slots
 
@@ -261,14 +262,14 @@ def plan_layers_triton(
 ) -> None:  # fmt: skip
     L, B, G, S = tier.shape
     limited, C = moves is not None, 0 if held is None else held.shape[3]
-    host_rows, given, newest, moved = slots or (0, (tier, tier, tier), tier, tier)  # not written
-    tables = [tensor for tensor in (total, tier, held, memory, *given[:3], newest, moved) if tensor is not None]
+    host_rows, given, newest, moved = slots or (0, Moves(*[tier] * 4), tier, tier)  # not written
+    tables = [tensor for tensor in (total, tier, held, memory, *given.lists, newest, moved) if tensor is not None]
     assert all(tensor.is_contiguous() for tensor in tables)
     assert prior is None or prior.stride(1) == 1
     assert held is not None or not (limited or slots), "who is held decides: pass the positions"
     queue = tier if slots is None else torch.empty_like(held)
     tables = (
-        length, sizes, tier, tier if held is None else held, total if memory is None else memory, *given[:3], newest,
+        length, sizes, tier, tier if held is None else held, total if memory is None else memory, *given.lists, newest,
         moved, queue, total if prior is None else prior,
     )  # fmt: skip
     numbers = S, C, host_rows, 0 if prior is None else prior.stride(0), moves or 0, B

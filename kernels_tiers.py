@@ -202,10 +202,10 @@ def assign_slots_triton(
 ) -> None:  # fmt: skip
     L, B, G, N = position.shape
     S = tier.shape[3]
-    assert all(tensor.is_contiguous() for tensor in (position, tier, newest_slot, *moves[:3]))
+    assert all(tensor.is_contiguous() for tensor in (position, tier, newest_slot, *moves.lists))
     slots = triton.next_power_of_2(N)
     _assign_kernel[(L * B * G,)](
-        position, tier, length, *moves[:3], newest_slot, moved, torch.empty_like(position), torch.empty_like(tier),
+        position, tier, length, *moves.lists, newest_slot, moved, torch.empty_like(position), torch.empty_like(tier),
         N, S, host_rows, lowest, B, G=G, SLOTS=slots, TOKENS=min(TOKENS, triton.next_power_of_2(S)),
         num_warps=slot_warps(slots), num_stages=1,
     )  # fmt: skip
