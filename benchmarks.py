@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import metrics
+from checkpoint import Text
 from tasks import (
     RecallTask,
     Sample,
@@ -24,7 +25,6 @@ from tasks import (
     read_results,
     read_text_file,
 )
-from text import Text
 
 
 class FileTask(Task):

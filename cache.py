@@ -1,346 +1,445 @@
-"""The three tiers of SmallKV: critical, marginal, offloaded. And the ledger of what they hold where.
+"""The caches: full, scored (the SLM's), and the LLM's three tiers: critical, marginal, offloaded. And their ledger.
 
-Where it sits: between the plan (smallkv.py) and the LLM (model.py), which knows of a cache only `attend`:
-scores -> tier plan -> **migration** -> LLM (Section 4). Caches that keep every token are full_cache.py's.
+Where it sits: SLM -> scores (`ScoredCache`) -> tier plan -> **migration** (`TieredCache`) -> LLM. A model knows of a
+cache only `attend`; a cache is made for a number of positions known at the start.
+
+| cache         | keeps                                                                       | used by               |
+| ------------- | --------------------------------------------------------------------------- | --------------------- |
+| `FullCache`   | K and V of every token; token j is in slot j                                | full cache, prefills  |
+| `ScoredCache` | the same, the newest attention rows, and scores (Eq. 1)                     | the SLM               |
+| `TieredCache` | critical K and V, marginal V, in slots; K and V of every token, offloaded   | the LLM (Section 4)   |
+
+The ledger of a cache is the list of its tensors. What a cache would take is asked of the same cache on the meta device,
+which allocates nothing.
 
 Shapes follow the legend in model.py.
 """
 
-from collections.abc import Callable
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from full_cache import Entry, FullCache, ScoredCache, memory_dtype, scale_entries, table_bytes
-from host_memory import host_rows, rows_on_host
-from int8_rows import Scales, decode, encode, per_token, prompt_rows
-from kernels import column_sums, tiered_attention
-from kernels_move import store_rows_torch
+from kernels import NEGLIGIBLE, causal_attention, column_sums, decode_attention
 from model import Config, Span
+from ops import Rope, rope_append
+from scores import add_weights
+from tiers import bring_rows, plan_tiers, store_rows
+
+
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the attention rows that a model of this dtype keeps: a weight is then known to a hundredth."""
+    return torch.float16 if dtype.itemsize == 2 else torch.float32
 
 
 @dataclass(frozen=True)
-class TierPlan:
-    """Who goes where in one layer; masks over positions 0..n-1. What is in neither set is offloaded.
+class Entry:
+    """One line of a ledger: bytes of one kind, on the model's device or on the host."""
 
-    critical, marginal: (B, G, n) bool, disjoint. borrowed: (B, H, n) fp32, the SLM's newest attention rows A'_f(i);
-    None where there are no marginal tokens. gained: (B, G, n) fp32, what the LLM's own scores get beside its own
-    weights (`--scores fused`); None: nothing.
+    what: str
+    host: bool
+    size: int
+
+
+class Cache:
+    """What all caches share: the names of their tensors, for the ledger; and the hook of a prefill.
+
+    tables: kind -> names of attributes, each a tensor or a list of them. observe(layer, query (1, H, T, D), key (1, G,
+    T, D)), if set, is shown what a prefill attends with.
     """
 
-    critical: Tensor
-    marginal: Tensor
-    borrowed: Tensor | None
-    gained: Tensor | None = None
-
-
-def column(values: list[int], device) -> Tensor:
-    """One number a sequence, to stand beside (B, G, n): (B, 1, 1)."""
-    return torch.tensor(values, device=device)[:, None, None]
-
-
-def assign_slots(position: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give every wanted token a slot; who is held and wanted stays, who is not wanted leaves, the rest fills the gaps.
-
-    position (B, G, N) int64: the token in each slot, -1 if none. wanted (B, G, n) bool, at most N true in a row.
-    Returns the new position (B, G, N), slot (B, G, n) of every wanted token (-1 elsewhere), and fresh (B, G, n) bool:
-    the tokens whose rows must be brought in.
-    """
-    slots, tokens = position.shape[-1], wanted.shape[-1]
-    keep = (position >= 0) & wanted.gather(-1, position.clamp(min=0))  # (B, G, N)
-    # Scatters below send what must not be written to one extra column, which is then cut off.
-    slot = torch.full((*wanted.shape[:2], tokens + 1), -1, device=wanted.device)
-    slot = slot.scatter(-1, position.where(keep, tokens), torch.arange(slots, device=wanted.device).expand_as(position))
-    slot = slot[..., :tokens]
-    fresh = wanted & (slot < 0)
-    free = keep.byte().argsort(dim=-1, stable=True)  # free slots first, in order
-    nth = fresh.cumsum(-1) - 1  # the n-th fresh token takes the n-th free slot
-    slot = free.gather(-1, nth.clamp(0, slots - 1)).where(fresh, slot)
-    held = torch.cat((position.where(keep, -1), torch.full_like(position[..., :1], -1)), dim=-1)  # (B, G, N + 1)
-    names = torch.arange(tokens, device=wanted.device).expand_as(slot)
-    return held.scatter(-1, slot.where(fresh, slots), names)[..., :slots], slot, fresh
-
-
-class TieredCache:
-    """The LLM's cache in three tiers, chosen anew at every step for each sequence, layer and KV head.
-
-    On the device there are two pools of slots, sized by the budget: the K pool (L, B, G, C, D) holds the keys of
-    critical tokens, the V pool (L, B, G, N, D) the values of critical and marginal tokens. A token is critical if it is
-    in both, marginal if it is in the V pool only, offloaded if it is in neither. The host holds K and V of every token
-    side by side (L, B, G, S', 2, D), S' rows for S positions (host_memory.py), written once when the token is made; so
-    leaving a pool copies nothing, a marginal token that turns critical brings its key alone, and what comes back is the
-    same to the bit. int8: all of them, and what is newest, are levels (int8_rows.py), scale (2, L, B, G, 2, D) fp32 of
-    K and of V.
-
-    prefetch: the rows of layer l + 1 are sent while layer l computes (on CUDA: on a side stream); without it when layer
-    l + 1 begins. own_decay: if given, the LLM's own scores are kept too (L, B, G, S): what its attention weights say of
-    the tokens that it holds. one_way: and who has left the pools, for --no-saliency-shift.
-    """
-
-    def __init__(
-        self, config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device,
-        dtype: torch.dtype, prefetch: bool = True, own_decay: float | None = None, one_way: bool = False,
-        sums: Callable = column_sums, int8: bool = False,
-    ):  # fmt: skip
-        device = torch.device(device)
-        self.config, self.capacity, self.prefetch, self.sums = config, capacity, prefetch, sums
-        self.own_decay, self.one_way = own_decay, one_way
-        base = (config.layers, batch, config.kv_heads)
-        self.dtype, held = dtype, torch.int8 if int8 else dtype  # of the model, and of its K and V
-        self.key = torch.empty(*base, critical_slots, config.head_dim, device=device, dtype=held)
-        self.value = torch.empty(*base, value_slots, config.head_dim, device=device, dtype=held)
-        self.key_position = torch.full((*base, critical_slots), -1, dtype=torch.int32, device=device)
-        self.value_position = torch.full((*base, value_slots), -1, dtype=torch.int32, device=device)
-        self.value_slot = torch.zeros(*base, critical_slots, dtype=torch.int32, device=device)  # K slot -> V slot
-        self.host = rows_on_host((*base, host_rows(capacity), 2, config.head_dim), held, device)
-        self.scale = torch.ones(2, *base, 2, config.head_dim, device=device) if int8 else None
-        self.newest = torch.empty(2, *base, config.head_dim, device=device, dtype=held)  # this step's K and V
-        self.newest_position: Tensor | None = None  # (B,), once a step has run
-        if own_decay is not None:
-            self.score = torch.zeros(*base, capacity, device=device, dtype=memory_dtype(dtype, own_decay, one_way))
-        if one_way:
-            self.dropped = torch.zeros(*base, capacity, dtype=torch.bool, device=device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._copied: tuple[FullCache, torch.cuda.Event] | None = None  # a prompt on its way to the host
-        self.keys_moved = self.values_moved = self.steps = self.filled = 0  # filled: rows that the first plan brought
-        self._plan: Callable[[int], TierPlan] | None = None
-        self._ready: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # layer -> borrowed weights, arrival
-
-    @property
-    def host_key(self) -> Tensor:
-        """(L, B, G, S', D)."""
-        return self.host[..., 0, :]
-
-    @property
-    def host_value(self) -> Tensor:
-        """(L, B, G, S', D)."""
-        return self.host[..., 1, :]
-
-    def scales(self, at) -> Scales:
-        """K's and V's at this index of (L, B, G, 2, D); None where rows are exact."""
-        return (None, None) if self.scale is None else (self.scale[0][at], self.scale[1][at])
-
-    def staging(self, b: int, length: int) -> FullCache:
-        """A full cache of one sequence for its prefill, given up once `load` has taken it over."""
-        shape = (self.config, 1, length, self.key.device, self.dtype)
-        if self.own_decay is None:
-            return FullCache(*shape)
-        staged = ScoredCache(*shape, self.own_decay, self.sums)
-        staged.prompt = length
-        return staged
-
-    def load(self, b: int, staged: FullCache, length: int) -> None:
-        """Write the K and V of a prefilled prompt to the host; the first plan brings back what it wants.
-
-        On CUDA on a side stream, beside the next prompt's prefill. `staged` is held until the next one is loaded, or
-        until `finish_loading`: two of them at most are alive, and no memory is reused while it is still being read.
-        """
-        if self.own_decay is not None:
-            L, G = self.score.shape[0], self.score.shape[2]
-            self.score[:, b, :, :length] = staged.score[:, 0].view(L, G, -1, length).sum(2)
-        if self.stream is None:
-            self._to_host(b, staged, length)
-            return
-        compute = torch.cuda.current_stream(self.key.device)
-        if self._copied is not None:  # who takes that memory next does so after the copies
-            compute.wait_event(self._copied[1])
-        self.stream.wait_stream(compute)
-        with torch.cuda.stream(self.stream):
-            self._to_host(b, staged, length)
-            self._copied = staged, self.stream.record_event()
-
-    def _to_host(self, b: int, staged: FullCache, length: int) -> None:
-        made = zip((staged.key, staged.value), self.scales((slice(None), b)))
-        for (part, key), (_, value) in zip(*(prompt_rows(rows[:, 0], scale) for rows, scale in made)):
-            both = torch.stack((key, value), 3)  # (L', G, n, 2, D)
-            for targets, sources in zip(self.host[part, b, :, :length], both):
-                for target, source in zip(targets, sources):  # a KV head is contiguous: a straight copy, nobody waits
-                    target.copy_(source, non_blocking=True)
-            del key, value, both  # before the next piece is made
-
-    def finish_loading(self) -> None:
-        """The prefill is over: wait until its prompts are on the host, which is read from now on."""
-        if self._copied is not None:
-            self._copied[1].synchronize()
-            self._copied = None
-
-    # -- movement --
-
-    def migrate(self, plan: Callable[[int], TierPlan], span: Span) -> None:
-        """Begin the step of the tokens at `span`: `plan(layer)` says who goes where, itself included.
-
-        The rows are in their slots by the time `attend` needs them.
-        """
-        self.finish_loading()
-        self._store_newest()
-        self._plan, self._position = plan, span.positions[:, 0]  # (B,)
-        if self.steps == 1:
-            self.filled = self.keys_moved + self.values_moved
-        self.steps += 1
-        if self.prefetch:
-            if self.stream is not None:
-                # The scores are made on the current stream, and the last step read the slots there.
-                self.stream.wait_stream(torch.cuda.current_stream(self.key.device))
-            self._prefetch(0)
-
-    def _store_newest(self) -> None:
-        """The last step's token goes to the host; it was a recent token since, so nobody has asked for it yet."""
-        if self.newest_position is not None:
-            newest = self.newest[:, :, :, None]  # (2, L, B, 1, G, D)
-            store_rows_torch(newest, self.host, self.newest_position + 1)
-
-    def _prefetch(self, layer: int) -> None:
-        if layer == self.config.layers:
-            return
-        if self.stream is None:
-            self._ready[layer] = (self._move(layer), None)
-            return
-        compute = torch.cuda.current_stream(self.key.device)
-        with torch.cuda.stream(self.stream):
-            borrowed = self._move(layer)
-            borrowed.record_stream(compute)  # made on one stream, used on the other: keep its memory until then
-            self._ready[layer] = (borrowed, self.stream.record_event())
-
-    def _move(self, layer: int) -> Tensor:
-        """Carry out one layer's plan; returns the borrowed weights by V slot (B, H, N), 0 on critical tokens."""
-        plan = self._plan(layer)
-        if layer + 1 == self.config.layers:
-            self._plan = None  # a policy that holds a cache that holds the policy is given back late
-        G = self.config.kv_heads
-        keys, key_slot, fresh_keys = assign_slots(self.key_position[layer].long(), plan.critical)
-        held = plan.critical | plan.marginal
-        values, value_slot, fresh_values = assign_slots(self.value_position[layer].long(), held)
-        self.key_position[layer], self.value_position[layer] = keys, values
-        self.value_slot[layer] = value_slot.gather(-1, keys.clamp(min=0)).clamp(min=0)
-        self.keys_moved += self._bring(self.key[layer], key_slot, self.host_key[layer], fresh_keys)
-        self.values_moved += self._bring(self.value[layer], value_slot, self.host_value[layer], fresh_values)
-        if self.own_decay is not None:
-            score = self.score[layer].mul_(self.own_decay)
-            if plan.gained is not None:
-                score[:, :, : held.shape[-1]] += plan.gained
-        if self.one_way:
-            made = torch.arange(held.shape[-1], device=held.device) <= self._position[:, None, None]
-            self.dropped[layer, :, :, : held.shape[-1]] |= made & ~held  # a token that is not made yet is not dropped
-        index, marginal = values.clamp(min=0), plan.marginal
-        if plan.borrowed is None:
-            B, H, N = values.shape[0], self.config.query_heads, values.shape[-1]
-            return torch.zeros(B, H, N, device=values.device)
-        in_tier = marginal.gather(-1, index) & (values >= 0)  # (B, G, N)
-        share = plan.borrowed.shape[1] // G
-        weight = plan.borrowed.gather(-1, index.repeat_interleave(share, 1))  # (B, H, N)
-        return weight * in_tier.repeat_interleave(share, 1)
-
-    def _bring(self, pool: Tensor, slot: Tensor, host: Tensor, fresh: Tensor) -> int:
-        """Move the fresh tokens' rows from host (B, G, S', D) into pool (B, G, slots, D); returns how many.
-
-        The newest tokens of each sequence have slots but no rows yet: attention writes them.
-        """
-        moving = fresh & (torch.arange(fresh.shape[-1], device=fresh.device) < self._position[:, None, None])
-        b, g, token = moving.nonzero(as_tuple=True)
-        head = b * self.config.kv_heads + g
-        target, source = head * pool.shape[2] + slot[b, g, token], head * host.shape[2] + token
-        pool.view(-1, pool.shape[-1])[target] = host.flatten(0, 2)[source]  # Algorithm 1, line 9
-        return len(token)
-
-    # -- attention --
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
-        """Put the newest token's key, value (B, G, 1, D) into its slots, then attend with query (B, H, 1, D), Eq. 6."""
-        if query.shape[2] != 1:
-            raise ValueError(f"a tiered cache takes one token a step, not {query.shape[2]}; prefill is for staging()")
-        borrowed = self._arrived(layer)
-        key, value = self._put(layer, key, value, span)
-        self.newest[0, layer], self.newest[1, layer] = key[:, :, 0], value[:, :, 0]
-        self.newest_position = self._position
-        used = self.key_position[layer] >= 0
-        out, weight = tiered_attention(query, *self._pools(layer), used, self.value_slot[layer].long(), borrowed)
-        if self.own_decay is not None:
-            self._remember(layer, weight)
-        if self.prefetch:
-            self._prefetch(layer + 1)
-        return out
-
-    def _arrived(self, layer: int) -> Tensor:
-        """Wait for the rows of a layer; its borrowed weights."""
-        if not self.prefetch:
-            self._ready[layer] = (self._move(layer), None)
-        borrowed, arrived = self._ready.pop(layer)
-        if arrived is not None:
-            torch.cuda.current_stream(self.key.device).wait_event(arrived)
-        return borrowed
-
-    def _pools(self, layer: int) -> list[Tensor]:
-        """K and V of one layer in the model's dtype."""
-        both = zip((self.key[layer], self.value[layer]), self.scales(layer))
-        return [decode(pool, per_token(scale), self.dtype) for pool, scale in both]
-
-    def _put(self, layer: int, key: Tensor, value: Tensor, span: Span) -> list[Tensor]:
-        """Write key, value (B, G, T, D) of the new tokens into the slots that the plan has given them; returns both as
-        they are held."""
-        position = span.positions[:, None, :, None]  # (B, 1, T, 1)
-        key, value = (encode(row, per_token(scale)) for row, scale in zip((key, value), self.scales(layer)))
-        for pool, where, row in ((self.key, self.key_position, key), (self.value, self.value_position, value)):
-            slot = (where[layer][:, :, None] == position).byte().argmax(-1, keepdim=True)  # (B, G, T, 1)
-            pool[layer].scatter_(2, slot.expand_as(row), row)
-        return [key, value]
-
-    def _remember(self, layer: int, weight: Tensor) -> None:
-        """Add this step's weights (B, H, N), summed over a group's heads, to the LLM's own scores, which have faded."""
-        B, G, N = self.value_position[layer].shape
-        index = self.value_position[layer].long().clamp(min=0)
-        score = self.score[layer]
-        score.scatter_add_(-1, index, weight.view(B, G, -1, N).sum(2).to(score.dtype))
-
-    # -- accounting --
-
-    def tokens(self, b: int) -> tuple[float, float]:
-        """Critical and marginal tokens of sequence b that are in the slots now, mean over layers and KV heads."""
-        pools = self.key_position[:, b], self.value_position[:, b]
-        critical, held = ((position >= 0).sum(-1).float().mean().item() for position in pools)
-        return critical, held - critical
-
-    def moved_bytes(self) -> float:
-        """Bytes from the host a step and sequence, mean; the first plan, which fills the pools, does not count."""
-        rows = (self.keys_moved + self.values_moved - self.filled) / max(1, self.steps - 1)
-        return rows * self.config.head_dim * self.host.itemsize / self.key.shape[1]
+    tables: dict[str, tuple[str, ...]] = {}
+    observe = None
 
     def ledger(self) -> list[Entry]:
-        """What is allocated, by tier and device."""
-        device = self.key.device.type
-        tables = self.key_position.nbytes + self.value_position.nbytes + self.value_slot.nbytes + self.newest.nbytes
-        entries = [
-            Entry("critical K, V", device, 2 * self.key.nbytes),
-            Entry("marginal V", device, self.value.nbytes - self.key.nbytes),
-            Entry("slot tables, newest K, V", device, tables),
-            Entry("host K, V", "host", self.host.nbytes),
-        ]
-        if self.scale is not None:
-            entries.append(Entry("int8 scales", device, self.scale.nbytes))
-        if self.own_decay is not None:
-            entries.append(Entry("scores", device, self.score.nbytes + self.one_way * self.score.numel()))
+        entries = []
+        for what, names in self.tables.items():
+            held = [getattr(self, name) for name in names]
+            tensors = [t for x in held if x is not None for t in (x if isinstance(x, list) else [x])]
+            if tensors:
+                entries.append(Entry(what, self.on_host(what), sum(tensor.nbytes for tensor in tensors)))
         return entries
 
-    @staticmethod
-    def predict(
-        config: Config, batch: int, capacity: int, critical_slots: int, value_slots: int, device: str,
-        dtype: torch.dtype, own_decay: float | None = None, one_way: bool = False, int8: bool = False,
-    ) -> list[Entry]:  # fmt: skip
-        """The ledger from the shapes alone, before anything is allocated."""
-        rows, D = config.layers * batch * config.kv_heads, config.head_dim
-        held = torch.int8 if int8 else dtype
-        entries = [
-            Entry("critical K, V", device, 2 * table_bytes(held, rows, critical_slots, D)),
-            Entry("marginal V", device, table_bytes(held, rows, value_slots - critical_slots, D)),
-            Entry(
-                "slot tables, newest K, V",
-                device,
-                table_bytes(torch.int32, rows, 2 * critical_slots + value_slots) + table_bytes(held, 2, rows, D),
-            ),
-            Entry("host K, V", "host", 2 * table_bytes(held, rows, host_rows(capacity), D)),
-        ]
-        entries += scale_entries(config, batch, device, int8)
-        if own_decay is not None:
-            size = table_bytes(memory_dtype(dtype, own_decay, one_way), rows, capacity)
-            entries.append(Entry("scores", device, size + one_way * rows * capacity))
-        return entries
+    def on_host(self, what: str) -> bool:
+        return False
+
+
+class FullCache(Cache):
+    """K and V of every token, (L, B, G, S, D) each."""
+
+    tables = {"full K, V": ("key", "value")}
+
+    def __init__(self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype):
+        self.config, self.capacity = config, capacity
+        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
+        self.key, self.value = (torch.empty(shape, device=device, dtype=dtype) for _ in "kv")
+
+    def staging(self, b: int, length: int) -> "FullCache":
+        """Where the prompt of sequence b is prefilled: the same memory, seen as the cache of that sequence alone."""
+        view = copy.copy(self)
+        view.key, view.value = self.key[:, b : b + 1], self.value[:, b : b + 1]
+        return view
+
+    def load(self, b: int, staged: "FullCache") -> None:
+        """Take over the prefilled prompt of sequence b: it was written in place."""
+
+    def attend(self, layer: int, qkv: Tensor, rope: Rope, span: Span) -> Tensor:
+        """Append K and V of the new tokens, attend to all; (B, T, H, D)."""
+        query = rope_append(qkv, rope, self.key[layer], self.value[layer], span.positions)
+        if span.past is None:
+            return self.decode(layer, query, span)
+        return self.prefill(layer, query.transpose(1, 2), span).transpose(1, 2)
+
+    def decode(self, layer: int, query: Tensor, span: Span) -> Tensor:
+        return decode_attention(query, self.key[layer], self.value[layer], span.length)[0]
+
+    def prefill(self, layer: int, query: Tensor, span: Span) -> Tensor:
+        """A chunk of one prompt: query (1, H, T, D) on all tokens so far; (1, H, T, D)."""
+        end = span.past + query.shape[2]
+        key, value = self.key[layer, :, :, :end], self.value[layer, :, :, :end]
+        if self.observe is not None:
+            self.observe(layer, query, key[:, :, span.past :])
+        self.remember(layer, query, key)
+        return causal_attention(query, key, value)
+
+    def remember(self, layer: int, query: Tensor, key: Tensor) -> None:
+        """What a subclass keeps of a chunk's attention."""
+
+
+class Scores:
+    """What attention says of every token, by position; the SLM's caches have it.
+
+    logits (T, L, B, H, S) and lse (T, L, B, H): the newest rows, weights are 2 ** (logits - lse) (scores.py); T = 1 but
+    for drafts, `at` says which of them the next step writes. score (L, B, H, S) fp32: decay * score + row after every
+    `fold`; decay 1 is Eq. 1's accumulation; None (decay 0): nothing of the past counts.
+    """
+
+    def make_scores(self, config: Config, batch: int, capacity: int, device, dtype, decay: float, rows: int) -> None:
+        shape = (config.layers, batch, config.query_heads, capacity)
+        self.decay, self.at = decay, 0
+        self.logits = torch.full((rows, *shape), -torch.inf, device=device, dtype=logits_dtype(dtype))
+        self.lse = torch.zeros(rows, *shape[:3], device=device)
+        self.score = torch.zeros(shape, device=device) if decay else None
+
+    def fold(self, length: Tensor, kept: Tensor | None = None) -> None:
+        """The newest rows go into the score, one after the other. length (B,): tokens with the first new one; kept (B,)
+        int32: of a sequence's T rows so many count."""
+        if self.score is None:
+            return
+        for t in range(len(self.logits)):
+            seen = length + t if kept is None else (length + t).where(kept > t, 0)
+            rows = self.score, self.logits[t], self.lse[t]
+            add_weights(*(table.flatten(0, 1) for table in rows), self.decay, seen)
+
+
+class ScoredCache(Scores, FullCache):
+    """A full cache that also keeps what attention says of every token; the SLM's."""
+
+    tables = {**FullCache.tables, "scores": ("logits", "lse", "score")}
+
+    def __init__(
+        self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float, rows: int = 1
+    ):
+        super().__init__(config, batch, capacity, device, dtype)
+        self.make_scores(config, batch, capacity, device, dtype, decay, rows)
+
+    def staging(self, b: int, length: int) -> "ScoredCache":
+        view = super().staging(b, length)
+        view.score = None if self.score is None else self.score[:, b : b + 1]
+        return view
+
+    def decode(self, layer: int, query: Tensor, span: Span) -> Tensor:
+        row = self.logits[self.at, layer][:, None], self.lse[self.at, layer][:, None]  # (B, 1, H, S), (B, 1, H)
+        return decode_attention(query, self.key[layer], self.value[layer], span.length, None, *row)[0]
+
+    def remember(self, layer: int, query: Tensor, key: Tensor) -> None:
+        """Column sums of a chunk's attention (Eq. 1)."""
+        if self.score is not None:
+            score = self.score[layer, :, :, : key.shape[2]]
+            score.mul_(self.decay ** query.shape[2]).add_(column_sums(query, key, self.decay))
+
+
+class Prompt(FullCache):
+    """Where one prompt of n tokens is prefilled before a cache with slots takes its rows. sums: decay -> (L, 1, H, n)
+    fp32, the column sums of its attention (Eq. 1)."""
+
+    def __init__(self, config: Config, length: int, device, dtype: torch.dtype, *decays: float):
+        super().__init__(config, 1, length, device, dtype)
+        shape = (config.layers, 1, config.query_heads, length)
+        self.sums = {decay: torch.zeros(shape, device=device) for decay in decays}
+
+    def remember(self, layer: int, query: Tensor, key: Tensor) -> None:
+        T, end = query.shape[2], key.shape[2]
+        for decay, sums in self.sums.items():
+            if decay ** (self.capacity - end) >= NEGLIGIBLE:  # else nothing of this chunk is left at the prompt's end
+                sums[layer, :, :, :end].mul_(decay**T).add_(column_sums(query, key, decay))
+
+    def by_kv_head(self, decay: float) -> Tensor:
+        """The sums over the query heads of each KV head: (L, G, n)."""
+        return self.sums[decay][:, 0].unflatten(1, (self.config.kv_heads, -1)).sum(2)
+
+
+# ---- Slots that forget -----------------------------------------------------------------------------------------------
+
+
+class SlotCache(Cache):
+    """K and V of what a method keeps, in slots; what leaves is gone. Lists over layers: some methods keep less in
+    deeper ones. position[l] (B, G, N) int32: the token in each slot, -1 for none; N differs between layers.
+
+    heavy[l] (B, G, N) fp32, if asked for: the attention that a slot's token has gathered since it came, summed over the
+    query heads of the group (H2O).
+    """
+
+    tables = {"kept K, V": ("key", "value"), "scores": ("heavy",), "slot tables": ("position", "newest")}
+    heavy = None
+
+    def __init__(self, config: Config, batch: int, slots: list[int], device, dtype: torch.dtype, heavy: bool = False):
+        self.config, self.dtype = config, dtype
+        shapes = [(batch, config.kv_heads, count) for count in slots]
+        for name in ("key", "value"):
+            setattr(self, name, [torch.empty(*s, config.head_dim, device=device, dtype=dtype) for s in shapes])
+        self.position = [torch.full(shape, -1, dtype=torch.int32, device=device) for shape in shapes]
+        self.newest = [torch.zeros(*shape[:2], 1, dtype=torch.int32, device=device) for shape in shapes]
+        if heavy:
+            self.heavy = [torch.zeros(shape, device=device) for shape in shapes]
+
+    def take(self, layer: int, b: int, prompt: Prompt, kept: Tensor) -> None:
+        """Of a prefilled prompt the tokens kept (G, k), in order."""
+        count, rows = kept.shape[1], kept[..., None].expand(-1, -1, self.config.head_dim)
+        for pool, made in ((self.key, prompt.key), (self.value, prompt.value)):
+            pool[layer][b, :, :count] = made[layer][0].gather(1, rows)
+        self.position[layer][b, :, :count] = kept.int()
+        if self.heavy is not None:
+            self.heavy[layer][b, :, :count] = prompt.by_kv_head(1.0)[layer].gather(1, kept)
+
+    def make_room(self, layer: int, stays: Tensor, length: Tensor) -> None:
+        """Who does not stay (B, G, N) leaves for good; the newest token, at length - 1, takes the first free slot."""
+        position = self.position[layer].masked_fill_(~stays, -1)
+        slot = (position < 0).byte().argmax(-1, keepdim=True)  # (B, G, 1)
+        position.scatter_(2, slot, (length - 1)[:, None, None].expand_as(slot))
+        self.newest[layer].copy_(slot)
+        if self.heavy is not None:
+            self.heavy[layer].masked_fill_(~stays, 0)
+
+    def attend(self, layer: int, qkv: Tensor, rope: Rope, span: Span) -> Tensor:
+        """Put the newest K and V into their slot, attend to the slots; (B, 1, H, D)."""
+        key, value, position = self.key[layer], self.value[layer], self.position[layer]
+        query = rope_append(qkv, rope, key, value, span.positions, self.newest[layer])
+        logits = torch.empty(*query.shape[:3], position.shape[2], device=query.device)
+        out, lse = decode_attention(query, key, value, span.length, position, logits)
+        self.weigh(layer, logits[:, 0], lse[:, 0])
+        return out
+
+    def weigh(self, layer: int, logits: Tensor, lse: Tensor) -> None:
+        """The attention row by slot: logits (B, H, N), lse (B, H)."""
+        if self.heavy is not None:
+            add_weights(self.heavy[layer], logits, lse, 1.0, None)
+
+    def tokens(self, b: int) -> dict[str, float]:
+        """Tokens of sequence b in the slots, mean over layers and KV heads."""
+        held = [(position[b] >= 0).sum(-1).float().mean().item() for position in self.position]
+        return {"critical": sum(held) / len(held)}
+
+
+def heavy_order(position: Tensor, heavy: Tensor, length: Tensor, kept: Tensor) -> Tensor:
+    """H2O's rule (arXiv 2306.14048) as numbers (..., N), who stays first: the newest half of `kept`, then by attention
+    gathered. position, heavy (..., N); length and kept count the coming token."""
+    return heavy.masked_fill(position >= length - (kept - kept // 2), torch.inf)
+
+
+def best_slots(priority: Tensor, position: Tensor, count: Tensor) -> Tensor:
+    """Mask (B, G, N) of the `count` slots of the largest priority, equal ones by slot; a free one is never among
+    them."""
+    rank = priority.masked_fill(position < 0, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return (position >= 0) & (rank < count)
+
+
+class CutCache(Scores, SlotCache):
+    """The SLM's cache cut to a share of its tokens (`--slm-budget`, appendix A.3, Table 5) by H2O's rule.
+
+    K and V lie in slots; scores by position, where a dropped token has none: it ranks last and lends nothing.
+    """
+
+    tables = {**SlotCache.tables, "scores": ("heavy", "logits", "lse", "score")}
+
+    def __init__(
+        self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float, share: float
+    ):
+        kept = [max(1, int(share * n + 1e-9)) for n in range(capacity + 2)]
+        super().__init__(config, batch, [kept[capacity]] * config.layers, device, dtype, heavy=True)
+        self.make_scores(config, batch, capacity, device, dtype, decay, 1)
+        self.kept = torch.tensor(kept, device=device)  # by length
+
+    def staging(self, b: int, length: int) -> Prompt:
+        device = self.position[0].device
+        return Prompt(self.config, length, device, self.dtype, *{self.decay, 1.0} - {0.0})
+
+    def load(self, b: int, prompt: Prompt) -> None:
+        """Take the tokens that leave a slot for the first one to come."""
+        n = prompt.capacity
+        kept, token = self.kept[n + 1], torch.arange(n, device=self.kept.device)
+        for layer, heavy in enumerate(prompt.by_kv_head(1.0)):  # (G, n)
+            order = heavy_order(token, heavy, n + 1, kept).argsort(dim=-1, descending=True, stable=True)
+            stays = order[:, : int(kept) - 1].sort(-1).values
+            self.take(layer, b, prompt, stays)
+            if self.score is not None:
+                self.score[layer, b, :, :n] = prompt.sums[self.decay][layer, 0]
+                self._forget(layer)
+
+    def attend(self, layer: int, qkv: Tensor, rope: Rope, span: Span) -> Tensor:
+        position, length = self.position[layer], span.length[:, None, None]
+        kept = self.kept[span.length.long()][:, None, None]
+        priority = heavy_order(position, self.heavy[layer], length, kept)
+        self.make_room(layer, best_slots(priority, position, kept - 1), span.length)
+        if self.score is not None:
+            self._forget(layer)
+        return super().attend(layer, qkv, rope, span)
+
+    def _forget(self, layer: int) -> None:
+        """Tokens in no slot have no score."""
+        held = self._by_position(torch.ones_like(self.heavy[layer]), layer, 0.0)  # (B, G, S)
+        self.score[layer].mul_(held.repeat_interleave(self.config.query_heads // self.config.kv_heads, 1))
+
+    def _by_position(self, rows: Tensor, layer: int, empty: float) -> Tensor:
+        """Rows (B, h, N) by slot -> (B, h, S) by position."""
+        position = self.position[layer].repeat_interleave(rows.shape[1] // self.config.kv_heads, 1)
+        out = torch.full((*rows.shape[:2], self.logits.shape[-1]), empty, device=rows.device)
+        rows = rows.where(position >= 0, empty)
+        return out.scatter_reduce_(-1, position.clamp(min=0).long(), rows, "amax")
+
+    def weigh(self, layer: int, logits: Tensor, lse: Tensor) -> None:
+        super().weigh(layer, logits, lse)
+        self.logits[0, layer], self.lse[0, layer] = self._by_position(logits, layer, -torch.inf), lse
+
+
+# ---- Three tiers -----------------------------------------------------------------------------------------------------
+
+
+class TieredCache(Cache):
+    """The LLM's cache in three tiers, chosen anew at every step for each sequence, layer and KV head.
+
+    Critical tokens have K and V in slots on the device, key and value (L, B, G, C, D); marginal tokens V alone,
+    marginal (L, B, G, M, D); critical_position (L, B, G, C) and marginal_position (L, B, G, M) int32 say which token is
+    in a slot, -1 for none. K and V of every token lie side by side in the offloaded tier (L, B, G, S', 2, D), written
+    once, in the step after the token was made: on the host (offload "cpu", pinned on a GPU's machine), or on the device
+    too ("none"). So leaving a slot copies nothing, and what comes back is the same to the bit.
+
+    memory (L, B, G, S) fp32, with a decay: what the LLM's own attention says of tokens, `Settings.scores` "fused"; it
+    is as it was before the newest rows, logits (L, B, T, H, C) and lse (L, B, T, H), which the next plan folds in.
+    """
+
+    tables = {
+        "critical K, V": ("key", "value"), "marginal V": ("marginal",), "offloaded K, V": ("offloaded",),
+        "scores": ("memory", "logits", "lse", "lent"),
+        "slot tables": ("critical_position", "marginal_position", "newest", "start", "rows", "count", "mark"),
+    }  # fmt: skip
+
+    def __init__(
+        self, config: Config, batch: int, capacity: int, critical: int, marginal: int, device, dtype: torch.dtype,
+        decay: float | None, tokens: int = 1, offload: str = "cpu",
+    ):  # fmt: skip
+        """critical, marginal: slots; tokens: T, of a step. decay: of the memory; None: there is none."""
+        device = torch.device(device)
+        base = (config.layers, batch, config.kv_heads)
+        self.config, self.capacity, self.decay, self.offload = config, capacity, decay, offload
+        pool = {"device": device, "dtype": dtype}
+        self.key, self.value = (torch.empty(*base, critical, config.head_dim, **pool) for _ in "kv")
+        self.marginal = torch.empty(*base, marginal, config.head_dim, **pool) if marginal else None
+        table = {"device": device, "dtype": torch.int32}
+        self.critical_position = torch.full((*base, critical), -1, **table)
+        self.marginal_position = torch.full((*base, marginal), -1, **table) if marginal else None
+        self.newest = torch.zeros(*base, tokens, **table)  # slots of the newest tokens
+        self.start = torch.full((batch,), -1, **table)  # the position of the first of them; -1 before the first step
+        # An odd number of rows a KV head: else one step's rows fall on few lines of the host's caches.
+        shape = (*base, capacity | 1, 2, config.head_dim)
+        if offload == "cpu" and device.type == "cuda":
+            self.offloaded = torch.empty(shape, dtype=dtype, pin_memory=True)
+        else:
+            self.offloaded = torch.empty(shape, **pool)
+        self.memory = None if decay is None else torch.zeros(*base, capacity, device=device)
+        heads = (config.layers, batch, tokens, config.query_heads)
+        self.lent = torch.zeros(*heads, marginal, device=device) if marginal else None  # (L, B, T, H, M)
+        self.logits = self.lse = None
+        if decay is not None:
+            self.logits = torch.empty(*heads, critical, device=device, dtype=logits_dtype(dtype))
+            self.lse = torch.empty(heads, device=device)
+        self.moved = torch.zeros(config.layers, 2, dtype=torch.int64, device=device)  # rows brought so far, by tier
+        # What a plan wants brought (tiers.plan_tiers), of all layers: a layer's rows may be under way while later ones
+        # plan.
+        self.rows = torch.zeros(config.layers, 2, 2, batch * config.kv_heads * max(critical, marginal), **table)
+        self.count = torch.zeros(config.layers, 2, **table)
+        self.mark = torch.zeros(base[1:] + (capacity,), dtype=torch.int8, device=device)
+
+    def on_host(self, what: str) -> bool:
+        return what.startswith("offloaded") and self.offload == "cpu"
+
+    def staging(self, b: int, length: int) -> Prompt:
+        decays = () if self.decay is None else (self.decay,)
+        return Prompt(self.config, length, self.key.device, self.key.dtype, *decays)
+
+    def load(self, b: int, prompt: Prompt) -> None:
+        """Take a prefilled prompt: K and V into the offloaded tier, whence the first plan brings what it wants."""
+        n = prompt.capacity
+        if self.memory is not None:
+            self.memory[:, b, :, :n] = prompt.by_kv_head(self.decay)
+        for layer in range(self.config.layers):
+            both = torch.stack((prompt.key[layer, 0], prompt.value[layer, 0]), 2)  # (G, n, 2, D)
+            for g, rows in enumerate(both):  # a KV head lies in one piece: a straight copy that nothing waits for
+                self.offloaded[layer, b, g, :n].copy_(rows, non_blocking=True)
+
+    def fold(self, layer: int) -> None:
+        """What the newest token attended to in this layer goes into the memory; the first time no slot holds a
+        token."""
+        row = self.logits[layer, :, 0], self.lse[layer, :, 0]
+        add_weights(self.memory[layer], *row, self.decay, None, self.critical_position[layer])
+
+    def place(self, layer: int, total: Tensor, sizes: Tensor, length: Tensor, memory: bool) -> None:
+        """Choose the tiers of a layer by `total` (B, G, S) and give them slots (tiers.plan_tiers). memory: who is not
+        critical is remembered with its total. Before that the tokens of the last step, whose rows the pools alone have,
+        go into the offloaded tier."""
+        store_rows(self.key[layer], self.value[layer], self.offloaded[layer], self.newest[layer], self.start)
+        middle = self.marginal_position
+        plan_tiers(
+            total, length, sizes, self.critical_position[layer], None if middle is None else middle[layer],
+            self.memory[layer] if memory else None, self.newest[layer], self.rows[layer], self.count[layer],
+            self.mark, self.offloaded.shape[3],
+        )  # fmt: skip
+
+    def migrate(self, layer: int) -> None:
+        """Bring the rows that the layer's plan asks for."""
+        rows, count, offloaded = self.rows[layer], self.count[layer], self.offloaded[layer]
+        bring_rows(self.key[layer], self.value[layer], offloaded, rows[0], count[0])
+        if self.marginal is not None:
+            bring_rows(None, self.marginal[layer], offloaded, rows[1], count[1])
+
+    def settle(self, start: Tensor) -> None:
+        """The step of the tokens from position start (B,) on is over: what was brought is counted."""
+        self.start.copy_(start)
+        self.moved += self.count
+        self.count.zero_()
+
+    def attend(self, layer: int, qkv: Tensor, rope: Rope, span: Span) -> Tensor:
+        """Put K and V of the new tokens into their slots, then attend (Eq. 6); (B, T, H, D)."""
+        query = rope_append(qkv, rope, self.key[layer], self.value[layer], span.positions, self.newest[layer])
+        row = (None, None) if self.logits is None else (self.logits[layer], self.lse[layer])
+        lent = (None, None) if self.marginal is None else (self.lent[layer], self.marginal[layer])
+        pools = self.key[layer], self.value[layer]
+        return decode_attention(query, *pools, span.length, self.critical_position[layer], *row, *lent)[0]
+
+    def free_from(self, end: Tensor) -> None:
+        """Free the slots of tokens at or beyond a sequence's end (B,): drafts that were refused."""
+        self.critical_position.masked_fill_(self.critical_position >= end[:, None, None], -1)
+
+    def tokens(self, b: int) -> dict[str, float]:
+        """Tokens of sequence b in each tier's slots, mean over layers and KV heads."""
+        tables = {"critical": self.critical_position, "marginal": self.marginal_position}
+        return {
+            tier: 0.0 if table is None else (table[:, b] >= 0).sum(-1).float().mean().item()
+            for tier, table in tables.items()
+        }
+
+    def moved_bytes(self) -> int:
+        """Bytes brought from the offloaded tier so far: K and V of critical rows, V of marginal ones."""
+        critical, marginal = self.moved.sum(0).tolist()
+        return (2 * critical + marginal) * self.config.head_dim * self.offloaded.itemsize

@@ -32,6 +32,7 @@ SHORTEST = 120  # tokens of a recall document's prompt
 TOKENS_A_TURN = 36  # of prompt that a question needs, so that the facts fit in
 DENSE = Limits(fact_share=0.95)  # training documents may be nearly all facts: the more questions, the sooner learnt
 TURN_ROOM = 44  # tokens that a question and its answer may take
+TOKENIZER_DOCUMENTS = 200  # recall documents that a tokenizer is trained on, beside the books
 ECHO_SHARE = 0.05  # sequences that are random tokens said again and again: copying is learnt from them first
 
 
@@ -68,7 +69,8 @@ def train_tokenizer(books: list[str], vocab: int) -> Tokenizer:
     samples = [book[:20_000] for book in books]
     draft = _bpe(samples, vocab)  # recall documents are measured in tokens, so making some takes a tokenizer
     recall = Recall.from_books(books[:4], draft, "train")
-    return _bpe(samples + [recall.document(random.Random(f"tokenizer-{i}"), 400).text for i in range(200)], vocab)
+    told = [recall.document(random.Random(f"tokenizer-{i}"), 400).text for i in range(TOKENIZER_DOCUMENTS)]
+    return _bpe(samples + told, vocab)
 
 
 def _bpe(texts: list[str], vocab: int) -> Tokenizer:

@@ -1,66 +1,114 @@
-"""Prefill, the decode loop, sampling: how a batch of prompts becomes tokens.
+"""Prefill, the one decode step, its capture as a CUDA graph, the loop, sampling: how prompts become tokens.
 
-Where it sits: it owns the order of things. A decode step, the whole project in a few lines (`Session.step`):
+Where it sits: it owns the order of things. A decode step, the whole project in five lines (`Session.forward`):
 
-    policy.observe(tokens, span)            # one SLM step: attention rows -> scores (smallkv.py)
-    cache.migrate(policy.plan, span)        # tier plan per layer -> rows move (cache.py)
-    logits = llm(tokens, span, cache)       # attention on the tiers (kernels.py)
-    tokens = sampler(logits)                # and round again
+    policy.observe(tokens, span)             # SLM: attention rows -> scores                        smallkv.py
+    for layer in layers:
+        policy.plan(layer, span)             # scores -> tiers -> slots                             scores.py, tiers.py
+        policy.migrate(layer)                # rows come from the offloaded tier                    tiers.py
+    logits = llm(tokens, span, cache)        # attention on critical K, V and marginal V (Eq. 6)    kernels.py
+    policy.settle(span)                      # the SLM's newest rows go into its scores             cache.py
 
-A policy is an object with `models`, `whole_prompt`, `make_cache`, `predict`, `prefill`, `observe` and `plan`;
-`FullPolicy` is the smallest one.
+That function is what runs on a CPU, eagerly on a GPU, and, from the third step on, captured there as one CUDA graph:
+every shape is fixed when the session is made, and nothing in it reads the device from the host. On a GPU its parts run
+beside one another on streams of their own (`Lanes`): the SLM beside the LLM, the plan of an LLM layer as soon as the
+SLM's layers that it needs are done, the movement beside both; an LLM layer waits for its own rows alone.
+
 Shapes follow the legend in model.py.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from full_cache import FullCache
-from int8_rows import check_prompts
+from cache import Cache, Entry, FullCache
 from model import Decoder, Span
 
-PREFILL_CHUNK = 1024  # tokens of a prompt that go through a model at once: bounds activations, not results
+WARM_STEPS = 2  # eager ones on a GPU: kernels are compiled, the first plan fills the slots
+CHUNK_MIN = 512  # tokens of a prompt's chunk, whatever the memory
 
 
-class FullPolicy:
-    """The full cache: nothing to observe, nothing to plan."""
+# ---- What a method keeps ---------------------------------------------------------------------------------------------
+
+
+def read_prompt(model, tokens: Tensor, staged: Cache, chunk: int, logits: str = "last", progress=None) -> Tensor | None:
+    """A prompt (1, n) through a model in chunks; what the model returns of the last one. progress(tokens): after
+    each."""
+    out, n = None, tokens.shape[1]
+    for start in range(0, n, chunk):
+        end = min(start + chunk, n)
+        out = model(tokens[:, start:end], Span.chunk(start, end, tokens.device), staged, logits=logits)
+        if progress is not None:
+            progress(end - start)
+    return out
+
+
+class Policy:
+    """A method, as `Session` drives it; this one is the full cache, which keeps everything and plans nothing.
+
+    In a step the session calls `observe` (the SLM), then for each LLM layer `plan` and `migrate`, then the LLM on
+    `cache`, then `settle`. Nothing in these may read the device from the host: they are captured as a CUDA graph.
+    """
 
     name = "full"
     whole_prompt = False  # a prompt may be prefilled in chunks
+    drafts = 0  # of a round (speculative.py)
+    needed: list[int] | None = None  # by LLM layer: how many of the SLM's layers its plan waits for; None: no SLM
 
-    def __init__(self, llm: Decoder, int8: bool = False):
-        """int8: K and V in 8 bits (int8_rows.py), a rival in bench.py."""
-        self.llm, self.models, self.int8 = llm, [llm], int8
+    def __init__(self, llm):
+        self.llm, self.models = llm, [llm]
 
-    def make_cache(self, lengths: list[int], capacity: int) -> FullCache:
-        if self.int8:
-            check_prompts("full cache", lengths)
-        self.cache = FullCache(self.llm.config, len(lengths), capacity, self.llm.device, self.llm.dtype, self.int8)
-        return self.cache
+    def make_caches(self, lengths: list[int], capacity: int, device) -> dict[str, Cache]:
+        """Of prompts of these lengths, for `capacity` positions: "LLM", and "SLM" where there is one."""
+        return {"LLM": FullCache(self.llm.config, len(lengths), capacity, device, self.llm.dtype)}
 
-    def predict(self, lengths: list[int], capacity: int) -> dict[str, list]:
-        config, device = self.llm.config, self.llm.device.type
-        return {"LLM": FullCache.predict(config, len(lengths), capacity, device, self.llm.dtype, self.int8)}
+    def allocate(self, lengths: list[int], capacity: int) -> None:
+        self.caches = self.make_caches(lengths, capacity, self.llm.device)
+        self.cache = self.caches["LLM"]
 
-    def prefill(
-        self, b: int, prompts: list[list[int]], ids: list[Tensor], chunks: list[tuple[int, int]]
-    ) -> Callable | None:
-        """Called before the LLM's prefill of sequence b; an SLM is run here.
+    def ledgers(self, lengths: list[int], capacity: int) -> dict[str, list[Entry]]:
+        """What the caches would take, by model; nothing is allocated."""
+        return {name: cache.ledger() for name, cache in self.make_caches(lengths, capacity, "meta").items()}
 
-        prompts of all sequences, and their ids (n,) on the LLM's device. chunks: (start, end) of the parts in which the
-        LLM will take that of b.
-        What is returned, if anything, is shown the LLM's queries and keys: the `observe` of `Decoder.forward`.
-        """
+    def prefill(self, b: int, tokens: Tensor, chunk: int, progress=None) -> Tensor:
+        """The prompt (1, n) of sequence b through the models; the LLM's logits (1, 1, V) of its last token."""
+        staged = self.cache.staging(b, tokens.shape[1])
+        logits = read_prompt(self.llm, tokens, staged, chunk, progress=progress)
+        self.cache.load(b, staged)
+        return logits
 
-    def observe(self, tokens: list[int], span: Span) -> None:
-        pass
+    def match(self, b: int, text: list[int]) -> None:
+        """Before a step: sequence b has these tokens."""
 
-    def plan(self, layer: int) -> None:
-        return None
+    def observe(self, tokens: Tensor, span: Span, watch) -> None:
+        """The SLM's step on tokens (B, 1); watch(cache) is the cache to hand to it."""
+
+    def plan(self, layer: int, span: Span) -> None:
+        """Who stays in this layer's cache, from what is known before the LLM's step."""
+
+    def migrate(self, layer: int) -> None:
+        """Move the rows that the plan asks for."""
+
+    def settle(self, span: Span, kept: Tensor | None = None) -> None:
+        """The step is over; kept (B,): with drafts, how many of the new tokens count."""
+
+
+# ---- Prompts and their limits ----------------------------------------------------------------------------------------
+
+
+def prefill_chunk(models: list[Decoder], device: torch.device, free: int) -> int:
+    """Tokens of a prompt that go through a model at once: as many as their activations may take of `free` bytes,
+    half."""
+    numbers = max(
+        6 * c.hidden_size + 3 * c.intermediate_size + 3 * (c.query_heads + 2 * c.kv_heads) * c.head_dim
+        for c in (model.config for model in models)
+    )
+    return max(CHUNK_MIN, free // 2 // (numbers * max(model.dtype.itemsize for model in models)))
 
 
 def strip_pads(padded: Tensor, mask: Tensor) -> list[list[int]]:
@@ -76,9 +124,9 @@ def strip_pads(padded: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[len(row) - n :].tolist() for row, n in zip(padded, lengths.tolist())]
 
 
-def check_positions(policy, lengths: list[int], max_new_tokens: int) -> None:
+def check_positions(models: list[Decoder], lengths: list[int], max_new_tokens: int) -> None:
     """ValueError if the longest prompt and its answer do not fit the positions of the models."""
-    total, limit = max(lengths) + max_new_tokens, min(model.config.max_positions for model in policy.models)
+    total, limit = max(lengths) + max_new_tokens, min(model.config.max_positions for model in models)
     if total > limit:
         raise ValueError(
             f"prompt of {max(lengths)} tokens plus {max_new_tokens} new ones is {total}, longer than the {limit} "
@@ -86,62 +134,180 @@ def check_positions(policy, lengths: list[int], max_new_tokens: int) -> None:
         )
 
 
+def check_head_dims(models: list[Decoder]) -> None:
+    """ValueError for a model on a GPU whose heads the kernels do not take: tiles have powers of two."""
+    for model in models:
+        if model.device.type == "cuda" and model.config.head_dim not in (16, 32, 64, 128, 256):
+            found = model.config.head_dim
+            raise ValueError(f"head_dim {found} does not fit the kernels: 16, 32, 64, 128 or 256 do; use --device cpu")
+
+
+# ---- Streams ---------------------------------------------------------------------------------------------------------
+
+
+class Lanes:
+    """The streams of a step: "slm", "plan" and "move" beside the current one, on a GPU; on a CPU nothing but order."""
+
+    def __init__(self, device: torch.device):
+        self.streams = {}
+        if device.type == "cuda":  # first in the queue: the LLM waits for them, and their kernels leave room
+            self.streams = {name: torch.cuda.Stream(device, priority=-1) for name in ("slm", "plan", "move")}
+
+    def fork(self) -> None:
+        for stream in self.streams.values():
+            stream.wait_stream(torch.cuda.current_stream())
+
+    def join(self) -> None:
+        """A captured graph must end on one stream."""
+        for stream in self.streams.values():
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def on(self, name: str, *after):
+        """Work on a lane, once the events `after` have come."""
+        stream = self.streams.get(name)
+        if stream is None:
+            return nullcontext()
+        for event in after:
+            stream.wait_event(event)
+        return torch.cuda.stream(stream)
+
+    def mark(self):
+        """The event that what was launched so far on the current stream is done; None on a CPU."""
+        return torch.cuda.current_stream().record_event() if self.streams else None
+
+
+class Watched:
+    """A cache as a model sees it in a step: layer l attends once before[l] has come, and leaves an event in `done`."""
+
+    def __init__(self, cache, lanes: Lanes, before: list = ()):
+        self.cache, self.lanes, self.before, self.done = cache, lanes, before, []
+
+    def attend(self, layer: int, qkv: Tensor, rope, span: Span) -> Tensor:
+        if self.before and self.lanes.streams:
+            torch.cuda.current_stream().wait_event(self.before[layer])
+        out = self.cache.attend(layer, qkv, rope, span)
+        self.done.append(self.lanes.mark())
+        return out
+
+
+# ---- A batch ---------------------------------------------------------------------------------------------------------
+
+
 class Session:
-    """A batch of sequences being decoded by one LLM under one policy."""
+    """A batch of sequences being decoded by one LLM under one policy.
+
+    length (B,) int32 on the device: tokens of each sequence whose K and V the caches have; lengths: the same numbers on
+    the host. texts: the tokens themselves, as long as the policy has heads to match.
+    """
 
     def __init__(
-        self, llm: Decoder, policy, prompts: list[list[int]], max_new_tokens: int, chunk: int = PREFILL_CHUNK,
-        progress: Callable[[int], None] | None = None, spare: int = 0,
+        self, policy: Policy, prompts: list[list[int]], max_new_tokens: int, chunk: int | None = None,
+        progress: Callable[[int], None] | None = None, spare: int = 0, capture: bool | None = None,
     ):  # fmt: skip
         """prompts: token ids, one list a sequence. max_new_tokens: the caches are made for that many more, and `spare`.
 
-        progress is called with the number of prompt tokens that both models have been given, chunk by chunk; a GPU may
-        be some kernels behind.
+        chunk: prompt tokens at once; None: as many as the memory at hand allows. progress is called with the number of
+        prompt tokens that both models have been given. capture: steps as a CUDA graph; None: on a GPU.
         """
         if not prompts or any(not prompt for prompt in prompts):
             raise ValueError("empty prompt: there is nothing to continue")
-        self.llm, self.policy, self.prompts, self.chunk, self.progress = llm, policy, prompts, chunk, progress
+        self.policy, self.llm, self.prompts, self.progress = policy, policy.llm, prompts, progress
         self.lengths = [len(prompt) for prompt in prompts]
         self.capacity = max(self.lengths) + max_new_tokens + spare
-        check_positions(policy, self.lengths, max_new_tokens)
+        check_positions(policy.models, self.lengths, max_new_tokens)
+        check_head_dims(policy.models)
         # Ids that only padding rows of the larger embedding have mean nothing, and the SLM could not read them.
         self.vocab = min(model.config.vocab_size for model in policy.models)
-        self.cache = policy.make_cache(self.lengths, self.capacity)
+        device = self.llm.device
+        policy.allocate(self.lengths, self.capacity)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
+        longest = max(self.lengths)
+        self.chunk = min(longest, chunk or prefill_chunk(policy.models, device, free))
+        if policy.whole_prompt:
+            self.chunk = longest
+        self.capture = device.type == "cuda" if capture is None else capture
+        self.lanes, self.steps, self.graph = Lanes(device), 0, None
+        self.length = torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)  # of the step at hand
+        self.texts = [list(prompt) for prompt in prompts]
 
     @torch.inference_mode()
     def prefill(self) -> Tensor:
         """Both models over every prompt, one sequence at a time, in chunks; logits (B, V) of the last tokens.
 
         Nothing in the loop waits for the device: it launches the SLM's small kernels while the LLM's large ones of the
-        prompt before are still running. So the ids are there before it; a copy to the device would wait.
+        prompt before are still running.
         """
-        logits = []
         ids = torch.cat([torch.tensor(prompt) for prompt in self.prompts]).to(self.llm.device).split(self.lengths)
-        for b, prompt in enumerate(self.prompts):
-            chunk = len(prompt) if self.policy.whole_prompt else self.chunk
-            chunks = [(start, min(start + chunk, len(prompt))) for start in range(0, len(prompt), chunk)]
-            tokens = ids[b][None]  # (1, n)
-            observe = self.policy.prefill(b, self.prompts, ids, chunks)
-            staged = self.cache.staging(b, len(prompt))
-            for start, end in chunks:
-                span = Span.block(start, end, tokens.device)
-                last = self.llm(tokens[:, start:end], span, staged, logits="last", observe=observe)  # (1, 1, V)
-                if self.progress:
-                    self.progress(end - start)
-            self.cache.load(b, staged, len(prompt))
-            logits.append(last[:, 0, : self.vocab])
-        return torch.cat(logits)
+        logits = [self.policy.prefill(b, own[None], self.chunk, self.progress) for b, own in enumerate(ids)]
+        return torch.cat(logits)[:, 0, : self.vocab]
 
     @torch.inference_mode()
-    def step(self, tokens: list[int]) -> Tensor:
-        """One token for each sequence through SLM, plan, migration and LLM; logits (B, V) of what comes next."""
-        span = Span.step(self.lengths, self.llm.device)
-        self.policy.observe(tokens, span)
-        self.cache.migrate(self.policy.plan, span)
-        ids = torch.tensor(tokens, device=self.llm.device)[:, None]  # (B, 1)
-        logits = self.llm(ids, span, self.cache, logits="last")[:, 0, : self.vocab]
+    def step(self, tokens: list[int] | Tensor) -> Tensor:
+        """One token for each sequence (B,), in; logits (B, V) of what comes next, valid until the next step, out."""
+        if max(self.lengths) >= self.capacity:
+            raise ValueError(f"no room for a token more than the capacity of {self.capacity} positions")
+        self.take(tokens)
+        self.tokens.copy_(torch.as_tensor(tokens)[:, None])
+        self.run()
         self.lengths = [length + 1 for length in self.lengths]
+        return self.logits
+
+    def take(self, tokens: list[int] | Tensor) -> None:
+        """New tokens on the host's side: a sequence that reaches the matching window gets its head map."""
+        maps = getattr(self.policy, "maps", ())
+        if any(found is None for found in maps):
+            for b, token in enumerate(tokens if isinstance(tokens, list) else tokens.tolist()):
+                self.texts[b].append(token)
+                self.policy.match(b, self.texts[b])
+
+    def run(self) -> None:
+        """`forward`, or its graph: captured once `WARM_STEPS` have compiled the kernels and filled the slots."""
+        if self.capture and self.graph is None and self.steps >= WARM_STEPS:
+            gc.collect()  # else an older session is given back in mid-capture, which must not wait
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            # Recording runs nothing: the state stays as it is. thread_local: NCCL's own thread may go on meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.forward()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.forward()
+        self.steps += 1
+
+    def forward(self) -> None:
+        """The step: `tokens` (B, 1) in, `logits` (B, V) out, `length` one longer."""
+        self.length += 1
+        span, slm = Span.step(self.length), Watched(None, self.lanes)
+
+        def watch(cache) -> Watched:
+            slm.cache = cache
+            return slm
+
+        self.lanes.fork()
+        with self.lanes.on("slm"):
+            self.policy.observe(self.tokens, span, watch)
+        self.logits = self.attend(self.tokens, span, slm.done)[:, 0]
+        self.policy.settle(span)
+
+    def attend(self, tokens: Tensor, span: Span, observed: list) -> Tensor:
+        """Plans, movement and the LLM on tokens (B, T); logits (B, T, V). observed: by SLM layer, the event that its
+        rows are there; empty: they all are."""
+        policy, lanes, arrived = self.policy, self.lanes, []
+        for layer in range(self.llm.config.layers):
+            with lanes.on("plan", *(observed[policy.needed[layer] - 1 :][:1] if observed else ())):
+                policy.plan(layer, span)
+                planned = lanes.mark()
+            with lanes.on("move", planned):
+                policy.migrate(layer)
+                arrived.append(lanes.mark())
+        logits = self.llm(tokens, span, Watched(policy.cache, lanes, arrived))[..., : self.vocab]
+        lanes.join()
         return logits
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -188,6 +354,9 @@ class Sampler:
         return [torch.multinomial(self.probabilities(row), 1, generator=g).item() for row, g in zip(rows, generators)]
 
 
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Timing:
     """Seconds, measured on the host around work that ends on the host (the sampled token)."""
@@ -199,17 +368,16 @@ class Timing:
 
 def generate_ids(
     session: Session, sampler: Sampler, max_new_tokens: int, stop: set[int] = frozenset(), timing: Timing | None = None
-) -> Iterator[list[int | None]]:
-    """Yield each step's tokens, one a sequence, the stop token too; None for a sequence that has ended."""
+) -> Iterator[list[list[int]]]:
+    """Yield each step's new tokens, a list a sequence, the stop token too; none for a sequence that has ended."""
     timing = timing if timing is not None else Timing()
     begin = time.perf_counter()
     generators = sampler.generators(len(session.prompts))
     tokens = sampler(session.prefill(), generators)
     timing.first_token = time.perf_counter() - begin
-    ended = [False] * len(tokens)
-    spent = 0.0
+    ended, spent = [False] * len(tokens), 0.0
     for made in range(1, max_new_tokens + 1):
-        yield [None if done else token for token, done in zip(tokens, ended)]
+        yield [[] if done else [token] for token, done in zip(tokens, ended)]
         ended = [done or token in stop for token, done in zip(tokens, ended)]
         if all(ended) or made == max_new_tokens:
             return
@@ -221,13 +389,12 @@ def generate_ids(
 
 
 def generate(
-    llm: Decoder, policy, prompts: list[list[int]], max_new_tokens: int, stop: set[int] = frozenset(),
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int, stop: set[int] = frozenset(),
     sampler: Sampler = Sampler(),
 ) -> list[list[int]]:  # fmt: skip
     """All answers at once, as token ids without the stop token."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate_ids(Session(llm, policy, prompts, max_new_tokens), sampler, max_new_tokens, stop):
-        for answer, token in zip(answers, tokens):
-            if token is not None and token not in stop:
-                answer.append(token)
+    for step in generate_ids(Session(policy, prompts, max_new_tokens), sampler, max_new_tokens, stop):
+        for answer, tokens in zip(answers, step):
+            answer += [token for token in tokens if token not in stop]
     return answers

@@ -147,10 +147,10 @@ class Pair:
         device = tokens.device
         with torch.no_grad():
             theirs = capture(self.llm, tokens, positions)
-            their_logits = self.llm.lm_head(self.llm.norm(theirs.hidden))  # (B, R, V)
+            their_logits = self.llm.lm_head(self.llm.norm(theirs.hidden)[1])  # (B, R, V)
         with autocast(device):
             ours = capture(self.slm, tokens, positions)
-            our_logits = self.slm.lm_head(self.slm.norm(ours.hidden))
+            our_logits = self.slm.lm_head(self.slm.norm(ours.hidden)[1])
         return {"logits": self.logit_loss(our_logits, their_logits)} | self.alignment.losses(theirs, ours, positions)
 
 

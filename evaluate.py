@@ -1,7 +1,7 @@
 """What a method costs in quality: one harness for every task, method and budget.
 
     python evaluate.py recall --method full smallkv window --budget 0.2 0.1 --out runs/recall
-    python evaluate.py wikitext --llm DIR --slm DIR --method smallkv smallkv-paper smallkv-paper:marginal=no \
+    python evaluate.py wikitext --llm DIR --slm DIR --data DIR --method smallkv smallkv-paper smallkv:marginal=no \
         smallkv-paper:marginal=no,saliency_shift=no --budget 0.2 0.1 --out runs/wikitext
     python evaluate.py table runs/recall runs/wikitext --markdown
 
@@ -26,20 +26,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arguments import DTYPE_CHOICES
-from backend import NAMES, Backend, pick_backend
 from baselines import BASELINES
 from benchmarks import TASKS
-from checkpoint import CheckpointError
-from decode import FullPolicy
-from demo import PAIR
-from evicting import Budget
-from generate import Pair, backend_line, load_pair
+from checkpoint import DTYPES, CheckpointError
+from decode import Policy
+from generate import PAIR, Pair, load_pair, run_line
 from hub import fetch
 from model import Config
 from overhead import cache_bytes
-from settings import Settings
-from smallkv import SmallKV
+from smallkv import Settings, SmallKV
 from tables import CELLS, print_tables, read_about
 from tasks import Sample, Task, read_results
 
@@ -58,9 +53,9 @@ class Method:
 
 # A method is one line. What follows a colon in --method (name:option=value,option=value) are its options.
 METHODS = {
-    "full": Method(lambda pair, budget, **options: FullPolicy(pair.llm, **options), budgets=False),
+    "full": Method(lambda pair, budget, **options: Policy(pair.llm, **options), budgets=False),
     **{
-        name: Method(lambda pair, budget, kind=kind, **options: kind(pair.llm, Budget(budget), **options))
+        name: Method(lambda pair, budget, kind=kind, **options: kind(pair.llm, budget, **options))
         for name, kind in BASELINES.items()
     },
     "smallkv": Method(lambda pair, budget, **o: SmallKV(pair.llm, pair.slm, Settings(budget=budget, **o)), True),
@@ -90,7 +85,7 @@ class Cell:
 
 
 def parse_method(text: str) -> tuple[Method, dict]:
-    """'smallkv:score_decay=0.5,marginal=yes' -> the method and its options."""
+    """'smallkv:score_decay=0.5,marginal=no' -> the method and its options."""
     name, _, rest = text.partition(":")
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; supported: {', '.join(METHODS)}")
@@ -123,8 +118,7 @@ def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair)
     """Every method at every budget.
 
     equal "bytes": LLM's cache and SLM's own K and V together take the budget's share of the full LLM cache, so that
-    much is taken off the budget of a method with an SLM, and the rest buys tokens as the LLM holds them: all, if there
-    is more than they take. The scores (fp32) are counted for nobody.
+    much is taken off the budget of a method with an SLM. The scores (fp32) are not counted for any method.
     """
     full = token_bytes(pair.llm.config, pair.llm.dtype)
     cells = []
@@ -133,10 +127,9 @@ def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair)
         for budget in budgets if method.budgets else [1.0]:
             own = budget
             if equal == "bytes" and method.needs_slm:
-                llm, slm = (token_bytes(model.config, torch.int8 if options.get(kind) == "int8" else model.dtype)
-                            for model, kind in ((pair.llm, "llm_kv"), (pair.slm, "slm_kv")))  # fmt: skip
+                slm = token_bytes(pair.slm.config, pair.slm.dtype)
                 share = options.get("slm_budget", 1.0) * slm / full  # of its own cache that the SLM keeps
-                own = min(1.0, (budget - share) * full / llm)
+                own = budget - share
                 if own <= 0:
                     raise ValueError(
                         f"--equal bytes: the SLM's own cache is {share:.1%} of the LLM's full cache, so a budget of "
@@ -199,7 +192,7 @@ class Results:
 
 
 def evaluate(
-    pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], batch: int, results: Results, backend: Backend
+    pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], batch: int, results: Results
 ) -> dict:  # fmt: skip
     """Run what is missing, batch by batch with all cells; returns the seconds of every cell."""
     window = positions(pair)
@@ -222,7 +215,7 @@ def evaluate(
                     continue
                 begin = time.perf_counter()
                 # The whole batch once more, where a killed run wrote a part: the same batch gives the same numbers.
-                for sample, figures in zip(group, task.run(pair, cell.policy(pair), group, backend), strict=True):
+                for sample, figures in zip(group, task.run(pair, cell.policy(pair), group), strict=True):
                     if sample.id in missing:
                         results.add(cell, sample, figures)
                 seconds[f"{cell.method} {cell.budget:g}"] += time.perf_counter() - begin
@@ -306,17 +299,16 @@ def run_task(args) -> None:
     before = read_about(out) if (out / "run.json").is_file() else None
     if before is None and (out / "results.jsonl").is_file():
         raise ValueError(f"{out} has results but no run.json; give another --out")
+    data = fetch(args.data, task.name)
     slm = args.slm if needs_slm else None
-    pair = load_pair(args.llm, slm, args.device, args.dtype, slm_layers=args.slm_layers, quantize=args.quantize,
-                     slm_quantize=args.slm_quantize)  # fmt: skip
-    backend = pick_backend(args.backend, pair.llm.device)
+    pair = load_pair(args.llm, slm, args.device, args.dtype, args.slm_layers, args.quantize)
     about = describe(args, pair)
     if before:
         check_same(out, task, before, about)
         about["invocations"] = before["invocations"]
         about["commit"] = ", ".join(dict.fromkeys([*before["commit"].split(", "), about["commit"]]))
     cells = make_cells(args.method, args.budget, args.equal, pair)
-    args.data = fetch(args.data, task.name)
+    args.data = data
     samples = task.samples(args, pair.text, pair.llm.config.max_positions)
     if not samples:
         raise ValueError(f"{args.task}: no samples; look at --limit and --data")
@@ -326,9 +318,9 @@ def run_task(args) -> None:
         this = {"command": sys.argv, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": None}
         about["invocations"].append(this)
         write_about(out, about)
-        for line in dict.fromkeys(backend_line(pair, cell.policy(pair), backend) for cell in cells):
+        for line in dict.fromkeys(run_line(pair, cell.policy(pair)) for cell in cells):
             print(line, file=sys.stderr)
-        this["seconds"] = evaluate(pair, task, samples, cells, args.batch, results, backend)
+        this["seconds"] = evaluate(pair, task, samples, cells, args.batch, results)
         task.finish(args, samples, out)
         write_about(out, about)
     except OSError as error:
@@ -338,19 +330,18 @@ def run_task(args) -> None:
 
 def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     models = parser.add_argument_group("models")
-    models.add_argument("--llm", default=str(PAIR / "llm"), help="folder or hub id (default: pair/llm)")
-    models.add_argument("--slm", default=str(PAIR / "slm"), help="folder or hub id (default: pair/slm)")
+    models.add_argument("--llm", default=str(PAIR / "llm"), help="folder or hub id, @revision too (default: pair/llm)")
+    models.add_argument("--slm", default=str(PAIR / "slm"), help="the same (default: pair/slm)")
     models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
     models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    models.add_argument("--dtype", default="auto", choices=DTYPE_CHOICES, help="auto: as stored, or float32 on CPU")
-    models.add_argument("--backend", choices=NAMES, default="auto", help="of decode steps: plain PyTorch or Triton "
-                        "in a CUDA graph, for full and smallkv; auto (default): that on a GPU")  # fmt: skip
-    models.add_argument("--quantize", choices=("int4",), help="round the LLM's weights to INT4 while loading")
-    models.add_argument("--slm-quantize", choices=("int4",), help="the SLM's too")
+    dtypes = ("auto", *DTYPES)
+    models.add_argument("--dtype", default="auto", choices=dtypes, help="auto: as stored, or float32 on CPU")
+    models.add_argument("--quantize", choices=("int4", "int4-both"), help="round the LLM's weights to INT4 while "
+                        "loading (int4), or both models' (int4-both)")  # fmt: skip
     what = parser.add_argument_group("methods")
     names = ", ".join(METHODS)
     what.add_argument("--method", nargs="+", default=["full", "smallkv"], help=f"of {names}; with options after a "
-                      "colon, as in smallkv:score_decay=0.5,marginal=yes (default: full smallkv)")  # fmt: skip
+                      "colon, as in smallkv:score_decay=0.5,marginal=no (default: full smallkv)")  # fmt: skip
     what.add_argument("--budget", nargs="+", type=float, default=[0.2], help="shares of the full cache's bytes")
     what.add_argument("--equal", choices=("budget", "bytes"), default="budget",
                       help="bytes: the SLM's own cache is part of the budget")  # fmt: skip
@@ -362,8 +353,8 @@ def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
     run.add_argument("--batch", type=int, default=task.default_batch, help="samples that run together (default: "
                      f"{task.default_batch})")  # fmt: skip
     run.add_argument("--seed", type=int, default=0, help="another choice of samples (default: 0)")
-    run.add_argument("--data", default=str(HOME / ".." / "shared" / "data"), help="folder of the data sets; or hub, or "
-                     "a hub data set that is such a folder: see hub.py")  # fmt: skip
+    run.add_argument("--data", help="folder of the data sets; or hub, or a hub data set that is such a folder: see "
+                     "hub.py (recall needs none)")  # fmt: skip
     run.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
 

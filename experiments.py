@@ -2,7 +2,7 @@
 
     python experiments.py list
     python experiments.py fig1b                                       # on the embedded pair
-    python experiments.py fig6 --task wikitext --llm models/smollm2 --slm models/smollm2-assistant --limit 4
+    python experiments.py fig6 --task wikitext --data hub --llm models/smollm2 --slm models/smollm2-assistant --limit 4
     python experiments.py fig7 --slm pair/slm pair/llm --batch 10     # flags of evaluate.py's task go through
 
 Where it sits: above everything. A command says what the paper ran and prints the command for the paper's own pair, then
@@ -25,8 +25,7 @@ import slm_costs
 import studies
 from benchmarks import TASKS
 from checkpoint import CheckpointError
-from demo import PAIR
-from evaluate import HOME
+from generate import PAIR
 
 BUDGETS = [0.5, 0.3, 0.2, 0.1, 0.05]
 OURS, BOTH_OFF = "smallkv-paper", "smallkv-paper:marginal=no,saliency_shift=no"
@@ -34,10 +33,7 @@ RIVALS = ["full", "h2o", "pyramidinfer", OURS, "smallkv"]
 FRONTIER = [
     "oracle", "h2o", "smallkv", *(f"smallkv:score_decay={decay}" for decay in (0.25, 0.75, 0.9)), OURS,
     *(f"smallkv:scores=slm,score_decay={decay}" for decay in (0, 0.25, 0.5, 0.75, 0.9, 1)),
-    *(f"smallkv:refresh={every}" for every in (2, 4, 8)), *(f"smallkv:max_moves={moves}" for moves in (16, 8, 4, 2)),
-    "smallkv:matcher=jaccard",
-    *(f"smallkv:split={split}" for split in ("9:1:0", "1:1:0")),
-    *(f"smallkv:marginal=yes{more}" for more in ("", ",split=3:1:1", ",split=1:1:4", ",gate=0.9", ",gate=0.95")),
+    "smallkv:matcher=jaccard", "smallkv:marginal=no",
 ]  # fmt: skip
 ABLATION = ["full", OURS, f"{OURS}:marginal=no", f"{OURS}:saliency_shift=no", BOTH_OFF]
 SEVEN = "--llm Qwen/Qwen2-7B-Instruct --slm Qwen/Qwen2-0.5B-Instruct"
@@ -79,11 +75,12 @@ def method_flag(default: list[str]) -> tuple[str, dict]:
 
 def quality(task: str, models: str, name: str, slms: str = "") -> str:
     """The command that runs one of ours on a pair of the paper."""
-    return f"python experiments.py {name} --task {task} {models}{slms} --limit 1000000 --out runs/{name}-{task}"
+    out = f"runs/{name}-{task}"
+    return f"python experiments.py {name} --task {task} --data hub {models}{slms} --limit 1000000 --out {out}"
 
 
 def on_wikitext(name: str, models: str = SEVEN) -> str:
-    return f"python experiments.py {name} --task wikitext --limit 200 {models}"
+    return f"python experiments.py {name} --task wikitext --data hub --limit 200 {models}"
 
 
 def on_three(models: str) -> str:
@@ -124,8 +121,8 @@ EXPERIMENTS = {
         limits=(NO_72B,), own=(method_flag(RIVALS), budget_flag(BUDGETS)),
     ),
     "frontier": Experiment(
-        "Nothing: it is beyond the paper. Quality against the bytes that come from the host a step, for every choice "
-        "that trades one for the other: score memory, refresh, a limit on moves, splits, the gate, fused scores.",
+        "Nothing: it is beyond the paper. Quality against the bytes that the offloaded tier gives a step, for every "
+        "choice that trades one for the other: score memory, fused scores, matcher, marginal tier.",
         (on_wikitext("frontier"),), studies.frontier, samples=8, own=(method_flag(FRONTIER), budget_flag([0.2, 0.1])),
     ),
     "fig6": Experiment(
@@ -138,19 +135,6 @@ EXPERIMENTS = {
         "Qwen2.5-14B on BBH with an SLM of 0.5B, 1.5B, 3B and 7B: larger ones gave 4.9, 6.8 and 8.5 % more on average.",
         (quality("bbh", FOURTEEN, "fig7", "".join(f" Qwen/Qwen2.5-{size}B-Instruct" for size in ("1.5", "3", "7"))),),
         studies.fig7, samples=20, several=True, own=(method_flag([OURS]), budget_flag(BUDGETS)),
-    ),
-    "table3": Experiment(
-        "The shapes of Qwen2-7B and Qwen2-72B, from which Eq. 7 and 8 give ratios of cache, saving and FLOPs.",
-        ("python experiments.py table3",), slm_costs.shapes,
-    ),
-    "table4": Experiment(
-        "Latency and KV cache of the SLM beside the LLM's, four pairs. Added here: FLOPs, and from how many tokens on "
-        "the SLM pays for itself.",
-        ("python experiments.py table4",), slm_costs.costs,
-        several=True,
-        limits=("The latencies are the paper's: no formula of its yields them, and bench.py times ours.",),
-        own=(("--length", {"nargs": "+", "type": int, "default": [2304, 16896], "help": "(default: Table 2's)"}),
-             budget_flag([0.2])),
     ),
     "table5": Experiment(
         "A.3: the SLM's own cache at 20, 40, 60, 80 and 100 %, Qwen2-7B at 20 % with Qwen2-0.5B on BBH: 0.287, 0.442, "
@@ -170,21 +154,21 @@ EXPERIMENTS = {
     ),
     "table7": Experiment(
         "Similarity of matched heads, the first tokens left out, of 6 pairs on BBH, GSM8K and MMLU: 0.83 to 0.98.",
-        tuple(f"python experiments.py table7 --task {task} {SEVEN}" for task in ("bbh", "gsm8k"))
-        + (f"python experiments.py table7 --task bbh {FOURTEEN} Qwen/Qwen2.5-1.5B-Instruct",
-           "python experiments.py table7 --task bbh --llm Qwen/Qwen3-8B --slm Qwen/Qwen3-0.6B"),
+        tuple(f"python experiments.py table7 --data hub --task {task} {SEVEN}" for task in ("bbh", "gsm8k"))
+        + (f"python experiments.py table7 --data hub --task bbh {FOURTEEN} Qwen/Qwen2.5-1.5B-Instruct",
+           "python experiments.py table7 --data hub --task bbh --llm Qwen/Qwen3-8B --slm Qwen/Qwen3-0.6B"),
         studies.similarities, several=True, own=(TOKENS,), limits=("Not here: MMLU, which is no task of evaluate.py.",),
     ),
     "table8": Experiment(
         "The same for larger SLMs, for LLaMA and across series, all on BBH: 0.81 to 0.98, across series 0.56.",
-        (f"python experiments.py table8 --task bbh {FOURTEEN} Qwen/Qwen2.5-3B-Instruct Qwen/Qwen2.5-7B-Instruct",
-         f"python experiments.py table8 --task bbh {LLAMA}"),
+        (f"python experiments.py table8 --data hub --task bbh {FOURTEEN} Qwen/Qwen2.5-3B-Instruct "
+         "Qwen/Qwen2.5-7B-Instruct", f"python experiments.py table8 --data hub --task bbh {LLAMA}"),
         studies.similarities, several=True, own=(TOKENS,),
         limits=(NO_72B, "Not here: LLaMA with Qwen, whose tokenizers differ, so that tokens do not correspond."),
     ),
     "table9": Experiment(
         "Similarity over the turns of a dialogue, heads matched once: from 0.822 down to 0.782 by turn 5.",
-        (f"python experiments.py table9 --task mtbench {SEVEN} --limit 80",), studies.table9,
+        (f"python experiments.py table9 --task mtbench --data hub {SEVEN} --limit 80",), studies.table9,
     ),
     "fig8": Experiment(
         "Similarity of every head of Qwen2-7B to its match in Qwen2-0.5B on 200 contexts of wikitext-2, a heatmap: "
@@ -199,8 +183,8 @@ EXPERIMENTS = {
     ),
     "fig10": Experiment(
         "One BBH prompt (sorting words), Qwen2-7B at 10 %: what full cache, H2O, PyramidInfer and SmallKV say.",
-        (f"python experiments.py fig10 --task bbh --subtask word_sorting {SEVEN}",), studies.case_study, samples=1,
-        own=(method_flag(RIVALS), budget_flag([0.1]),
+        (f"python experiments.py fig10 --task bbh --data hub --subtask word_sorting {SEVEN}",), studies.case_study,
+        samples=1, own=(method_flag(RIVALS), budget_flag([0.1]),
              ("--sample", {"type": int, "default": 0, "help": "which of the samples (default: 0)"})),
     ),
 }  # fmt: skip
@@ -211,7 +195,7 @@ def print_list() -> None:
     for name, experiment in EXPERIMENTS.items():
         table.add_row(name, experiment.ran)
     Console().print(table, markup=False)
-    print("Table 2 is bench.py.")
+    print("Table 2 is bench.py, Tables 3 and 4 are bench.py overhead.")
 
 
 def add_common(parser: argparse.ArgumentParser, name: str, experiment: Experiment) -> None:
@@ -223,7 +207,7 @@ def add_common(parser: argparse.ArgumentParser, name: str, experiment: Experimen
     limit = experiment.samples
     parser.add_argument("--limit", type=int, default=limit, help=f"samples, of each sub-task (default: {limit})")
     parser.add_argument("--seed", type=int, default=0, help="another choice of samples")
-    parser.add_argument("--data", default=str(HOME / ".." / "shared" / "data"), help="as in evaluate.py")
+    parser.add_argument("--data", help="as in evaluate.py")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default="auto", help="as in evaluate.py (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help=f"folder (default: runs/{name})")

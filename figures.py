@@ -4,8 +4,8 @@
 
 Where it sits: after evaluate.py, pretrain.py and distill.py, whose files it reads; nothing is computed here but means.
 
-- a run's folder: the score of each method by budget (the paper's Fig. 5), one picture for all runs of the
-  same samples and models; where rows came from the host, the score against the bytes that moved a step, too, and of a
+- a run's folder: the score of each method by budget (the paper's Fig. 5), one picture for all runs of the same samples
+  and models; where rows came from the offloaded tier, the score against the bytes that moved a step, too, and of a
   needle run a grid of depth and length
 - similarity.json of distill.py: similarity of every LLM head (the paper's Fig. 8)
 - log.jsonl of a training run: losses, and what its evaluations found
@@ -113,7 +113,7 @@ def draw_frontier(run: Run, plt):
         axes.set_xlim(-200, max(2e3, 1.5 * most))
         axes.minorticks_off()
         axes.set_title(f"budget {budget:.3g}", fontsize="small")
-        axes.set_xlabel("bytes from the host, a step and sequence")
+        axes.set_xlabel("bytes from the offloaded tier, a step and sequence")
     if task.metric == "KL":
         panels[0][0].set_yscale("log")
     panels[0][0].set_ylabel(f"{task.name}: {task.metric}" + " to the full cache" * (task.metric == "KL"))

@@ -4,369 +4,516 @@
     python generate.py --llm DIR_OR_ID --slm DIR_OR_ID --budget 0.2 "Once upon a time"
     python generate.py --llm DIR_OR_ID --slm DIR_OR_ID --chat --compare --prompt-file question.txt
 
-With no model named it uses the embedded pair, and with no prompt either it shows what SmallKV is for (demo.py).
+With no model named it uses the embedded pair, and with no prompt either it shows what the paper's Section 3 calls
+saliency shift: four questions about one text, one after the other on one kept cache, each about another fact.
 
-Where it sits: on top of everything. It reads the arguments, loads the pair (checkpoint.py, text.py), hands the prompts
-to decode.py, and prints: the answer on standard output, all else on standard error.
+Where it sits: around everything. It loads the pair (checkpoint.py), hands token ids to decode.py, and prints: answers
+on standard output, all else on standard error.
 """
 
 import argparse
 import json
+import select
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Words
 from tqdm import tqdm
 
-import demo
+import checkpoint
 import parallel
-from arguments import add_arguments, check_speculation, input_waits, make_settings, read_prompts
-from backend import TORCH, Backend, pick_backend, pick_device
 from baselines import BASELINES
-from checkpoint import (
-    DTYPES,
-    CheckpointError,
-    check_fits,
-    checkpoint_dtype,
-    load_decoder,
-    read_config,
-    read_scheme,
-    resolve,
-    weight_bytes,
-)
-from decode import PREFILL_CHUNK, FullPolicy, Sampler, Session, Timing, check_positions, generate_ids
-from evicting import Budget
-from graph import StaticSession
-from graph_speculative import StaticSpeculativeSession
-from host_memory import kind_of_host
-from int8_rows import AT_ONCE
+from cache import FullCache, Prompt, SlotCache, TieredCache
+from checkpoint import CheckpointError, Text
+from decode import Policy, Sampler, Session, Timing, check_positions, generate_ids
 from kernels import SCORE_BLOCK
 from model import Decoder
-from overhead import cache_bytes
 from quantize import int4_modules
-from report import make_report, print_comparison, print_report
-from settings import Settings
-from smallkv import SmallKV, pool_slots
-from speculative import SpeculativeFull, SpeculativeSession, SpeculativeSmallKV, speculate_ids
-from text import Text, check_same_tokenizer
+from smallkv import Settings, SmallKV
+from speculative import DraftedFull, RoundSession, speculate_ids
 
+PAIR = Path(__file__).parent / "pair"  # the embedded pair and the demonstration's text
 PROGRESS_FROM = 2048  # prompt tokens from which the prefill shows a bar
+ANSWER_TOKENS = 32  # of an answer of the demonstration, at most
+REACH_LOSS = 0.01  # of the mean similarity of heads: a reach that costs more is named
+
+
+# ---- The pair --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Pair:
-    """A loaded LLM with its text, and the SLM where the method needs one."""
+    """A loaded LLM with its text, the SLM where the method needs one, and the ranks over which the LLM is split."""
 
     llm: Decoder
     slm: Decoder | None
     text: Text
-    team: parallel.Team = parallel.Team()  # the ranks over which the LLM is split; here alone
+    team: parallel.Team = parallel.Team()
 
 
-@dataclass
-class Answer:
-    """One method's answers to all prompts: token ids without stop tokens, and whether each met a stop token."""
-
-    tokens: list[list[int]]
-    stopped: list[bool]
-    report: dict
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. ValueError names a device that is not there."""
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count()
+    if kind not in ("auto", "cpu", "cuda") or index and not (kind == "cuda" and index.isdecimal()):
+        raise ValueError(f"no such device {name!r}; use auto, cpu, cuda or cuda:0")
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ValueError(f"no device {name}: PyTorch sees {count} CUDA devices here; use --device cpu")
+    if index:
+        torch.cuda.set_device(int(index))  # streams and Triton kernels are the current device's
+    return torch.device(("cuda" if count else "cpu") if kind == "auto" else name)
 
 
 def load_pair(
-    llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", revision: str | None = None,
-    slm_revision: str | None = None, slm_layers: int | None = None, team: parallel.Team = parallel.Team(),
-    quantize: str | None = None, slm_quantize: str | None = None,
+    llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", slm_layers: int | None = None,
+    quantize: str | None = None, team: parallel.Team = parallel.Team(),
 ) -> Pair:  # fmt: skip
-    """Load both models of a pair, after checking that they belong together and fit. slm None loads the LLM alone.
+    """Load both models, after checking that they belong together and fit; slm None loads the LLM alone.
 
-    slm_layers: the SLM stops after so many layers (appendix A.3, Table 6), the others are not loaded.
-    quantize, slm_quantize "int4": the weights are rounded to INT4 (quantize.py; GPTQ and AWQ checkpoints need no word).
-    dtype "auto" is the checkpoint's on a GPU, float32 on a CPU, where 16-bit arithmetic is slow.
+    llm, slm: folders or hub ids, also `owner/name@revision`. dtype "auto": the checkpoint's on a GPU, float32 on a CPU,
+    where 16-bit arithmetic is slow. slm_layers: the SLM stops after so many layers (appendix A.3, Table 6). quantize
+    "int4" rounds the LLM's weights, "int4-both" the SLM's too. CheckpointError names what cannot be used.
     """
     where = team.device or pick_device(device)
-    names = [(llm, revision)] + ([(slm, slm_revision)] if slm else [])
-    folders = [resolve(name, wanted) for name, wanted in names]
+    folders = [checkpoint.resolve(name) for name in (llm, slm) if name]
     texts = [Text.load(folder) for folder in folders]
     if slm:
-        check_same_tokenizer(*texts)
-    kind = DTYPES.get(dtype) or (checkpoint_dtype(folders[0]) if where.type == "cuda" else torch.float32)
-    stops = [None, slm_layers]  # after which layer each model ends
-    configs = [read_config(folder, stop) for folder, stop in zip(folders, stops)]
-    top = max(texts[0].tokenizer.get_vocab(with_added_tokens=True).values())
-    for role, folder, config in zip(("LLM", "SLM"), folders, configs):
+        checkpoint.check_same_tokenizer(*texts)
+    stored = checkpoint.checkpoint_dtype(folders[0]) if where.type == "cuda" else torch.float32
+    kind = checkpoint.DTYPES.get(dtype, stored)
+    top, needed = max(texts[0].tokenizer.get_vocab(with_added_tokens=True).values()), {}
+    hows = (None, bool(quantize), team), (slm_layers, quantize == "int4-both", parallel.Team())
+    for role, folder, (layers, rounded, ranks) in zip(("LLM", "SLM"), folders, hows):
+        config, scheme = checkpoint.read_config(folder, layers), checkpoint.read_scheme(folder, rounded)
         if top >= config.vocab_size:
-            size = config.vocab_size
-            raise CheckpointError(f"{folder}: the tokenizer has id {top}, but the {role} only {size} embeddings")
-    teams, rounded = [team, parallel.Team()], [quantize, slm_quantize]  # the LLM is split, the SLM copied
-    sizes = [weight_bytes(config, kind, read_scheme(folder, q), each)
-             for each, folder, config, q in zip(teams, folders, configs, rounded)]  # fmt: skip
-    check_fits(dict(zip(("LLM weights", "SLM weights"), sizes)), where)
-    decoders = [load_decoder(folder, where, kind, stop, q, each)
-                for folder, stop, q, each in zip(folders, stops, rounded, teams)]  # fmt: skip
-    return Pair(decoders[0], decoders[1] if slm else None, texts[0], team)
+            lacking = f"but the {role} only {config.vocab_size} embeddings"
+            raise CheckpointError(f"{folder}: the tokenizer has id {top}, {lacking}")
+        needed[f"{role} weights"] = checkpoint.weight_bytes(config, kind, scheme, ranks)
+    checkpoint.check_fits(needed, where)
+    models = [checkpoint.load_decoder(folder, where, kind, *how) for folder, how in zip(folders, hows)]
+    return Pair(models[0], models[1] if slm else None, texts[0], team)
 
 
-def check_caches_fit(policy, lengths: list[int], capacity: int, backend: Backend = TORCH) -> None:
-    """The caches, as the prefill and the steps of this backend hold them, before they are allocated; on a GPU the
-    host's share is checked against the host."""
-    device = policy.llm.device
-    plans, static = [policy.predict(lengths, capacity)], has_static_step(policy, backend)
-    if static and type(policy) is SmallKV:
-        plans.append(policy.predict(lengths, capacity, static=True))  # what differs takes the place of the prefill's
-    on_device, on_host = {}, {}
-    for model, entry in ((model, entry) for plan in plans for model, ledger in plan.items() for entry in ledger):
-        where, name = on_device if entry.device == device.type else on_host, f"{model} {entry.what}"
-        where[name] = max(where.get(name, 0), entry.size)
-    prompt = one = cache_bytes(policy.llm.config, max(lengths), 1, policy.llm.dtype.itemsize)
-    if device.type == "cuda" and isinstance(policy, SmallKV):  # one is on its way to the host, the next is being made
-        prompt *= min(2, len(lengths))
-    if isinstance(policy, SmallKV):
-        # The piece that is put side by side: some layers, or one (int8_rows.prompt_rows).
-        prompt += min(one, max(2 * AT_ONCE * policy.llm.dtype.itemsize, one // policy.llm.config.layers))
-        prompt += rounding_bytes(policy, lengths, capacity, plain=not static)
-    scored = max(model.config.query_heads for model in policy.models) * SCORE_BLOCK * max(lengths) * 4
-    on_device["prefill of the longest prompt"] = prompt + 4 * scored  # logits, their softmax, and copies of both
-    if device.type == "cpu":
-        check_fits({**on_device, **on_host}, device)
-    else:
-        check_fits(on_device, device)
-        check_fits(on_host, torch.device("cpu"))
+def make_policy(method: str, pair: Pair, settings: Settings, drafts: int = 0) -> Policy:
+    """The policy of one --method; a baseline takes the budget from the settings, and the rest means nothing to it."""
+    if method == "smallkv":
+        return SmallKV(pair.llm, pair.slm, settings, drafts=drafts)
+    if method == "full":
+        return DraftedFull(pair.llm, pair.slm, drafts) if drafts else Policy(pair.llm)
+    return BASELINES[method](pair.llm, settings.budget, settings.budget_tokens)
 
 
-def rounding_bytes(policy: SmallKV, lengths: list[int], capacity: int, plain: bool) -> int:
-    """What K and V in 8 bits need beside their caches: the SLM's prompts exact until they are rounded, numbers in fp32
-    while they are, and in plain steps what the levels of one layer stand for, one of K and V in fp32 too."""
-    settings, slm, staged = policy.settings, policy.slm, 0
-    if settings.slm_int8:
-        together = min(policy.at_once, len(lengths)) if max(lengths) <= PREFILL_CHUNK else 1
-        staged = cache_bytes(slm.config, max(lengths), together, slm.dtype.itemsize)
-    tokens = pool_slots(settings, min(lengths), capacity)[1] * settings.llm_int8, capacity * settings.slm_int8
-    layers = [len(lengths) * model.config.kv_heads * model.config.head_dim * count * (2 * model.dtype.itemsize + 4)
-              for model, count in zip((policy.llm, slm), tokens)]  # fmt: skip
-    rounding = 2 * 4 * AT_ONCE * (settings.slm_int8 or settings.llm_int8)
-    return staged + max(rounding, *layers if plain else (0,))
-
-
-def make_session(
-    pair: Pair, policy, prompts: list[list[int]], new: int, backend: Backend, progress=None
-) -> Session:  # fmt: skip
-    """With static steps or rounds, one CUDA graph each, where the backend is Triton and the policy has them; else the
-    plain ones."""
-    static = has_static_step(policy, backend)
-    if drafts_of(policy):
-        kind = partial(StaticSpeculativeSession, backend) if static else SpeculativeSession
-        return kind(pair.llm, policy, prompts, new, progress=progress)
-    if static:
-        return StaticSession(backend, pair.llm, policy, prompts, new, progress=progress)
-    return Session(pair.llm, policy, prompts, new, progress=progress)
-
-
-def has_static_step(policy, backend: Backend) -> bool:
-    """Whether steps are static ones, which are for Triton. graph.py and graph_speculative.py know the full cache and
-    SmallKV where `Settings.static`; their kernels three head dims. Rounds of drafts need the whole cache of the SLM
-    besides."""
-    known = type(policy) in (FullPolicy, SpeculativeFull)
-    if type(policy) in (SmallKV, SpeculativeSmallKV):
-        known = policy.settings.static and (type(policy) is SmallKV or policy.settings.slm_budget == 1)
-    return backend.name == "triton" and known and all(model.config.head_dim in (32, 64, 128) for model in policy.models)
-
-
-def drafts_of(policy) -> int:
-    """How many tokens the SLM drafts a round; 0: none."""
-    return policy.drafts if isinstance(policy, (SpeculativeFull, SpeculativeSmallKV)) else 0
+def check_caches_fit(policy: Policy, lengths: list[int], capacity: int) -> None:
+    """CheckpointError if the caches, and what a prefill needs beside them, do not fit; on a GPU the host's share is
+    checked against the host. They are made on the meta device, which allocates nothing."""
+    device, longest, needed = policy.llm.device, max(lengths), ({}, {})  # by whether it is the host's
+    for (name, cache), model in zip(policy.make_caches(lengths, capacity, "meta").items(), policy.models):
+        for line in cache.ledger():
+            needed[line.host and device.type == "cuda"][f"{name} {line.what}"] = line.size
+        if not isinstance(cache, FullCache):  # a prompt is prefilled elsewhere
+            staged = Prompt(model.config, longest, "meta", model.dtype, 1.0)
+            tensors = staged.key, staged.value, staged.sums[1.0]
+            needed[0][f"{name} longest prompt"] = sum(tensor.nbytes for tensor in tensors)
+    if device.type == "cpu":  # attention that is summed by columns: logits, their softmax and two copies, fp32
+        heads = max(model.config.query_heads for model in policy.models)
+        needed[0]["attention of the prefill"] = 4 * heads * min(SCORE_BLOCK, longest) * longest * 4
+    checkpoint.check_fits(needed[0], device)
+    checkpoint.check_fits(needed[1], torch.device("cpu"))
 
 
 def answer(
-    pair: Pair, policy, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, show=None,
-    backend: Backend = TORCH,
-) -> tuple[Answer, bool]:  # fmt: skip
-    """Run one method on all prompts. show(b, token) is called for every new token that is not a stop token.
+    pair: Pair, policy: Policy, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler,
+    show: Callable[[int], None] | None = None,
+) -> tuple[dict, bool]:  # fmt: skip
+    """Run one method on all prompts (token ids). show(token) is called for every new token that is not a stop token.
 
-    Returns the answers and whether Ctrl-C cut them short: then they are what was there by that time.
+    Returns "answers" and "report" as JSON types, and whether Ctrl-C cut the answers short.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    check_positions(policy, lengths, max_new_tokens)
-    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts_of(policy), backend)
-    total = sum(lengths)
-    bar = tqdm(total=total, desc="prefill", unit="token", leave=False, disable=None if total >= PROGRESS_FROM else True)
-    session = make_session(pair, policy, prompts, max_new_tokens, backend, bar.update)
-    timing = Timing()
-    tokens: list[list[int]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
-    interrupted = False
+    lengths, drafts, stop = [len(prompt) for prompt in prompts], getattr(policy, "drafts", 0), set(pair.text.stop)
+    check_positions(policy.models, lengths, max_new_tokens)
+    check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts)
+    quiet = sum(lengths) < PROGRESS_FROM or None  # None: a bar on a terminal
+    bar = tqdm(total=sum(lengths), desc="prefill", unit="token", leave=False, disable=quiet)
+    timing, interrupted = Timing(), False
+    answers = [{"text": "", "tokens": [], "prompt_tokens": n, "stopped": False} for n in lengths]
+    if drafts:
+        session = RoundSession(policy, prompts, max_new_tokens, sampler, stop, progress=bar.update)
+        steps = speculate_ids(session, max_new_tokens, stop, timing)
+    else:
+        session = Session(policy, prompts, max_new_tokens, progress=bar.update)
+        steps = generate_ids(session, pair.team.sampler(sampler), max_new_tokens, stop, timing)
     try:
-        make_ids = speculate_ids if drafts_of(policy) else generate_ids
-        for step in make_ids(session, pair.team.sampler(sampler), max_new_tokens, set(pair.text.stop), timing):
+        for step in steps:
             bar.close()
-            for b, token in flat(step):
-                if token in pair.text.stop:
-                    stopped[b] = True
-                    continue
-                tokens[b].append(token)
-                if show:
-                    show(b, token)
+            for own, token in ((own, token) for own, new in zip(answers, step) for token in new):
+                own["stopped"] = token in stop
+                if token not in stop:
+                    own["tokens"].append(token)
+                    if show:
+                        show(token)
     except KeyboardInterrupt:
         interrupted = True
     bar.close()
-    return Answer(tokens, stopped, pair.team.report(make_report(session, timing))), interrupted
+    for own in answers:
+        own["text"] = pair.text.decode(own["tokens"])
+    return {"answers": answers, "report": pair.team.report(make_report(session, timing))}, interrupted
 
 
-def flat(step: list) -> list[tuple[int, int]]:
-    """(sequence, token) of every new token of a step, which has one or none a sequence, or of a round: a list each."""
-    rows = [new if isinstance(new, list) else [new] for new in step]
-    return [(b, token) for b, row in enumerate(rows) for token in row if token is not None]
+# ---- Report ----------------------------------------------------------------------------------------------------------
 
 
-def run_demo(args, settings: Settings) -> int:
-    if args.method != "smallkv" or args.chat or args.json or args.backend == "triton" or args.speculate:
-        raise ValueError("the demonstration takes the flags of SmallKV alone; give a prompt to use others")
-    torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
-    pair = load_pair(args.llm, args.slm, args.device, args.dtype, slm_layers=args.slm_layers, quantize=args.quantize,
-                     slm_quantize=args.slm_quantize)  # fmt: skip
-    console = Console(stderr=True)
-    line = backend_line(pair, SmallKV(pair.llm, pair.slm, settings), TORCH)  # it takes plain steps everywhere
-    console.print(line, style="dim", highlight=False, soft_wrap=True)
-    demo.show(pair, settings, console)
-    return 0
+def make_report(session: Session, timing: Timing) -> dict:
+    """Everything the report says, as JSON types.
+
+    tokens: of each sequence, in each tier's slots at the end, mean over layers and KV heads; what a baseline evicts is
+    dropped. ledger: bytes allocated. full_cache_bytes: of the LLM's full cache for the same positions. moved: rows that
+    came from the third tier into the others in `steps` steps, without the first plan's, which fill the slots.
+    similarity: of the matched heads, and `anywhere` of those that would be if every SLM layer were within reach.
+    """
+    policy, cache, config = session.policy, session.policy.cache, session.llm.config
+    prompts = [len(prompt) for prompt in session.prompts]
+    tokens, similarity, moved, speculation = [], None, None, None
+    rest = "dropped" if isinstance(cache, SlotCache) else "offloaded"
+    for b, length in enumerate(session.lengths):
+        held = cache.tokens(b) if isinstance(cache, (SlotCache, TieredCache)) else {"critical": length, "marginal": 0}
+        tokens.append({**held, rest: length - sum(held.values()), "all": length})
+    if isinstance(policy, SmallKV):
+        maps = [found for found in policy.maps if found is not None]
+        if maps:
+            near, far = (torch.stack([getattr(m, name) for m in maps]) for name in ("similarity", "anywhere"))
+            similarity = {"mean": near.mean().item(), "worst": near.min().item(), "matched": len(maps),
+                          "mean_anywhere": far.mean().item(), "worst_anywhere": far.min().item()}  # fmt: skip
+        # The first plan brings all of its tiers but the newest token, which is made on the device.
+        critical, _, marginal = policy.sizes[[n + 1 for n in prompts]].sum(0).tolist()
+        first = [config.layers * config.kv_heads * count for count in (critical - len(prompts), marginal)]
+        critical, marginal = (max(0, n - filled) for n, filled in zip(cache.moved.sum(0).tolist(), first))
+        size = (2 * critical + marginal) * config.head_dim * session.llm.dtype.itemsize
+        moved = {"critical": critical, "marginal": marginal, "bytes": size, "steps": max(0, session.steps - 1)}
+    if isinstance(session, RoundSession):
+        counts = session.counts
+        speculation = {"drafts": policy.drafts, "drafted": counts.drafted, "accepted": counts.accepted,
+                       "acceptance": counts.acceptance, "tokens_per_step": counts.tokens_per_round}  # fmt: skip
+    ledger = [(model, line) for model, part in policy.caches.items() for line in part.ledger()]
+    return {
+        "tokens": tokens,
+        "ledger": [{"model": model, "what": line.what, "device": "host" if line.host else session.llm.device.type,
+                    "bytes": line.size} for model, line in ledger],
+        "full_cache_bytes": sum(line.size for line in Policy(session.llm).ledgers(prompts, session.capacity)["LLM"]),
+        "similarity": similarity,
+        "moved": moved,
+        "speculation": speculation,
+        "prompt": {"tokens": sum(prompts), "chunk": session.chunk},
+        "ttft_s": timing.first_token,
+        "tpot_ms": timing.per_token * 1e3 if timing.steps else None,
+        "decode_steps": timing.steps,
+    }  # fmt: skip
+
+
+def run_line(pair: Pair, policy: Policy) -> str:
+    """What runs, in one line: nothing is chosen silently."""
+    device, memory = pair.llm.device, "host memory"
+    name, steps = f"{torch.get_num_threads()} threads", f"plain PyTorch {torch.__version__}"
+    if device.type == "cuda":
+        name, steps, memory = torch.cuda.get_device_name(device), "Triton kernels in a CUDA graph", "pinned host memory"
+    third = "no third tier"
+    if isinstance(policy, SmallKV):
+        third = f"third tier in {memory if policy.settings.offload == 'cpu' else 'the device memory'}"
+    dtype = str(pair.llm.dtype).removeprefix("torch.") + ", INT4 weights" * bool(int4_modules(pair.llm))
+    return f"runs on {device} ({name}), {dtype}: {steps}, {third}"
+
+
+def print_report(name: str, report: dict, console: Console) -> None:
+    """Bytes and tokens by tier as tables, and a line each for what moved, the heads, the drafts and the times."""
+
+    def fast(ledger: list[dict]) -> int:
+        return sum(line["bytes"] for line in ledger if line["device"] != "host")
+
+    say, full, moved = partial(console.print, highlight=False), report["full_cache_bytes"], report["moved"]
+    heads, drafts, prompt = report["similarity"], report["speculation"], report["prompt"]
+    table = Table("model", "tier", "where", title=f"{name}: bytes allocated")
+    table.add_column("MiB", justify="right")
+    table.add_column("of full cache", justify="right")
+    lines = [tuple(line.values()) for line in report["ledger"]]  # model, what, device, bytes
+    lines += [("LLM", "full cache, to compare", "", full), ("all", "but the host's", "", fast(report["ledger"]))]
+    for *where, size in lines:
+        table.add_row(*where, f"{size / 2**20:,.2f}", f"{size / full:.1%}")
+    say(table)
+    if "ranks" in report:
+        sizes = ", ".join(f"{fast(ledger) / 2**20:,.2f} MiB" for ledger in report["ranks"])
+        say(f"on each of {len(report['ranks'])} processes: {sizes}")
+    if report["ttft_s"] is None:
+        return say("ended in the prefill: nothing was generated")
+    tiers = [tier for tier in report["tokens"][0] if tier != "all"]
+    table = Table("sequence", "tokens", *tiers, title=f"{name}: tokens per KV head (mean)")
+    for number, held in enumerate(report["tokens"], 1):
+        shares = [f"{held[tier]:.0f} ({held[tier] / held['all']:.0%})" for tier in tiers]
+        table.add_row(f"{number}", f"{held['all']:.0f}", *shares)
+    say(table)
+    if moved and moved["steps"]:
+        rows = f"{moved['critical']:,} critical rows (K and V), {moved['marginal']:,} marginal ones (V)"
+        say(f"moved after the first plan: {rows}, {moved['bytes'] / 2**20:,.2f} MiB in {moved['steps']} steps")
+    if heads:
+        say(f"head similarity (cosine of accumulated scores): mean {heads['mean']:.3f}, worst {heads['worst']:.3f}; "
+            f"over all SLM layers {heads['mean_anywhere']:.3f}, {heads['worst_anywhere']:.3f}")  # fmt: skip
+        if heads["mean_anywhere"] - heads["mean"] > REACH_LOSS:
+            say("more similar heads are beyond the reach: --reach inf may answer better")
+    elif moved:
+        say("heads not matched: fewer than 100 tokens, so nothing was evicted either")
+    if drafts and drafts["drafted"]:
+        say(f"drafts: {drafts['accepted']} of {drafts['drafted']} accepted ({drafts['acceptance']:.0%}), "
+            f"{drafts['tokens_per_step']:.2f} tokens per step and sequence")  # fmt: skip
+    tpot = f", TPOT {report['tpot_ms']:.1f} ms" if report["tpot_ms"] is not None else ""
+    say(f"TTFT {report['ttft_s']:.2f} s ({prompt['tokens']} prompt tokens, up to {prompt['chunk']} at once){tpot}")
+
+
+def print_comparison(text: Text, results: dict[str, dict], console: Console) -> None:
+    """Two methods' answers side by side; what comes after the first difference is coloured."""
+    for number, both in enumerate(zip(*([own["tokens"] for own in x["answers"]] for x in results.values())), 1):
+        parting = next((at for at, (one, other) in enumerate(zip_longest(*both)) if one != other), None)
+        table = Table(*results, title=f"answer {number}", show_lines=True)
+        cells = []
+        for tokens in both:  # styled text, not markup: an answer may hold brackets and backslashes of its own
+            same, rest = text.decode(tokens[:parting]), text.decode(tokens)
+            rest = rest[len(same) :] if rest.startswith(same) else text.decode(tokens[parting:])
+            cells.append(Words.assemble(same, (rest, "yellow")))
+        table.add_row(*cells)
+        console.print(table)
+        line = f"the same {len(both[0])} tokens"
+        if parting is not None:
+            pieces = [repr(text.decode(tokens[parting : parting + 1])) for tokens in both]
+            line = f"they part at token {parting + 1}: {' against '.join(pieces)}"
+        console.print(line, highlight=False, markup=False)
+
+
+# ---- The demonstration -----------------------------------------------------------------------------------------------
+
+
+def ask(pair: Pair, policy: Policy, document: dict) -> tuple[list[tuple[str, int, int]], dict]:
+    """All questions of a document (pair/demo.json), one after the other, answered greedily on one kept cache.
+
+    Of each turn the answer, and how many KV heads have most of its fact in their critical tier: when the question
+    begins, and at most during the answer. And the report.
+    """
+    questions = [pair.text.encode(turn["question"]) for turn in document["turns"]]
+    room = sum(map(len, questions)) + ANSWER_TOKENS * len(questions)
+    session, timing, told = Session(policy, [pair.text.encode(document["text"])], room), Timing(), []
+    begin = time.perf_counter()
+    session.prefill()
+    timing.first_token = time.perf_counter() - begin
+    for turn, question in zip(document["turns"], questions):
+        ids, holding, feed, (first, end) = [], [], list(question), turn["tokens"]
+        while feed:
+            logits, held = session.step([feed.pop(0)]), torch.zeros(1)
+            if isinstance(policy.cache, TieredCache):
+                position = policy.cache.critical_position[:, 0]  # (L, G, C)
+                held = ((position >= first) & (position < end)).sum(-1) > (end - first) / 2
+            holding.append(int(held.sum()))
+            if not feed and len(ids) < ANSWER_TOKENS and "." not in pair.text.decode(ids):
+                ids.append(logits.argmax(-1).item())
+                feed.append(ids[-1])
+        told.append((pair.text.decode(ids).strip(), holding[0], max(holding[len(question) :])))
+    timing.steps = session.steps
+    timing.per_token = (time.perf_counter() - begin - timing.first_token) / timing.steps
+    return told, make_report(session, timing)
+
+
+def demonstrate(pair: Pair, settings: Settings, console: Console) -> None:
+    """Full cache, SmallKV and the newest tokens alone: answers side by side on standard output, report on `console`."""
+    document = json.loads((PAIR / "demo.json").read_text(encoding="utf-8"))
+    turns, heads = document["turns"], pair.llm.config.layers * pair.llm.config.kv_heads
+    share = f"{settings.budget:.0%}" if settings.budget_tokens is None else f"{settings.budget_tokens} tokens"
+    names = {"full": "full cache", "smallkv": f"SmallKV, {share}", "window": f"the newest {share} alone"}
+    told, reports = zip(*(ask(pair, make_policy(method, pair, settings), document) for method in names))
+    right = [[text == turn["answer"] for turn, (text, _, _) in zip(turns, answers)] for answers in told]
+    columns = [f"{name}: {sum(found)} right" for name, found in zip(names.values(), right)]
+    title = f"a text of {reports[0]['prompt']['tokens']} tokens, then {len(turns)} questions one after the other"
+    table = Table("question", *columns, "KV heads that hold the fact", title=title, show_lines=True)
+    for i, turn in enumerate(turns):
+        cells = [Words(own[i][0], "green" if found[i] else "red") for own, found in zip(told, right)]
+        _, before, during = told[1][i]
+        question = turn["question"].strip().removesuffix("\nAnswer:").removeprefix("Question: ")
+        table.add_row(question, *cells, f"{before} -> {during} of {heads}: {turn['fact']}")
+    Console().print(table)
+    print_report("smallkv", reports[1], console)
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="An LLM answers with its cache compressed by SmallKV; a report follows. [Defaults in brackets.]",
+        usage="%(prog)s [--llm NAME --slm NAME] [flags] [prompt ...]", allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
+    )  # fmt: skip
+    add = parser.add_argument_group("models").add_argument
+    add("--llm", metavar="NAME", help="folder or hub id (@revision too) of the large model [the embedded]")
+    add("--slm", metavar="NAME", help="the same of the small model, of the same series")
+    add("--slm-layers", type=int, metavar="N", help="load and run the SLM's first N layers alone")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 [auto]")
+    dtypes, methods, ways = ["auto", *checkpoint.DTYPES], ["smallkv", "full", *BASELINES], ["int4", "int4-both"]
+    text = ", ".join(dtypes[1:]) + " [auto: as stored, on a CPU float32]"
+    add("--dtype", default="auto", choices=dtypes, metavar="NAME", help=text)
+    add("--quantize", choices=ways, metavar="NAME", help="round weights to INT4: the LLM's (int4), or both (int4-both)")
+    add = parser.add_argument_group("method").add_argument
+    add("--method", default="smallkv", choices=methods, metavar="NAME", help=", ".join(methods) + " [smallkv]")
+    add("--compare", action="store_true", help="answer with the full cache too, side by side")
+    add("--paper", action="store_true", help="the paper's: scores slm, score decay 1, matcher jaccard, reach inf")
+    for field in fields(Settings):
+        kind = next(iter(get_args(field.type)), field.type)  # of `int | None`: int
+        how = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}.get(kind)}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        shown = ("off", "on")[field.default] if kind is bool else field.default
+        text = field.metadata["help"] + f" [{shown}]" * (shown is not None)
+        add("--" + field.name.replace("_", "-"), default=None, help=text, **how)
+    add = parser.add_argument_group("prompts").add_argument
+    add("prompt", nargs="*", help="with none, and no file, standard input is read")
+    add("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
+    add("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
+    add = parser.add_argument_group("decoding").add_argument
+    for flag, metavar, default, text in (
+        ("--max-new-tokens", "N", 256, "of each answer, at most"),
+        ("--temperature", "X", 0.0, "0 is greedy"),
+        ("--top-p", "X", 1.0, "draw from the likely tokens of this mass"),
+        ("--top-k", "N", 0, "draw from the N most likely tokens; 0: from all"),
+        ("--seed", "N", 0, "of the draws"),
+        ("--speculate", "K", 0, "the SLM drafts K tokens a step; --compare: beside the same without"),
+    ):
+        add(flag, type=type(default), default=default, metavar=metavar, help=f"{text} [{default}]")
+    add("--json", metavar="FILE", help="write answers and report for machines")
+    return parser
+
+
+def make_settings(args) -> Settings:
+    """The method's settings from the flags; --paper gives the paper's, and what is typed beside it still counts."""
+    asked = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if args.speculate or args.saliency_shift is False:
+        asked = {"scores": "slm", **asked}  # these cannot have fused ones
+    return Settings.paper(**asked) if args.paper else Settings(**asked)
+
+
+def check_arguments(args) -> None:
+    """ValueError names flags that do not go together, before anything is loaded."""
+    drafts, layers, two = args.speculate, args.slm_layers, args.method in ("full", "smallkv")
+    for wrong, message in (
+        (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens} is too small; at least 1"),
+        (args.slm and not args.llm, "--slm is given without --llm: name both models, or none for the embedded pair"),
+        (args.compare and not two, f"--compare sets SmallKV beside the full cache; leave --method {args.method} out"),
+        (drafts < 0, f"--speculate {drafts} is negative; 0 drafts nothing, 4 is usual"),
+        (drafts and not two, f"--speculate works with --method full and smallkv, not {args.method}"),
+        (drafts and layers is not None, f"--speculate needs the SLM's words, and --slm-layers {layers} stops before "
+         "them; leave one of the two out"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
+
+
+def read_prompts(args) -> list[str]:
+    """Prompts from the arguments, from files (one prompt a file), or from standard input (one prompt).
+
+    No prompts if no model is named and nothing was piped in: a terminal, an empty file, a pipe in which nothing is yet.
+    """
+    prompts, source, stdin = list(args.prompt), "standard input", sys.stdin
+    try:
+        for name in args.prompt_file:
+            source = f"prompt file {name}"
+            prompts.append(Path(name).read_bytes().decode())
+        if not prompts:
+            silent = stdin is None or stdin.closed or stdin.isatty()
+            if args.llm is None and (silent or not select.select([stdin], [], [], 0.2)[0] or not stdin.buffer.peek(1)):
+                return []
+            if silent:
+                raise ValueError("no prompt: give one as an argument, with --prompt-file, or on standard input")
+            prompts.append(stdin.buffer.read().decode())
+    except UnicodeDecodeError as error:
+        byte = f"{error.object[error.start]:#04x} at offset {error.start}"
+        raise ValueError(f"{source} is not UTF-8: byte {byte}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {source}: {error.strerror}") from None
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise ValueError(f"prompt {number} is empty: there is nothing to continue")
+    return prompts
 
 
 def run(args) -> int:
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} is too small; at least 1")
-    settings = make_settings(args)
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
-    team = parallel.start(args.device)
-    if args.llm is None:
-        if args.slm:
-            raise ValueError("--slm is given without --llm: name both models, or none for the embedded pair")
-        args.llm, args.slm = str(demo.PAIR / "llm"), str(demo.PAIR / "slm")
-        if not args.prompt and not args.prompt_file and team.size == 1 and not input_waits():
-            return run_demo(args, settings)
+    settings, sampler = make_settings(args), Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    check_arguments(args)
+    team, console = parallel.start(args.device), Console(stderr=True)
     texts = team.from_first(read_prompts, args)
+    if not texts and (team.size > 1 or args.method != "smallkv" or args.chat or args.json or args.speculate):
+        raise ValueError("no prompt, and the demonstration takes one process and SmallKV's flags alone; give a prompt")
+    if args.llm is None:
+        args.llm, args.slm = str(PAIR / "llm"), str(PAIR / "slm")
     if args.json and team.rank == 0:
-        check_writable(Path(args.json))  # before the work, not after it
-    if args.compare and args.method not in ("full", "smallkv"):
-        raise ValueError(f"--compare sets SmallKV beside the full cache; leave --method {args.method} out")
-    two = args.method == "smallkv" or args.compare or bool(args.speculate)
-    if two and not args.slm:
+        open(args.json, "a").close()  # a file that cannot be written is named before the work, not after it
+    slm = args.slm if args.method == "smallkv" or args.compare or args.speculate else ""
+    if slm is None:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
-    check_speculation(args)
     team.check_method(args.method, speculate=args.speculate, quantize=args.quantize)
-    console = Console(stderr=True)
-    pair = load_pair(
-        args.llm, args.slm if two else None, args.device, args.dtype, args.revision, args.slm_revision,
-        args.slm_layers, team, args.quantize, args.slm_quantize,
-    )
-    backend = pick_backend(args.backend, pair.llm.device)
+    if not texts:
+        torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
+    pair = load_pair(args.llm, slm, args.device, args.dtype, args.slm_layers, args.quantize, team)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
     if not all(prompts):
         raise ValueError("a prompt is empty once tokenised: there is nothing to continue")
-
-    results: dict[str, Answer] = {}
-    interrupted = False
-    asked = args.method, args.speculate
-    methods = {args.method: asked}  # what is shown -> method, drafts
+    runs = {args.method: (args.method, args.speculate)}  # what is shown -> method, drafts
     if args.compare and args.speculate:
-        methods = {args.method: (args.method, 0), f"{args.method}, {args.speculate} drafts": asked}
+        runs = {args.method: (args.method, 0), f"{args.method}, {args.speculate} drafts": runs[args.method]}
     elif args.compare:
-        methods = {"full": ("full", 0), "smallkv": ("smallkv", 0)}
-    for name, (method, drafts) in methods.items():
-        policy = make_policy(method, pair, settings, drafts, backend)
-        console.print(backend_line(pair, policy, backend), style="dim", highlight=False, soft_wrap=True)
+        runs = {"full": ("full", 0), "smallkv": ("smallkv", 0)}
+    results, interrupted = {}, False
+    for name, (method, drafts) in runs.items():
+        policy = make_policy(method, pair, settings, drafts)
+        console.print(run_line(pair, policy), style="dim", highlight=False, soft_wrap=True)
+        if not texts:
+            demonstrate(pair, settings, console)
+            return 0
         stream = pair.text.stream()
         live = len(prompts) == 1 and not args.compare  # several answers at once cannot be streamed into one column
-        show = (lambda b, token: print(stream.push(token), end="", flush=True)) if live else None
-        results[name], interrupted = answer(pair, policy, prompts, args.max_new_tokens, sampler, show, backend)
+        show = (lambda token: print(stream.push(token), end="", flush=True)) if live else None
+        results[name], interrupted = answer(pair, policy, prompts, args.max_new_tokens, sampler, show)
         if live:
             print(stream.finish())
         if interrupted:
             break
-    if args.compare and len(results) == 2:
-        names = list(results) if args.speculate else ["full cache", "SmallKV"]
-        print_comparison(pair.text, *results.values(), Console(), names)
-    elif len(prompts) > 1 or args.compare:
-        for number, tokens in enumerate(results[name].tokens, 1):
-            print(f"--- answer {number}\n{pair.text.decode(tokens)}")
+    if len(results) == 2:
+        print_comparison(pair.text, results, Console())
+    elif not live:
+        for number, own in enumerate(results[name]["answers"], 1):
+            print(f"--- answer {number}\n{own['text']}")
     for name, result in results.items():
-        print_report(name, result.report, console)
+        print_report(name, result["report"], console)
     if args.json and team.rank == 0:
-        write_json(Path(args.json), pair.text, prompts, results)
+        Path(args.json).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if interrupted:
         console.print("interrupted: the answer above is what was there by then", style="yellow")
     return 130 if interrupted else 0
 
 
-def make_policy(method: str, pair: Pair, settings: Settings, drafts: int = 0, backend: Backend = TORCH):
-    """The policy of one --method; a baseline takes the budget from the settings, and the rest means nothing to it."""
-    if drafts:
-        if method == "full":
-            return SpeculativeFull(pair.llm, pair.slm, drafts)
-        return SpeculativeSmallKV(pair.llm, pair.slm, settings, drafts, sums=backend.column_sums)
-    if method == "full":
-        return FullPolicy(pair.llm)
-    if method == "smallkv":
-        return SmallKV(pair.llm, pair.slm, settings, sums=backend.column_sums)
-    return BASELINES[method](pair.llm, Budget(settings.budget, settings.budget_tokens))
-
-
-def backend_line(pair: Pair, policy, backend: Backend) -> str:
-    """What runs, in one line: nothing is chosen silently."""
-    device = pair.llm.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    static = has_static_step(policy, backend)
-    steps = "Triton kernels in a CUDA graph" if static else f"PyTorch {torch.__version__} attention"
-    moving = "none (one tier)"
-    if isinstance(policy, SmallKV):
-        moving = "side stream" if static or (device.type == "cuda" and policy.settings.prefetch) else "in step"
-        moving += f", host rows in {kind_of_host(device)} memory" * (device.type == "cuda")
-        rounded = ["LLM's"] * policy.settings.llm_int8 + ["SLM's"] * policy.settings.slm_int8
-        moving += f", {' and '.join(rounded)} K, V in 8 bits" * bool(rounded)
-    dtype = str(pair.llm.dtype).removeprefix("torch.") + ", INT4 weights" * bool(int4_modules(pair.llm))
-    return f"backend: {steps}, {device} ({name}), {dtype}, tier movement {moving}"
-
-
-def check_writable(path: Path) -> None:
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
-
-
-def write_json(path: Path, text: Text, prompts: list[list[int]], results: dict[str, Answer]) -> None:
-    content = {
-        name: {
-            "answers": [
-                {"text": text.decode(ids), "tokens": ids, "prompt_tokens": len(prompt), "stopped": stopped}
-                for ids, prompt, stopped in zip(result.tokens, prompts, result.stopped)
-            ],
-            "report": result.report,
-        }
-        for name, result in results.items()
-    }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add_arguments(parser)
+    """Exit codes: 0; 2, a mistake or too little memory; 130, Ctrl-C; 1, the reader of the output has gone."""
     try:
-        return run(parser.parse_args(argv))
-    except (CheckpointError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output has gone, as in `generate.py ... | head`
+        return run(make_parser().parse_args(argv))
+    except BrokenPipeError:  # as in `generate.py ... | head`
         sys.stdout = None
         return 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (ValueError, OSError, RuntimeError) as error:
+        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
             raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        line = str(error).partition("\n")[0]
+        print(f"error: {'out of memory: ' * memory}{line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted before the first token", file=sys.stderr)

@@ -113,10 +113,16 @@ SOURCES: dict[str, list[tuple[str | None, str, Callable | None]]] = {
 # ---- Fetching --------------------------------------------------------------------------------------------------------
 
 
-def fetch(data: str | Path, task: str, cache: Path = CACHE) -> Path:
-    """The folder of a task's data: `data` itself if it is one or the task needs none, else downloaded."""
+def fetch(data: str | Path | None, task: str, cache: Path = CACHE) -> Path | None:
+    """The folder of a task's data: `data` itself if it is one, else downloaded; None: the task needs none. ValueError
+    if it needs some and `data` is None."""
+    if task not in SOURCES:
+        return None
+    if data is None:
+        needed = f"{task} reads files; name a folder with {FOLDERS[task][0]}, or hub to fetch them"
+        raise ValueError(f"--data is missing: {needed}")
     name = str(data)
-    if Path(name).expanduser().is_dir() or task not in SOURCES:
+    if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     if name == "hub":
         return published(task, cache.expanduser())

@@ -9,10 +9,10 @@ Two ways to compare:
 
 - `jaccard`: the paper's, Jaccard similarity of the top-k index sets of the accumulated scores (Eq. 1-2);
 - `cosine`: cosine of the whole attention rows, the sink column dropped. It uses every row, not a set of k indices,
-  so it is less noisy at the same cost (README, "Differences from the paper").
+  so it is less noisy at the same cost.
 
 Beyond the paper: the layers that an LLM layer may be matched with can be those that the SLM has done by the time the
-LLM comes to it (`layers_within`), so that the SLM need not be through before the LLM begins (graph.py).
+LLM comes to it (`layers_within`), so that the SLM need not be through before the LLM begins (decode.py).
 """
 
 import math
@@ -26,7 +26,7 @@ from model import Decoder
 
 MATCHERS = ("jaccard", "cosine")
 WINDOW_MIN, WINDOW_MAX = 100, 200  # tokens: shorter waits, longer is cut (Section 4, "Method Details")
-TOP_SHARE = 0.1  # k of Eq. 2 as a share of the window; the paper does not give k, README says how this was chosen
+TOP_SHARE = 0.1  # k of Eq. 2 as a share of the window; the paper does not give k
 SINKS = 4  # first tokens left out of a reported similarity: every head looks at them, which would flatter it
 
 
@@ -44,10 +44,12 @@ def layers_within(reach: float, layer: int, llm_layers: int, slm_layers: int) ->
 @dataclass(frozen=True)
 class HeadMap:
     """index (L, H) int64: the SLM head f(i) of each LLM head, counted l' * H' + h'. similarity (L, H) fp32: the cosine
-    of the two heads' accumulated scores on the window without the first SINKS tokens, whatever the matcher."""
+    of the two heads' accumulated scores on the window without the first SINKS tokens, whatever the matcher. anywhere
+    (L, H) fp32: the same of the head that would be taken if every SLM layer were within reach."""
 
     index: Tensor
     similarity: Tensor
+    anywhere: Tensor
 
 
 def accumulated_scores(rows: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ def match_windows(llm: Window, slm: Window, matcher: str, reach: float) -> HeadM
     near = torch.tensor([layers_within(reach, layer, L, len(slm.query)) for layer in range(L)])
     near = near.to(slm_scores.device, non_blocking=True).repeat_interleave(H)  # (L * H,)
     beyond = torch.arange(len(slm_scores), device=near.device) // slm.query.shape[1] >= near[:, None]  # (.., L' * H')
-    index, similarity = [], []
+    index, similarity, anywhere = [], [], []
     for first in range(0, L, together):
         rows = llm.rows(slice(first, first + together))  # (l * H, W, W)
         scores = accumulated_scores(rows)
@@ -150,12 +152,12 @@ def match_windows(llm: Window, slm: Window, matcher: str, reach: float) -> HeadM
             pairwise = unit_rows(row_features(rows)) @ slm_features.T  # (l * H, L' * H')
         else:
             pairwise = jaccard_similarity(scores, slm_scores, top_k)
-        pairwise = pairwise.masked_fill(beyond[first * H : (first + together) * H], -torch.inf)
-        best = pairwise.argmax(-1)  # Eq. 3, (l * H,)
-        index.append(best)
-        matched = slm_scores[best]
-        similarity.append(torch.cosine_similarity(scores[:, SINKS:], matched[:, SINKS:], dim=-1))
-    return HeadMap(torch.cat(index).view(L, H), torch.cat(similarity).view(L, H))
+        near_only = pairwise.masked_fill(beyond[first * H : (first + together) * H], -torch.inf)
+        index.append(near_only.argmax(-1))  # Eq. 3, (l * H,)
+        for found, best in ((similarity, index[-1]), (anywhere, pairwise.argmax(-1))):
+            matched = slm_scores[best]
+            found.append(torch.cosine_similarity(scores[:, SINKS:], matched[:, SINKS:], dim=-1))
+    return HeadMap(*(torch.cat(found).view(L, H) for found in (index, similarity, anywhere)))
 
 
 @torch.inference_mode()

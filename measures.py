@@ -10,14 +10,12 @@ first SINKS tokens ("we removed the first few tokens", Appendix B). Shapes follo
 import torch
 from torch import Tensor
 
-from baselines import H2O
-from decode import FullPolicy, Session
-from evicting import Budget
-from frugal import FrugalCache
-from full_cache import ScoredCache
+from baselines import BASELINES, Evicting
+from cache import CutCache, Prompt, ScoredCache, heavy_order
+from decode import Policy, Session
 from match import SINKS, WINDOW_MAX, WINDOW_MIN, head_scores, match_heads
 from model import Decoder, Span
-from tasks import Sample, converse
+from tasks import Sample, converse, open_session
 
 BANDS = (0.05, 0.10, 0.15)  # Fig. 2: the top 5 %, the two marginal bands, the rest
 
@@ -52,36 +50,35 @@ def jaccard(one: Tensor, other: Tensor) -> float:
     return ((one & other).sum(-1) / (one | other).sum(-1)).mean().item()
 
 
-class TwoDrops(H2O):
+class TwoDrops(Evicting):
     """Fig. 1a: the prompt is compressed once to its heavy hitters, all that comes after stays until the second drop."""
 
     name = "two-drops"
 
     def slots(self, lengths: list[int], capacity: int) -> list[int]:
-        answer = capacity - max(lengths)
-        return [max(map(self.budget.kept, lengths)) + answer] * self.llm.config.layers
+        return [max(map(self.kept, lengths)) + capacity - max(lengths)] * self.llm.config.layers
 
-    def keep_prompt(self, layer: int, b: int, staged) -> Tensor:
-        scores = self.prompt_scores(layer, staged)  # (G, n)
-        return top_mask(scores, self.budget.kept(self.prompts[b])).nonzero()[:, 1].view(len(scores), -1)  # (G, k)
+    def keep(self, layer: int, prompt: Prompt) -> Tensor:
+        scores = prompt.by_kv_head(1.0)[layer]  # (G, n)
+        return top_mask(scores, self.kept(prompt.capacity)).nonzero()[:, 1].view(len(scores), -1)  # (G, k)
 
-    def plan(self, layer: int) -> Tensor:
-        return self.cache.position[layer] >= 0
+    def plan(self, layer: int, span: Span) -> None:
+        self.cache.make_room(layer, self.cache.position[layer] >= 0, span.length)
 
 
-def feed(policy: H2O, ids: list[int]) -> None:
+def feed(policy: Evicting, ids: list[int]) -> None:
     """The first half of a text as the prompt, the second half token by token."""
     half = len(ids) // 2
-    session = Session(policy.llm, policy, [ids[:half]], len(ids) - half)
+    session = Session(policy, [ids[:half]], len(ids) - half)
     session.prefill()
     for token in ids[half:]:
         session.step([token])
 
 
-def held(policy: H2O, n: int) -> tuple[Tensor, Tensor]:
+def held(policy: Evicting, n: int) -> tuple[Tensor, Tensor]:
     """Which of n tokens the policy still has, and their scores (-inf: dropped): (L, G, n) bool and fp32."""
     scores = []
-    for position, score in zip(policy.cache.position, policy.cache.score):
+    for position, score in zip(policy.cache.position, policy.cache.heavy):
         row = torch.full((position.shape[1], n + 1), -torch.inf, device=position.device)  # column n takes free slots
         slot = torch.where(position[0] >= 0, position[0], n).long()
         scores.append(row.scatter_(1, slot, score[0])[:, :n])
@@ -100,18 +97,17 @@ def saliency_shift(llm: Decoder, slm: Decoder, ids: list[int], budget: float) ->
     slm: top tokens by the matched heads of the SLM, which drops nothing (Section 4): what SmallKV sees instead.
     """
     check_length(ids)
-    n, kept = len(ids), Budget(budget).kept(len(ids))
+    twice, h2o = TwoDrops(llm, budget, heavy=True), BASELINES["h2o"](llm, budget)
+    n, kept = len(ids), h2o.kept(len(ids))
     scores = kv_head_scores(scores_of(llm, ids), llm)  # (L, G, n)
     important = top_mask(scores, kept)
-    twice = TwoDrops(llm, Budget(budget))
     feed(twice, ids)
-    h2o = H2O(llm, Budget(budget))
     feed(h2o, ids)
     # H2O chose before the newest token attended to anything: the global view is that of the n - 1 tokens before it.
     before = torch.nn.functional.pad(kv_head_scores(scores_of(llm, ids[:-1]), llm), (0, 1))
     position = torch.arange(n, device=before.device)
     sizes = [torch.tensor(size, device=before.device) for size in (n, kept)]
-    stays, recent = top_mask(h2o.priority(position, before, *sizes), kept), position >= n - (kept - kept // 2)
+    stays, recent = top_mask(heavy_order(position, before, *sizes), kept), position >= n - (kept - kept // 2)
     kept_by_h2o = held(h2o, n)[0]
     chosen = match_heads(llm, slm, ids[:WINDOW_MAX], "jaccard").index.flatten()
     borrowed = kv_head_scores(scores_of(slm, ids).to(llm.device)[chosen], llm)
@@ -134,20 +130,19 @@ def kept_scores(slm: Decoder, ids: list[int], share: float) -> Tensor:
     """
     n, half = len(ids), len(ids) // 2
     shape = slm.config, 1, n, slm.device, slm.dtype, 1.0
-    cache = FrugalCache(*shape, share=share) if share < 1 else ScoredCache(*shape)
+    cache = CutCache(*shape, share) if share < 1 else ScoredCache(*shape)
     tokens = torch.tensor([ids], device=slm.device)
     staged = cache.staging(0, half)
-    slm(tokens[:, :half], Span.block(0, half, slm.device), staged, logits="none")
-    cache.load(0, staged, half)
-    for at in range(half, n):
-        cache.begin(plans=True)
-        slm(tokens[:, at : at + 1], Span.step([at], slm.device), cache, logits="none")
-    heads = torch.arange(slm.config.layers * slm.config.query_heads, device=slm.device)
-    return cache.of_heads(cache.score, heads[None], n)[0]
+    slm(tokens[:, :half], Span.chunk(0, half, slm.device), staged, logits="scores")
+    cache.load(0, staged)
+    for length in torch.arange(half + 1, n + 1, dtype=torch.int32, device=slm.device)[:, None]:
+        slm(tokens[:, length - 1], Span.step(length), cache, logits="scores")
+        cache.fold(length)
+    return cache.score[:, 0].flatten(0, 1)
 
 
 @torch.inference_mode()
-def frugal_view(llm: Decoder, slm: Decoder, ids: list[int], share: float, budget: float) -> dict[str, float]:
+def cut_view(llm: Decoder, slm: Decoder, ids: list[int], share: float, budget: float) -> dict[str, float]:
     """What an SLM that keeps a share of its cache still says of the LLM's attention (heads matched by whole rows).
 
     similarity: mean cosine of matched heads' accumulated scores. jaccard: of the LLM's important tokens, a budget of
@@ -156,7 +151,7 @@ def frugal_view(llm: Decoder, slm: Decoder, ids: list[int], share: float, budget
     check_length(ids)
     scores, chosen = scores_of(llm, ids), match_heads(llm, slm, ids[:WINDOW_MAX], "cosine").index.flatten()
     matched = kept_scores(slm, ids, share).to(llm.device)[chosen]  # (L * H, n)
-    kept = Budget(budget).kept(len(ids))
+    kept = Evicting(llm, budget).kept(len(ids))
     named, important = (top_mask(kv_head_scores(one, llm), kept) for one in (matched, scores))
     return {"similarity": cosine(scores, matched).mean().item(), "jaccard": jaccard(named, important)}
 
@@ -215,7 +210,7 @@ def all_heads(model: Decoder, ids: list[int]) -> Tensor:
 
 def conversation(pair, sample: Sample, stops: tuple[str, ...]) -> tuple[list[int], list[int]]:
     """A sample with the answers that the full cache gives: token ids, and where the prompt and each turn end."""
-    answers = converse(pair, FullPolicy(pair.llm), [sample], stops)[0]
+    answers = converse(open_session(Policy(pair.llm), [sample]), [sample], pair.text, stops)[0]
     ids, ends = list(sample.prompt), [len(sample.prompt)]
     for turn, answer in zip(sample.turns, answers, strict=True):
         ids += [*turn, *pair.text.encode(answer)]

@@ -1,18 +1,23 @@
 """The decoder: one self-written transformer for Qwen2, Qwen2.5, Qwen3 and LLaMA 3.x (SmolLM2 is LLaMA-type).
 
 Where it sits: tokens -> **SLM** -> scores -> tier plan -> migration -> **LLM** -> token. Both models are this one
-class; they differ in the cache they are given. The decoder computes query, key and value; what is kept of them, and
-what attention sees, is the business of the cache (cache.py), reached through one method, `cache.attend`.
+class; they differ in the cache they are given. Of a cache the decoder knows `attend` alone: it hands over the product
+that holds query, key and value of the new tokens; what is kept of them, and what attention sees, is the cache's
+(cache.py).
 
 Shape legend, used in every module:
 
     B  sequences in the batch         L  layers              D  head_dim
-    T  tokens in this call            H  query heads         C  slots of the K pool (critical tokens)
-    S  positions a cache can hold     G  KV heads (H % G = 0) N  slots of the V pool (critical + marginal tokens)
+    T  new tokens of a sequence       H  query heads         C  slots of the critical tier
+    S  positions a cache can hold     G  KV heads (H % G = 0) M  slots of the marginal tier
     V  vocabulary                     W  tokens of the matching window
 
-A prime (L', H') means the SLM. Activations are (B, T, hidden), attention tensors (B, heads, T, D). The index of a token
-in a cache is its position: batches arrive left-padded, and the pads are cut off before the models see them (decode.py).
+A prime (L', H') means the SLM. Activations are (B, T, hidden). Attention of a few new tokens (decode) takes queries
+(B, T, H, D), of many (prefill) (B, H, T, D); K and V are (B, G, S, D). The index of a token in a sequence is its
+position: a prompt is prefilled alone, so no pad ever enters a model.
+
+The products of one input are one matrix: query, key and value (`qkv_proj`), gate and up (`gate_up_proj`). checkpoint.py
+joins them when it loads.
 """
 
 import math
@@ -23,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import causal_attention
+from ops import Rope, add_norm, gate, rotate
 
 SUPPORTED_MODELS = ("llama", "qwen2", "qwen3")
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -172,25 +178,57 @@ def _yarn_attention_factor(rope: dict) -> float:
     return mscale(1.0)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, T, D) by cos, sin (B, 1, T, D): dimension i is paired with i + D/2, as in the checkpoints."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 # ---- The decoder -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the T new tokens of a call stand.
+
+    length (B,) int32: tokens of each sequence with the first new one. positions (B, T) int32: length - 1 + t. past: in
+    a prefill, which takes one sequence, the tokens before the new ones, known on the host; None in a decode step, where
+    nothing but the shapes is.
+    """
+
+    length: Tensor
+    positions: Tensor
+    past: int | None = None
+
+    @classmethod
+    def chunk(cls, start: int, end: int, device) -> "Span":
+        """Tokens start..end-1 of one sequence, in a prefill."""
+        positions = torch.arange(start, end, device=device, dtype=torch.int32)[None]
+        return cls(positions[:, 0] + 1, positions, start)
+
+    @classmethod
+    def step(cls, length: Tensor, tokens: int = 1) -> "Span":
+        """T new tokens of each sequence, in a decode step: length (B,) counts the first of them."""
+        return cls(length, length[:, None] - 1 + torch.arange(tokens, device=length.device, dtype=torch.int32))
+
+
+class NoCache:
+    """Plain causal attention over the tokens of one call: training, matching windows, measurements. observe(layer,
+    query (B, H, T, D), key (B, G, T, D)) is shown what attends; nothing it returns is used."""
+
+    def __init__(self, config: Config, observe=None):
+        self.config, self.observe = config, observe
+
+    def attend(self, layer: int, qkv: Tensor, rope: Rope, span: Span) -> Tensor:
+        heads = rotate(qkv, rope, self.config.kv_heads, self.config.head_dim)
+        query, key, value = (x.transpose(1, 2) for x in heads)  # (B, heads, T, D)
+        if self.observe is not None:
+            self.observe(layer, query, key)
+        return causal_attention(query, key, value).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        # x / sqrt(mean of squares + eps), in fp32 inside: the mean overflows fp16, loses half its digits in bf16. The
-        # weight comes after x is rounded, as in Transformers; on a GPU one kernel and a product, not eight.
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + update and its norm, (B, T, hidden) each; x may be overwritten."""
+        return add_norm(x, update, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -198,43 +236,28 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.config = layer, config
         hidden, head_dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(hidden, config.query_heads * head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, config.kv_heads * head_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, config.kv_heads * head_dim, bias=config.qkv_bias)
+        heads = config.query_heads + 2 * config.kv_heads
+        self.qkv_proj = nn.Linear(hidden, heads * head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.query_heads * head_dim, hidden, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(head_dim, config.norm_eps)
+            self.q_norm, self.k_norm = (RMSNorm(head_dim, config.norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache, span: "Span", observe) -> Tensor:
-        B, T, _ = x.shape
-        split = (B, T, -1, self.config.head_dim)
-        query = self.q_proj(x).view(split)  # (B, T, H, D)
-        key = self.k_proj(x).view(split)  # (B, T, G, D)
-        value = self.v_proj(x).view(split).transpose(1, 2)  # (B, G, T, D)
-        if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query = apply_rope(query.transpose(1, 2), *rope)  # (B, H, T, D)
-        key = apply_rope(key.transpose(1, 2), *rope)  # (B, G, T, D): stored rotated, never rotated again
-        if observe is not None:
-            observe(self.layer, query, key)
-        if cache is None:
-            out = causal_attention(query, key, value)  # (B, H, T, D)
-        else:
-            out = cache.attend(self.layer, query, key, value, span)  # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], cache, span: Span, project: bool = True) -> Tensor:
+        """project False ends with the attention itself: an SLM's last layer, of which nothing else is asked."""
+        norms = (self.q_norm.weight, self.k_norm.weight, self.config.norm_eps) if self.config.qk_norm else None
+        out = cache.attend(self.layer, self.qkv_proj(x), Rope(*turns, norms), span)  # (B, T, H, D)
+        return self.o_proj(out.flatten(2)) if project else out
 
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gate(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -245,36 +268,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, cache, span, observe) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, span, observe)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where the tokens of one call stand.
-
-    positions: (B, T) int64 on the model's device. end: one more than the largest position, known on the host, so that
-    a cache can cut its tensors without asking the device.
-    """
-
-    positions: Tensor
-    end: int
-
-    @classmethod
-    def block(cls, start: int, end: int, device) -> "Span":
-        """Tokens start..end-1 of one sequence, as in a prefill chunk."""
-        return cls(torch.arange(start, end, device=device)[None], end)
-
-    @classmethod
-    def step(cls, positions: list[int], device, tokens: int = 1) -> "Span":
-        """One token for each sequence, as in a decode step; or some from there on, as when drafts are verified."""
-        first = torch.tensor(positions, device=device)[:, None]
-        return cls(first + torch.arange(tokens, device=device), max(positions) + tokens)
+    def forward(self, x: Tensor, update: Tensor | None, turns, cache, span: Span) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what the block adds to it: summed by the next norm."""
+        x, hidden = self.input_layernorm(x, update)
+        x, hidden = self.post_attention_layernorm(x, self.self_attn(hidden, turns, cache, span))
+        return x, self.mlp(hidden)
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer; parameter names are the checkpoint's own, without the leading `model.`."""
+    """A decoder-only transformer; parameter names are the checkpoint's own but for the joined products, without the
+    leading `model.`."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -285,6 +288,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
+        self._frequencies: tuple[Tensor, float] | None = None  # of RoPE, on the device where they were last used
 
     @property
     def device(self) -> torch.device:
@@ -296,31 +300,37 @@ class Decoder(nn.Module):
 
     def forward(
         self, tokens: Tensor, span: Span | None = None, cache=None, logits: str = "all", observe=None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor | None:  # fmt: skip
         """Run the model over tokens (B, T).
 
-        span: where the tokens stand; None means a fresh sequence, positions 0..T-1.
-        cache: holds what came before and takes what is made now; None is plain causal attention over the T tokens.
-        logits: "all" -> (B, T, V); "last" -> (B, 1, V) of the last token; "none" -> hidden states (B, T, hidden), for
-            an SLM whose attention is wanted and whose words are not.
-        observe: called with (layer, query (B, H, T, D), key (B, G, T, D)) in every layer: a reader's window, nothing
-            it returns is used.
+        span: where the tokens stand; None: a sequence of T tokens from its beginning.
+        cache: holds what came before and takes what is made now; None: plain causal attention over the T tokens, shown
+            to `observe` (`NoCache`).
+        logits: "all" -> (B, T, V); "last" -> (B, 1, V) of the last token; "none" -> hidden states (B, T, hidden) before
+            the last norm; "scores" -> None: nothing after the last layer's attention, all that is asked of an SLM.
         """
         if span is None:
-            span = Span.block(0, tokens.shape[1], tokens.device)
-        x = self.embed_tokens(tokens)  # (B, T, hidden)
-        rope = self._rotary(span.positions, x.dtype)
-        for layer in self.layers:
-            x = layer(x, rope, cache, span, observe)
-        if logits == "none":
-            return x
+            span = Span.chunk(0, tokens.shape[1], tokens.device)
+        cache = NoCache(self.config, observe) if cache is None else cache
+        x, update = F.embedding(tokens, self.embed_tokens.weight), None  # (B, T, hidden)
+        turns = self._turns(span.positions)
+        layers = list(self.layers)
+        for layer in layers[: len(layers) - (logits == "scores")]:
+            x, update = layer(x, update, turns, cache, span)
+        if logits == "scores":
+            x, hidden = layers[-1].input_layernorm(x, update)
+            layers[-1].self_attn(hidden, turns, cache, span, project=False)
+            return None
         if logits == "last":
-            x = x[:, -1:]
-        return self.lm_head(self.norm(x))
+            x, update = x[:, -1:].contiguous(), update[:, -1:].contiguous()
+        if logits == "none":
+            return x + update
+        return self.lm_head(self.norm(x, update)[1])
 
-    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin (B, 1, T, D) at the tokens' true positions; angles in fp32, since bf16 cannot count past 256."""
-        inv_freq, factor = rope_frequencies(self.config, positions.device)
-        angle = positions[:, None, :, None].float() * inv_freq  # (B, 1, T, D/2)
-        angle = torch.cat((angle, angle), dim=-1)  # (B, 1, T, D)
-        return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (B, T, D/2) fp32 at the tokens' positions; angles in fp32, since bf16 cannot count past 256."""
+        if self._frequencies is None or self._frequencies[0].device != positions.device:
+            self._frequencies = rope_frequencies(self.config, positions.device)
+        inverse, factor = self._frequencies
+        angle = positions[..., None].float() * inverse  # (B, T, D/2)
+        return angle.cos() * factor, angle.sin() * factor

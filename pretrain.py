@@ -3,7 +3,7 @@
 Where it sits: text -> **pretrain** -> pair/llm -> distill.py -> pair/slm. Training data is plain prose mixed with the
 documents of recall.py (train split only), each sequence one or the other; `Mixture` makes both on the fly.
 
-    python pretrain.py --text ../shared/text/gutenberg/*.txt --out pair/llm --compile
+    python pretrain.py --text books/*.txt --out pair/llm --compile
     python pretrain.py average runs/stage-5 runs/stage-6 --out pair/llm
 
 Books (.txt or .txt.xz) are divided by a line <|endoftext|>. The last book of every file is held out. The first step is
@@ -86,7 +86,8 @@ def answer_rates(decoder: Decoder, documents: list[Document], batch: int = 16) -
             for (_, is_answer), segment in zip(document.segments, document.segment_ids, strict=True):
                 end = position + len(segment)
                 if is_answer:
-                    logits = decoder.lm_head(decoder.norm(hidden[row, position - 1 : end - 1]))  # (answer, V)
+                    normed = decoder.norm(hidden[row, position - 1 : end - 1])[1]  # (answer, hidden)
+                    logits = decoder.lm_head(normed)
                     hits[next(kinds)].append((logits.argmax(-1) == tokens[row, position:end]).all())
                 position = end
     rates = {kind: torch.stack(found).float().mean().item() for kind, found in sorted(hits.items())}

@@ -1,83 +1,20 @@
-"""What the SLM costs and how it is made to cost less: Tables 3 to 6 (appendix A), for experiments.py.
+"""What is lost where the SLM costs less, by a smaller cache or fewer layers: Tables 5 and 6 (A.3), for experiments.py.
 
-Where it sits: beside studies.py, whose samples, files and tables it uses; formulas are overhead.py's, answers
-evaluate.py's, what a smaller cache of the SLM loses of its attention measures.py's. `args` as in studies.py.
+Where it sits: beside studies.py, whose samples, files and tables it uses; answers are evaluate.py's, what a smaller
+cache of the SLM loses of its attention measures.py's. What is saved: `bench.py overhead`. `args` as in studies.py.
 """
 
 import argparse
-from pathlib import Path
 
 import measures
 import overhead
 from checkpoint import read_config, resolve
 from evaluate import parse_method
-from settings import Settings
+from smallkv import Settings
 from studies import Rows, curves, draw, evaluated, load, mean, one_slm, progress, show, texts, title
 from tables import print_rows
 
-A3_LAYERS, A3_BUDGET = 20, 0.4  # the SLM of A.3's best combination: 20 of 24 layers, 40 % of its cache
 KEPT_LAYERS = (1, 5 / 6, 2 / 3, 1 / 2, 1 / 3)  # shares of the SLM's layers that Table 6 stops at
-
-# ---- from shapes alone -----------------------------------------------------------------------------------------------
-
-
-def shapes(args) -> None:
-    names = ("Qwen2-7B", "Qwen2-72B")
-    slm, llm = (overhead.MODELS[name] for name in names)
-    fields = ("layers", "kv_heads", "query_heads", "hidden_size", "head_dim", "intermediate_size", "vocab_size")
-    rows = Rows(args)
-    for name in names:
-        rows.add({"model": name, **{f: getattr(overhead.MODELS[name], f) for f in fields}})
-    table = [["", *names], *([f, str(getattr(slm, f)), str(getattr(llm, f))] for f in fields)]
-    print_rows(table, "table3: the shapes that A.1 and A.2 calculate with", args.markdown)
-    found = overhead.compare(llm, slm, 0.2, [2304])
-    table = [["", "paper", "here"]]
-    table.append(["KV cache, 72B to 7B (Eq. 7)", "5.71", f"{found['cache']:.2f}"])
-    table.append(["SLM's cache, share of what 20 % saves", "21.9%", f"{found['share_of_saving']:.1%}"])
-    table.append(["FLOPs, layers without n^2 and vocabulary", "14.9", f"{found['layer_flops']:.1f}"])
-    table.append(["FLOPs, all of Eq. 8, 2,304 tokens", "-", f"{found['forward_flops'][2304]:.1f}"])
-    print_rows(table, "A.1 and A.2: what is calculated from them", args.markdown)
-
-
-def costs(args) -> None:
-    models = overhead.MODELS
-    pairs = [(f"{p.slm} & {p.llm}", models[p.llm], models[p.slm], p, 1.0) for p in overhead.PAPER_PAIRS]
-    best = f"{A3_LAYERS} layers, {A3_BUDGET:.0%} cache of Qwen2-0.5B & Qwen2-7B"
-    pairs.insert(1, (best, models["Qwen2-7B"], overhead.early(models["Qwen2-0.5B"], A3_LAYERS), None, A3_BUDGET))
-    for slm in args.slm:
-        name = f"{Path(slm).name} & {Path(args.llm).name}"
-        pairs.append((name, read_config(resolve(args.llm)), read_config(resolve(slm)), None, 1.0))
-    lengths, budget = args.length, args.budget[0]
-    found = [overhead.compare(llm, slm, budget, lengths, kept) for _, llm, slm, _, kept in pairs]
-    rows = Rows(args)
-    for (name, _, _, printed, _), ratios in zip(pairs, found):
-        known = {"paper_latency": printed and printed.latency, "paper_cache": printed and printed.cache}
-        rows.add({"pair": name, **known, **ratios})
-    heading = ["SLM to LLM", "KV cache", "KV cache, paper", "SLM's kept cache", f"SLM / saved at {budget:g}"]
-    heading += ["latency, paper", "FLOPs, layers"]
-    heading += [f"FLOPs, {what} {n:,}" for what in ("Eq. 8,", "token on") for n in lengths]
-    heading += ["matching, Eq. 9 / 8", "break-even tokens", *(f"batch at {n:,}" for n in lengths)]
-
-    def ratio(value: float | None) -> str:
-        return "-" if value is None else f"1/{value:.3g}"
-
-    def whole(value: int | None) -> str:
-        return "never" if value is None else f"{value:,}"
-
-    columns = [heading]
-    for row in rows.rows:
-        line = [row["pair"], ratio(row["cache"]), ratio(row["paper_cache"]), f"{row['slm_share']:.2%}"]
-        line.append(f"{row['share_of_saving']:.1%}")
-        line += [ratio(row["paper_latency"]), ratio(row["layer_flops"])]
-        line += [ratio(row[kind][n]) for kind in ("forward_flops", "decode_flops") for n in lengths]
-        line += [f"{row['matching_share']:.2%}", whole(row["break_even_tokens"])]
-        columns.append(line + [whole(row["break_even_batch"][n]) for n in lengths])
-    print_rows([list(line) for line in zip(*columns)], "table4: what the SLM adds, from config.json", args.markdown)
-    print("break-even: length x batch from which the LLM's cache saves more than SLM weights and SLM cache take")
-
-
-# ---- a smaller cache, fewer layers -----------------------------------------------------------------------------------
-
 
 def one_budget(args) -> float:
     if len(args.budget) > 1:
@@ -113,7 +50,7 @@ def table5(args) -> None:
     pair, _, samples, given = load(args, one_slm(args))
     rows, ids = Rows(args, pair, given), texts(args, pair, samples)
     for sample, text, share in progress(args, [(*both, s) for both in zip(samples, ids) for s in args.slm_budget]):
-        found = measures.frugal_view(pair.llm, pair.slm, text, share, budget)
+        found = measures.cut_view(pair.llm, pair.slm, text, share, budget)
         rows.add({"text": sample.id, "slm_budget": share, **found})
 
     def at(text: str, share: float) -> str:

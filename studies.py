@@ -1,7 +1,8 @@
 """What each command of experiments.py does with its arguments: samples, measurement, files, table, picture.
 
 Where it sits: under experiments.py, which says what the paper ran; quality comes from evaluate.py, attention from
-measures.py, costs from overhead.py. `args` has the common flags of experiments.py and what the experiment adds to them.
+measures.py, ratios of shapes from overhead.py. `args` has the common flags of experiments.py and what the experiment
+adds to them.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from evaluate import Cell, describe, make_cells, make_parser, parse_method, posi
 from generate import Pair, load_pair
 from hub import fetch
 from tables import Run, print_rows, read_run, show
-from tasks import Sample, Task, converse, mean
+from tasks import Sample, Task, converse, mean, open_session
 
 # ---- what commands share ---------------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ def task_arguments(args, slm: str, out: Path, flags: list[str] = ()) -> argparse
     """The arguments as evaluate.py's parser reads them: its task takes the samples, its flags go through."""
     given = {"llm": args.llm, "slm": slm, "device": args.device, "dtype": args.dtype, "data": args.data,
              "limit": args.limit, "seed": args.seed, "out": out}  # fmt: skip
-    common = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    common = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
     line = [args.task, *common, *flags, *args.rest]
     if flags:
         print(f"$ python evaluate.py {shlex.join(line)}", flush=True)
@@ -48,8 +49,8 @@ def task_arguments(args, slm: str, out: Path, flags: list[str] = ()) -> argparse
 def load(args, slm: str) -> tuple[Pair, Task, list[Sample], argparse.Namespace]:
     """A pair and the task's samples for it, one by one: no budget, no batch."""
     given = task_arguments(args, slm, args.out)
-    pair = load_pair(args.llm, slm, args.device, args.dtype)
     given.data = fetch(given.data, args.task)
+    pair = load_pair(args.llm, slm, args.device, args.dtype)
     samples = TASKS[args.task].samples(given, pair.text, positions(pair))
     if not samples:
         raise ValueError(f"{args.task}: no samples; look at --limit and --data")
@@ -331,7 +332,7 @@ def case_study(args) -> None:
 
 def answered(pair: Pair, task: Task, sample: Sample, cell: Cell) -> dict:
     """One sample under one method: its answers, and what the task says of them."""
-    answers = converse(pair, cell.policy(pair), [sample], task.stops)[0]
+    answers = converse(open_session(cell.policy(pair), [sample]), [sample], pair.text, task.stops)[0]
     score = task.score(sample, answers)["score"]
     return {"method": cell.method, "budget": cell.budget, "answers": answers, "score": score}
 

@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from backend import TORCH, Backend
-from cache import TieredCache
+from checkpoint import Text
 from corpus import Recall, read_text
-from demo import PAIR
-from generate import Pair, check_caches_fit, make_session
+from decode import Session, Timing
+from generate import PAIR, Pair, check_caches_fit, make_report
 from match import WINDOW_MIN
 from recall import exact
-from text import Text
+from smallkv import SmallKV
 
 PROSE = PAIR / "prose.txt"  # a book that the embedded pair has not seen
 ANSWER_TOKENS = 32  # of a recall answer; the longest right ones have about 25
@@ -76,10 +75,12 @@ class Task:
         """Figures of one sample as JSON types; `score` is the one that tables show."""
         raise NotImplementedError
 
-    def run(self, pair: Pair, policy, samples: list[Sample], backend: Backend = TORCH) -> list[dict]:
+    def run(self, pair: Pair, policy, samples: list[Sample]) -> list[dict]:
         """Figures of a batch under one policy."""
-        answers = converse(pair, policy, samples, self.stops, backend)
-        known = [{**_movement(policy), **_similarity(policy, b)} for b in range(len(samples))]
+        session = open_session(policy, samples)
+        answers = converse(session, samples, pair.text, self.stops)
+        moved = _movement(session)
+        known = [{**moved, **_similarity(policy, b)} for b in range(len(samples))]
         return [{**self.score(s, a), **more} for s, a, more in zip(samples, answers, known)]
 
     def finish(self, args, samples: list[Sample], out: Path) -> None:
@@ -118,10 +119,17 @@ def _similarity(policy, b: int) -> dict:
     return {} if maps is None or maps[b] is None else {"similarity": maps[b].similarity.mean().item()}
 
 
-def _movement(policy) -> dict:
-    """Bytes from the host a step and sequence (mean of the batch), where the policy has a host tier."""
-    cache = getattr(policy, "cache", None)
-    return {"moved_bytes": cache.moved_bytes()} if isinstance(cache, TieredCache) else {}
+def _movement(session: Session, critical: float = 0.0) -> dict:
+    """What came from the offloaded tier, where there is one; the first plan, which fills the slots, does not count.
+
+    moved_bytes: a step and sequence, mean of the batch. moved, if `critical` is given, the critical tokens of all
+    steps: how many of these came, as a share.
+    """
+    rows, config = make_report(session, Timing())["moved"], session.llm.config
+    if rows is None:
+        return {}
+    share = {"moved": rows["critical"] / (critical * config.layers * config.kv_heads)} if critical else {}
+    return {**share, "moved_bytes": rows["bytes"] / max(1, rows["steps"]) / len(session.prompts)}
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------
@@ -143,7 +151,7 @@ class _Voice:
         if self.fed:
             return self.fed.popleft()
         if self.done:
-            return likeliest  # it keeps its place in the batch, nobody listens any more
+            return likeliest  # it keeps its place in the batch, and its tokens go nowhere
         stopped = likeliest in self.text.stop
         if not stopped:
             self.ids.append(likeliest)
@@ -162,16 +170,20 @@ class _Voice:
         return self.fed.popleft() if ended_by_mark else likeliest
 
 
-@torch.inference_mode()
-def converse(
-    pair: Pair, policy, samples: list[Sample], stops: tuple[str, ...] = (), backend: Backend = TORCH
-) -> list[list[str]]:  # fmt: skip
-    """The answers of each sample, one a turn, without what ended them. Greedy: the paper's setting."""
+def open_session(policy, samples: list[Sample]) -> Session:
+    """A session of a batch with room for its turns and answers. CheckpointError if its caches do not fit."""
     prompts = [sample.prompt for sample in samples]
     room = max(sample.new_tokens for sample in samples)
-    check_caches_fit(policy, [len(prompt) for prompt in prompts], max(map(len, prompts)) + room, backend)
-    session = make_session(pair, policy, prompts, room, backend)
-    voices = [_Voice(sample, pair.text, stops) for sample in samples]
+    check_caches_fit(policy, [len(prompt) for prompt in prompts], max(map(len, prompts)) + room)
+    return Session(policy, prompts, room)
+
+
+@torch.inference_mode()
+def converse(
+    session: Session, samples: list[Sample], text: Text, stops: tuple[str, ...] = ()
+) -> list[list[str]]:  # fmt: skip
+    """The answers of each sample, one a turn, without what ended them. Greedy: the paper's setting."""
+    voices = [_Voice(sample, text, stops) for sample in samples]
     logits = session.prefill()
     while True:
         tokens = [voice.next(token) for voice, token in zip(voices, logits.argmax(-1).tolist())]
@@ -229,8 +241,8 @@ class Wikitext(Task):
     """Teacher forcing: `--prompt` tokens are prefilled, `--steps` more are fed one by one.
 
     At every step the prediction is compared with the full cache's on the same tokens: loss of the true next token,
-    KL(full || method), agreement of the most likely token. moved: keys that come from the host a step, as a share of
-    the critical set.
+    KL(full || method), agreement of the most likely token. moved: critical tokens that come from the offloaded tier a
+    step, as a share of the critical ones.
     """
 
     name, metric, further, fixed_limit = "wikitext", "KL", ("agreement", "moved"), True
@@ -259,35 +271,27 @@ class Wikitext(Task):
         ]  # fmt: skip
 
     @torch.inference_mode()
-    def run(self, pair: Pair, policy, samples: list[Sample], backend: Backend = TORCH) -> list[dict]:
-        llm, steps = pair.llm, len(samples[0].turns[0])
+    def run(self, pair: Pair, policy, samples: list[Sample]) -> list[dict]:
+        steps = len(samples[0].turns[0])
         given = [sample.turns[0] for sample in samples]
-        prompts = [sample.prompt for sample in samples]
-        check_caches_fit(policy, [len(prompt) for prompt in prompts], len(prompts[0]) + steps, backend)
-        session = make_session(pair, policy, prompts, steps, backend)
+        session = open_session(policy, samples)
         session.prefill()
         full = self.full_logits(pair, samples)  # (B, steps, V)
         sums = torch.zeros(3, len(samples), dtype=torch.float64)  # loss, KL, agreement of each sample
-        tiered = isinstance(session.cache, TieredCache)
-        critical = first = 0
+        critical = 0.0  # slots in use, mean over layers and KV heads, summed over sequences and steps but the first
         for i in range(steps):
-            logits = session.step([tokens[i] for tokens in given]).float()  # (B, V)
+            logits = session.step([tokens[i] for tokens in given]).float()  # (B, V), gone with the next step
             reference = full[:, i, : logits.shape[-1]].log_softmax(-1)
             target = torch.tensor([sample.facts["targets"][i] for sample in samples], device=logits.device)
             predicted = logits.log_softmax(-1)
             sums[0] += F.nll_loss(predicted, target, reduction="none").cpu()
             sums[1] += F.kl_div(predicted, reference, log_target=True, reduction="none").sum(-1).cpu()
             sums[2] += (predicted.argmax(-1) == reference.argmax(-1)).cpu()
-            if tiered and i == 0:
-                first = session.cache.keys_moved  # the first plan fills the slots: not a movement of the steady state
-            elif tiered:
-                critical += sum(session.cache.tokens(b)[0] for b in range(len(samples)))
-        moved = {}
-        if critical:
-            heads = llm.config.layers * llm.config.kv_heads
-            moved = {"moved": (session.cache.keys_moved - first) / (critical * heads)}
+            if i and isinstance(policy, SmallKV):
+                critical += sum(policy.cache.tokens(b)["critical"] for b in range(len(samples)))
+        moved = _movement(session, critical)
         return [
-            {"score": kl, "loss": loss, "agreement": same, **moved, **_movement(policy), **_similarity(policy, b)}
+            {"score": kl, "loss": loss, "agreement": same, **moved, **_similarity(policy, b)}
             for b, (loss, kl, same) in enumerate((sums / steps).T.tolist())
         ]
 

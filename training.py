@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from backend import pick_device
+from checkpoint import checkpoint_weights
 from corpus import END
+from generate import pick_device
 from model import Block, Config, Decoder
 
 STATE, LOG = "state.pt", "log.jsonl"
@@ -353,13 +354,8 @@ def save_hf(decoder: Decoder, folder: Path, tokenizer: Tokenizer | Path, card: s
     known = json.loads(generation.read_text()) if generation.is_file() else {}
     special = {name: known[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in known}
     _write_json(folder / "config.json", config_to_hf(decoder.config, special))
-    weights = {}
-    for name, tensor in decoder.state_dict().items():
-        if name != "lm_head.weight":
-            weights[f"model.{name}"] = tensor
-        elif not decoder.config.tied:
-            weights[name] = tensor
-    weights = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    made = checkpoint_weights(decoder)
+    weights = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in made.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
 

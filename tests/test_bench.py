@@ -1,0 +1,279 @@
+"""bench.py: what it counts against a count by hand or on real tensors, and the whole command on the tiny pair; and
+overhead.py against arithmetic by hand, the paper's published values and the ledgers of real caches."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import overhead
+from baselines import BASELINES
+from bench import Setting, make_policy, make_session, random_decoder, table
+from cache import CutCache, FullCache, ScoredCache
+from checkpoint import weight_bytes
+from match import match_heads
+from model import Config, Decoder
+from overhead import MODELS, PAPER_PAIRS, early, prefill_flops, product_bytes, step_bytes
+from quantize import int4_modules
+from smallkv import Settings, TierSizes
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+LLM, SLM = (Config.from_hf(raw) for raw in bench.PAIRS["tiny"])
+SEVEN, HALF = MODELS["Qwen2-7B"], MODELS["Qwen2-0.5B"]
+
+
+@pytest.fixture
+def models():
+    return [random_decoder(config, CPU, FP32) for config in (LLM, SLM)]
+
+
+def ledger_of(cache) -> dict[str, int]:
+    return {entry.what: entry.size for entry in cache.ledger()}
+
+
+def call(capsys, *flags) -> tuple[list[str], dict]:
+    """A measurement of the tiny pair on the CPU: its lines, and the report of the last one."""
+    assert bench.main(["--pair", "tiny", "--device", "cpu", "--table", *map(str, flags)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines, json.loads(lines[-1])
+
+
+# ---- What is counted -------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_those_of_the_checkpoints():
+    """Parameters as published, in billions; and the products of the layers are those of the decoder."""
+    published = {"Qwen2-7B": 7.62, "Qwen2-0.5B": 0.49, "Qwen2-72B": 72.71, "Qwen2.5-14B": 14.77, "LLaMA-3.1-8B": 8.03,
+                 "LLaMA-3.2-1B": 1.24}  # fmt: skip
+    for name, size in published.items():
+        assert overhead.parameters(MODELS[name]) / 1e9 == pytest.approx(size, abs=0.006)
+    for config in (LLM, SLM, HALF):
+        with torch.device("meta"):
+            sizes = [p.numel() for p in Decoder(config).layers.parameters() if p.dim() == 2]
+        assert product_bytes(config, 1) == sum(sizes)
+        assert product_bytes(config, 2, observed=True) == 2 * sum(sizes[:-3])  # nothing after the last attention
+
+
+def test_bytes_of_a_step_are_those_of_the_caches(models):
+    full = step_bytes(LLM, None, 3, 100, 4)
+    assert full["LLM K, V"] == ledger_of(FullCache(LLM, 3, 100, "meta", FP32))["full K, V"]
+    assert full["LLM weights"] == sum(p.nbytes for p in models[0].parameters() if p.dim() == 2) - 4 * 97 * 96
+    sizes, decayed = TierSizes(15, 5, 10), Settings(scores="slm", score_decay=0.5)
+    tiered = step_bytes(LLM, SLM, 3, 100, 4, sizes)
+    assert tiered["LLM K, V"] == full["LLM K, V"] * 20 / 100  # 15 whole tokens and 10 halves
+    scored, memory = ledger_of(ScoredCache(SLM, 3, 100, "meta", FP32, 0.0)), 3 * 2 * 2 * 100 * 4  # layers, KV heads
+    assert tiered["SLM K, V"] == scored["full K, V"]
+    logs = 3 * 2 * 4 * 4  # of the sums of the rows: too few to count
+    assert tiered["scores"] == 2 * (scored["scores"] - logs + memory)  # written and read
+    both = ledger_of(ScoredCache(SLM, 3, 100, "meta", FP32, 0.5))["scores"] - logs
+    assert step_bytes(LLM, SLM, 3, 100, 4, sizes, decayed)["scores"] == 2 * both
+    assert tiered["SLM weights"] == product_bytes(SLM, 4, observed=True)
+    drafted = step_bytes(LLM, SLM, 3, 100, 4, sizes, decayed, drafts=2)
+    assert drafted["SLM K, V"] == 3 * tiered["SLM K, V"] and drafted["LLM K, V"] == tiered["LLM K, V"]
+    assert drafted["SLM weights"] == tiered["SLM weights"] + 2 * (product_bytes(SLM, 4) + 4 * 97 * 64)
+    rows = ledger_of(ScoredCache(SLM, 3, 100, "meta", FP32, 0.5, rows=3))["scores"] - 3 * logs
+    assert drafted["scores"] == 2 * rows
+    assert "scores" not in step_bytes(LLM, SLM, 3, 100, 4, drafts=2)  # the full cache's drafts have none
+
+
+def test_bytes_of_models_that_are_made_smaller():
+    """An SLM with one layer and 40 % of its cache; INT4 weights."""
+    less = step_bytes(LLM, early(SLM, 1), 3, 100, 4, TierSizes(15, 5, 10), Settings(slm_budget=0.4))
+    cut, gathered = ledger_of(CutCache(early(SLM, 1), 3, 100, "meta", FP32, 0.0, 0.4)), 3 * 2 * 40 * 4
+    assert less["SLM K, V"] == cut["kept K, V"] and less["SLM slots"] == 3 * gathered
+    assert cut["scores"] - gathered == 3 * 4 * (100 + 1) * 4  # logits, logs of sums
+    first = overhead.products(SLM)[0]
+    assert less["SLM weights"] == 4 * first[0] * first[1]  # q, k and v, all that is asked of a single layer
+    decoder = random_decoder(LLM, CPU, FP32, int4=True)
+    held = sum(m.packed.nbytes + m.scale.nbytes + m.zero.nbytes for m in int4_modules(decoder).values())
+    assert step_bytes(LLM, None, 3, 100, 4, int4=(True, False))["LLM weights"] == held + 4 * 97 * 96
+
+
+def test_flops_of_a_prefill_are_counted_by_torch():
+    """torch's own counter over a plain forward; attention there is not halved by causality, so it is taken twice."""
+    n = 64
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        Decoder(LLM)(torch.zeros(1, n, dtype=torch.long), logits="last")
+    square = 2 * 2 * LLM.layers * LLM.query_heads * LLM.head_dim * n * n
+    found = prefill_flops(LLM, None, 1, n) - square * (n + 1) // (2 * n)
+    assert counter.get_total_flops() in (found, found + square)  # where the counter knows this attention
+
+
+def test_the_table_sets_the_memory_beside_pcie():
+    """A step of 3 ms of memory and 5 ms of PCIe lasts at least 5; one that failed says why."""
+    row = {
+        "setting": "1x1+1", "method": "smallkv", "turnover": 0.1, "tpot_s": 0.006, "tpot_p10_p90": [0.006, 0.006],
+        "step_bytes": {"all": 3000}, "pcie_bytes_step": 500, "tokens_s": 1.0, "ttft_s": None, "peak_bytes": None,
+        "ledger_bytes": 2e9, "prefill_flops": 1, "tokens_round": 1.0,
+    }  # fmt: skip
+    rates = {"copy_bytes_s": 1e6, "pcie_bytes_s": 1e5, "matrix_flops_s": 1}
+    failed = {"setting": "1x1+1", "method": "full", "error": "out of memory"}
+    lines = table({"rows": [row, failed], "ceilings": rates, "speculate": 0}).splitlines()
+    cells = lines[2].split(" | ")
+    assert cells[4:6] == ["3.00", "2.00"] and cells[8] == "5.00" and cells[-1] == "- (2.00) |"
+    assert "out of memory" in lines[3]
+
+
+# ---- What is measured ------------------------------------------------------------------------------------------------
+
+
+def test_the_transformers_rival_has_the_same_weights(models):
+    models[0].raw = bench.PAIRS["tiny"][0]
+    session = make_session(make_policy("transformers", models, Settings(), 0), Setting(2, 40, 2), 0, 64)
+    tokens = torch.tensor(session.prompts)
+    torch.testing.assert_close(session.prefill(), models[0](tokens)[:, -1])
+    after = torch.cat((tokens, tokens[:, :1]), 1)
+    torch.testing.assert_close(session.step(tokens[:, 0]), models[0](after)[:, -1])
+
+
+@pytest.mark.parametrize("extra", [[], ["--decode-only"], ["--no-marginal", "--score-decay", 0.9, "--scores", "slm"],
+                                   ["--quantize", "int4-both"], ["--decode-only", "--reach", "inf"],
+                                   ["--slm-layers", 1, "--slm-budget", 0.4, "--decode-only"],
+                                   ["--slm-layers", 1, "--slm-budget", 0.4, "--offload", "none"]],
+                         ids=lambda flags: "".join(map(str, flags)) or "default")  # fmt: skip
+def test_the_command_measures_every_method(extra, capsys):
+    """Rows, table and the last line; turnover and bytes over PCIe that are counted are those asked for."""
+    command = ["--settings", "2x400+60", "--turnover", "0.02,0.2", "--steps", 9, "--methods", "full,smallkv", *extra]
+    lines, report = call(capsys, *command)
+    rows = report["rows"]
+    assert [row["method"] for row in rows] == ["full", "smallkv", "smallkv"]
+    assert sum(line.startswith("| 2x400+60 |") for line in lines) == 3
+    settings = Settings(**{name: report[name] for name in ("marginal", "score_decay", "scores", "slm_budget")})
+    for row in rows[1:]:
+        size = settings.sizes(row["length"])
+        assert row["turnover"] == pytest.approx(row["turnover_asked"], abs=2.5 / size.critical)
+        slm = early(SLM, report["slm_layers"])
+        both = (report["quantize"] is not None,) * 2
+        assert row["step_bytes"] == step_bytes(LLM, slm, 2, row["length"], 4, size, settings, both)
+        assert row["prefill_flops"] == prefill_flops(LLM, slm, 2, 400)
+    if report["offload"] == "none":
+        assert row["pcie_bytes_step"] == 0
+    elif not report["marginal"]:
+        heads = 2 * LLM.layers * LLM.kv_heads  # of both sequences
+        assert row["pcie_bytes_step"] == pytest.approx(2 * 16 * 4 * heads * size.critical * row["turnover"])
+    for row in rows:
+        assert (row["ttft_s"] is None) == (row["paper_throughput"] is None) == ("--decode-only" in extra)
+        on_device = sum(entry["size"] for entry in row["ledger"] if not entry["host"])
+        slm_weights = report["weights"][1] * (row["method"] == "smallkv")
+        assert row["ledger_bytes"] == on_device + report["weights"][0] + slm_weights
+    if "--decode-only" not in extra:
+        ttft, tpot = rows[0]["ttft_s"], rows[0]["tpot_s"]
+        assert rows[0]["paper_throughput"] == pytest.approx(460 / (ttft + 60 * tpot))  # of one sequence
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_prefill_that_is_timed_matches_heads(filled, models):
+    """Random heads within reach stand in for the matching where caches are filled, and nowhere else."""
+    policy = make_policy("smallkv", models, Settings(), 0, filled)
+    session = make_session(policy, Setting(2, 120, 4), 0, 50)
+    bench.fill(session) if filled else session.prefill()
+    for b, prompt in enumerate(session.prompts):
+        index = match_heads(*models, prompt, "cosine", 2.0).index
+        assert torch.equal(policy.maps[b].index, index) != filled
+        assert torch.equal(policy.index[:, b], policy.maps[b].index)
+    assert session.step([1, 2]).isfinite().all()
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 1.0])
+def test_rounds_of_drafts_are_measured_with_the_acceptance_asked_for(acceptance, capsys):
+    _, report = call(capsys, "--settings", "2x400+200", "--turnover", "0.02,0.2", "--steps", 12, "--speculate", 3,
+                     "--acceptance", acceptance, "--decode-only")  # fmt: skip
+    assert [row["method"] for row in report["rows"]] == ["full", "smallkv", "smallkv"]
+    for row in report["rows"]:
+        expected = 1 + sum(acceptance**draft for draft in (1, 2, 3))
+        assert row["tokens_round"] == pytest.approx(expected, rel=0.35 if 0 < acceptance < 1 else 1e-9)
+        assert row["tokens_s"] == pytest.approx(2 / row["tpot_s"])
+    for row in report["rows"][1:]:
+        size = Settings(scores="slm").with_drafts(row["length"], 3)
+        close = 0.2 * row["turnover_asked"] + 4 / size.critical
+        assert row["turnover"] == pytest.approx(row["turnover_asked"], abs=close)
+
+
+def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
+    methods = [*BASELINES, "transformers"]
+    lines, report = call(capsys, "--settings", "2x400+60", "--steps", 4, "--budget", 0.1, "--decode-only", "--prefill",
+                         "2x120+20", "--methods", ",".join(methods))  # fmt: skip
+    full = step_bytes(LLM, None, 2, 400, 4)
+    for row, method in zip(report["rows"], methods, strict=True):
+        share = 1 if method in ("oracle", "transformers") else 10
+        assert row["method"] == method and row["turnover"] is None and row["pcie_bytes_step"] == 0
+        assert (row["ttft_s"] is None) == (method == "transformers")
+        assert row["step_bytes"]["LLM weights"] == full["LLM weights"]
+        if method not in ("snapkv", "pyramidinfer"):  # these have rules of their own
+            assert row["step_bytes"]["LLM K, V"] == full["LLM K, V"] / 400 * (row["length"] // share)
+        assert row["prefill_flops"] == prefill_flops(LLM, None, 2, 400)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--slm-layers", "3"], "3 layers were asked for; 1 to 2 can run"),
+    (["--slm-budget", "0"], "SLM budget 0.0 is outside (0, 1]"),
+    (["--methods", "h3o"], "unknown method h3o; supported: full, smallkv, h2o"),
+    (["--speculate", "2", "--methods", "full,h2o"], "--speculate is for --methods full,smallkv"),
+    (["--quantize", "int4", "--methods", "transformers"], "--quantize has no Transformers beside it"),
+    (["--acceptance", "1.5"], "--acceptance 1.5 is outside [0, 1]"),
+    (["--settings", "2x100+5"], "--settings 2x100+5 leaves no steps to time; 6 new tokens at least"),
+    (["overhead", "--llm", "Qwen9"], "published shapes here: Qwen2-0.5B, "),
+    (["overhead", "--budget", "1"], "--budget 1.0 is outside"),
+    (["overhead", "--slm-budget", "0"], "--slm-budget 0.0 is outside"),
+    (["overhead", "--slm-layers", "25"], "25 layers were asked for; 1 to 24 can run"),
+    (["overhead", "--length", "0"], "--length: at least one context"),
+])  # fmt: skip
+def test_mistakes_are_one_line(flags, said, capsys):
+    flags = flags if flags[0] == "overhead" else ["--pair", "tiny", "--device", "cpu", *flags]
+    assert bench.main(flags) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+# ---- Appendix A ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAPER_PAIRS, ids=lambda pair: pair.llm)
+def test_the_paper_s_published_values(pair, capsys):
+    """Table 4's cache ratios; for Qwen2-72B A.1's 5.71 and 21.9 % and A.2's 14.9; for Qwen2-7B A.3's 7.14 %."""
+    assert bench.main(["overhead", "--llm", pair.llm, "--slm", pair.slm]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    plain, drafts, *_, best = report["uses"].values()
+    assert round(report["pairs"][f"{pair.llm} / {pair.slm}"]["cache"], 2) == pair.cache
+    if pair.llm == "Qwen2-72B":
+        assert round(plain["share_of_saving"], 3) == 0.219 and round(plain["layer_flops"], 1) == 14.9
+    if pair.llm == "Qwen2-7B":
+        assert [*report["uses"]][-1] == "0.4 of its cache, 20 of 24 layers" and round(best["slm_share"], 4) == 0.0714
+    assert drafts["added"]["held"][0] == drafts["added"]["moved"][0] == 0
+    assert min(plain["forward_flops"].values()) > pair.latency  # the latencies are no ratio of FLOPs
+
+
+@pytest.mark.parametrize("more", [(), (0.4,), (1.0, True)], ids=["whole", "cut", "drafting"])
+def test_bytes_added_are_those_of_the_ledgers_and_of_a_step(more):
+    """At 30,000 tokens, beside the LLM's K and V; and break-even is where the saving overtakes them."""
+    n, bf16, share = 30000, torch.bfloat16, more[0] if more else 1.0
+    added = overhead.added_bytes(SEVEN, HALF, *more)
+    found = {kind: fixed + each * n for kind, (fixed, each) in added.items()}
+    if len(more) < 2:
+        slm = CutCache(HALF, 1, n, "meta", bf16, 0.0, share) if more else ScoredCache(HALF, 1, n, "meta", bf16, 0.0)
+        small, memory = 4 * 24 * (14 + 2 * len(more)), 4 * 28 * 4 * n  # logs of sums, and where the newest token is
+        assert found["held"] == pytest.approx(sum(ledger_of(slm).values()) - small + memory + weight_bytes(HALF, bf16))
+        step = step_bytes(SEVEN, HALF, 1, n, 2, TierSizes(n, 1, 0), Settings(slm_budget=share))
+        assert found["moved"] == pytest.approx(sum(size for kind, size in step.items() if "LLM" not in kind))
+    for kind, tokens in overhead.compare(SEVEN, HALF, 0.2, [n], *more)["break_even"].items():
+        fixed, saved = added[kind][0], 0.8 * 2 * 28 * 4 * 128 * 2 - added[kind][1]
+        assert saved * tokens >= fixed and (tokens == 1 or saved * (tokens - 1) < fixed)
+    assert overhead.compare(HALF, SEVEN, 0.2, [n])["break_even"] == {"held": None, "moved": None}
+
+
+def test_flops_by_hand():
+    assert overhead.forward_flops(HALF, 10) == 24 * (10 * 24 * 896**2 + 4 * 100 * 896) + 2 * 10 * 896 * 151936
+    assert overhead.matching_flops(SEVEN, HALF, 200) == 2 * 200 * (28 * 28) * (24 * 14)
+    multiplied = sum(p.numel() for name, p in Decoder(LLM).named_parameters() if "embed_tokens" not in name)
+    assert overhead.decode_flops(LLM, 50) == 2 * (multiplied + 2 * LLM.layers * LLM.query_heads * LLM.head_dim * 50)
+
+
+def test_the_calculator_takes_folders_and_names(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**overhead.SHAPES["Qwen2-0.5B"], "num_hidden_layers": 3}))
+    assert bench.main(["overhead", "--slm", str(tmp_path), "--length", "100"]) == 0  # the config alone is read
+    out = capsys.readouterr().out
+    assert re.search(r"\| as it is \| speculative decoding \| 0.4 of its cache \| 2 of 3 layers \|", out)
+    assert "| break-even length, held |" in out and "| layers | 28 | 3 |" in out

@@ -1,0 +1,256 @@
+"""Loading, against Transformers on tiny random checkpoints; words at both ends; what cannot be used is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import checkpoint
+from checkpoint import CheckpointError, Text, checkpoint_weights, load_decoder, resolve, weight_bytes
+from conftest import tiny_decoder
+from model import Decoder
+
+transformers = pytest.importorskip("transformers", reason="the oracle of these tests; see requirements-dev.txt")
+
+SMALL = {
+    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 12}),
+    "qwen3-tied-multihead": ("Qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+}
+
+
+def make_checkpoint(folder: Path, family: str, shard: str = "1GB"):
+    """A tiny random Transformers model and its checkpoint folder; biases and norms are random too."""
+    kind, changes = FAMILIES[family]
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+# ---- The decoder -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, tmp_path, device):
+    reference = make_checkpoint(tmp_path, family).to(device)
+    decoder = load_decoder(tmp_path, device, torch.float32)
+    tokens = torch.randint(61, (2, 50), generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.no_grad():
+        difference = (decoder(tokens) - reference(tokens).logits).abs().max().item()
+    assert difference < 1e-4, f"largest difference of logits {difference}"
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-biases", "qwen2", "qwen3"])
+def test_the_weights_under_the_checkpoint_s_names_are_those_of_the_file(family, tmp_path):
+    make_checkpoint(tmp_path, family)
+    weights, stored = checkpoint_weights(load_decoder(tmp_path)), load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == stored.keys()
+    assert all(torch.equal(weights[name], stored[name]) for name in stored)
+
+
+def test_sharded_equals_single_and_dtype_is_converted(tmp_path):
+    make_checkpoint(tmp_path / "one", "qwen2")
+    make_checkpoint(tmp_path / "many", "qwen2", shard="10KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = load_decoder(tmp_path / "one"), load_decoder(tmp_path / "many")
+    gone = sorted((tmp_path / "many").glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=gone.name):
+        load_decoder(tmp_path / "many")
+    for (name, a), b in zip(one.named_parameters(), many.parameters()):
+        assert torch.equal(a, b), name
+    half = load_decoder(tmp_path / "one", dtype=torch.bfloat16)
+    for (name, a), b in zip(one.named_parameters(), half.parameters()):
+        assert torch.equal(a.bfloat16(), b), name
+    assert half.lm_head.weight is half.embed_tokens.weight  # tied: one tensor, not two
+    assert weight_bytes(half.config, torch.bfloat16) == sum(p.nbytes for p in half.parameters())
+    assert checkpoint.checkpoint_dtype(tmp_path / "one") == one.dtype == torch.float32
+
+
+def test_the_first_layers_alone_equal_those_of_the_whole_model(tmp_path):
+    make_checkpoint(tmp_path, "qwen2")
+    tokens = torch.arange(12)[None]
+    seen = {}
+    for layers in (None, 1):
+        decoder, seen[layers] = load_decoder(tmp_path, layers=layers), []
+        decoder(tokens, logits="none", observe=lambda layer, query, key: seen[layers].append((query, key)))
+        assert weight_bytes(decoder.config, torch.float32) == sum(p.nbytes for p in decoder.parameters())
+    assert len(seen[1]) == 1 < len(seen[None])
+    assert all(torch.equal(short, whole) for short, whole in zip(seen[1][0], seen[None][0]))
+    for layers in (0, 99):
+        with pytest.raises(CheckpointError, match=f"{layers} layers were asked for; 1 to 2 can run"):
+            load_decoder(tmp_path, layers=layers)
+
+
+# ---- What cannot be loaded -------------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **changes) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+DAMAGE = {
+    "unknown model_type 'mamba'.*supported: llama, qwen2, qwen3": lambda f: edit_config(f, model_type="mamba"),
+    "unknown rope type 'longrope'.*yarn": lambda f: edit_config(f, rope_parameters={"rope_type": "longrope"}),
+    "sliding-window.*4096": lambda f: edit_config(f, use_sliding_window=True, sliding_window=4096),
+    "sliding-window": lambda f: edit_config(f, layer_types=["full_attention", "sliding_attention"]),
+    "hidden_act 'gelu'": lambda f: edit_config(f, hidden_act="gelu"),
+    "not valid JSON": lambda f: (f / "config.json").write_text("{"),
+    "should hold a JSON object, not a list": lambda f: (f / "config.json").write_text("[]"),
+    "no config.json": lambda f: (f / "config.json").unlink(),
+    f"missing tensor {Q0}": lambda f: edit_weights(f, lambda t: t.pop(Q0)),
+    "unexpected tensor extra": lambda f: edit_weights(f, lambda t: t.update(extra=t[Q0] + 1)),
+    rf"{Q0} has shape \(47, 48\).*\(48, 48\)": lambda f: edit_weights(f, lambda t: t.update({Q0: t[Q0][1:].clone()})),
+    "neither model.safetensors nor": lambda f: (f / "model.safetensors").unlink(),
+    "model.safetensors is not a readable safetensors file": lambda f: (f / "model.safetensors").open("ab").write(b"x"),
+    "not a readable safetensors file": lambda f: (f / "model.safetensors").write_bytes(b"\0" * 50),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damaged_checkpoints_are_named(message, tmp_path):
+    make_checkpoint(tmp_path, "llama")
+    DAMAGE[message](tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        load_decoder(tmp_path)
+
+
+def test_hub_ids_and_names_that_cannot_be_resolved(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("some/model") == resolve("some/model@v1") == resolve(str(tmp_path)) == tmp_path
+    assert asked == [("some/model", None), ("some/model", "v1")]
+    for name, message in (("./nowhere", "no folder ./nowhere"), ("a/b/c", "no folder a/b/c"),
+                          ("some/model.gguf", "no folder some/model.gguf"),
+                          (f"{tmp_path}@main", "@main needs a hub id, but .* is a folder")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            resolve(name)
+
+    def unreachable(*args, **options):
+        raise OSError("Connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(CheckpointError, match="hub not reachable and some/model@v1 .*Connection refused"):
+        resolve("some/model@v1")
+
+
+def test_what_does_not_fit_says_what_is_needed_and_there():
+    room = torch.device("cpu"), 5 << 29
+    with pytest.raises(CheckpointError, match=r"3.00 GiB needed \(weights 2.00, cache 1.00\), 2.50 GiB available"):
+        checkpoint.check_fits({"weights": 2 << 30, "cache": 1 << 30}, *room)
+    checkpoint.check_fits({"weights": 2 << 30}, *room)
+
+
+# ---- Words -----------------------------------------------------------------------------------------------------------
+
+WORDS = "the quick brown fox jumps over the lazy dog and runs far away from the old grey house by the sea " * 4
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<bot>{% endif %}"
+
+
+def save_decoder(decoder: Decoder, folder: Path) -> Path:
+    """The weights of a LLaMA-type decoder and its config.json."""
+    config = decoder.config
+    folder.mkdir(exist_ok=True)
+    save_file({n: t.contiguous() for n, t in checkpoint_weights(decoder).items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": config.model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.query_heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions, "tie_word_embeddings": config.tied, "torch_dtype": "float32",
+    }))  # fmt: skip
+    return folder
+
+
+def write_checkpoint(folder: Path, vocab: int = 280, text: str = WORDS, **shape) -> Path:
+    """A tiny random checkpoint in Hugging Face layout, with a byte-level tokenizer."""
+    save_decoder(tiny_decoder(vocab=vocab, **shape), folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<end>"}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0]}))
+    return folder
+
+
+def test_chat_renders_the_checkpoint_s_template(tmp_path):
+    text = Text.load(write_checkpoint(tmp_path / "llm"))
+    assert text.chat("the dog") == text.tokenizer.encode("<user>the dog</><bot>").ids
+    assert text.next_turn("the fox") == text.tokenizer.encode("</><user>the fox</><bot>").ids
+    assert text.stop == {0} and text.special == {"eos_token": "<end>"}
+
+
+def test_streamed_pieces_make_the_text_even_across_characters(tmp_path):
+    text = Text.load(write_checkpoint(tmp_path / "llm"))
+    words = "the café — naïve 🦊 fox"
+    stream = text.stream()
+    assert "".join(stream.push(token) for token in text.encode(words)) == words and stream.finish() == ""
+    half = text.encode("🦊")[:2]
+    stream = text.stream()
+    assert "".join(stream.push(token) for token in half) == "" and stream.finish() == text.decode(half)
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer_config.json", {"chat_template": {"a": 1}}, "chat_template is a dict, not text"),
+    ("tokenizer_config.json", {"chat_template": "{{ messages + 1 }}"}, "chat template failed"),
+    ("tokenizer_config.json", {"chat_template": "{{ raise_exception('no') }}"}, "chat template failed: no"),
+    ("tokenizer_config.json", {}, "no chat template"),
+    ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id is <end>, not a token id"),
+    ("tokenizer.json", {"model": 1}, "tokenizer.json is not a readable tokenizer"),
+])  # fmt: skip
+def test_odd_files_are_named(file, content, message, tmp_path):
+    folder = write_checkpoint(tmp_path / "llm")
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Text.load(folder).chat("hello")
+
+
+def test_different_tokenizers_are_named(tmp_path):
+    llm, same = Text.load(write_checkpoint(tmp_path / "llm")), checkpoint.check_same_tokenizer
+    same(llm, Text.load(tmp_path / "llm"))
+    other = write_checkpoint(tmp_path / "other", text="completely different words about stones and rivers " * 9)
+    with pytest.raises(CheckpointError, match="tokenizers of LLM and SLM differ, first at id 257: LLM 'he', SLM 'er'"):
+        same(llm, Text.load(other))
+    raw = json.loads((tmp_path / "llm" / "tokenizer.json").read_text())
+    raw["model"]["merges"].reverse()
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="differ, first at merge 0: LLM"):
+        same(llm, Text.load(other))

@@ -1,0 +1,398 @@
+"""The command, as a user meets it: answers, report, the demonstration, and one clear line for every mistake."""
+
+import io
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+import generate as command
+from baselines import BASELINES
+from checkpoint import Text, weight_bytes
+from conftest import tiny_decoder
+from decode import Policy, Session, Timing, generate
+from smallkv import Settings, SmallKV
+from speculative import RoundSession
+from test_checkpoint import WORDS, write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PROMPT = WORDS.strip()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    base = tmp_path_factory.mktemp("pair")
+    shape = {"max_position_embeddings": 1024}
+    return write_checkpoint(base / "llm", **shape), write_checkpoint(base / "slm", heads=4, head_dim=8, seed=1, **shape)
+
+
+@pytest.fixture
+def copied(pair, tmp_path):
+    """A folder of the LLM's files to change."""
+    (tmp_path / "llm").mkdir()
+    for file in pair[0].iterdir():
+        (tmp_path / "llm" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "llm"
+
+
+@pytest.fixture
+def run(pair, capsys):
+    """Call the command on the pair; returns (exit code, standard output, standard error)."""
+
+    def call(*arguments, llm=pair[0], slm=pair[1]):
+        models = ["--llm", str(llm)] + (["--slm", str(slm)] if slm else [])
+        code = command.main([*models, "--device", "cpu", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def results(run, tmp_path):
+    """Call the command with --json; returns its content and standard error."""
+
+    def call(*arguments, **models):
+        code, _, err = run(*arguments, "--json", tmp_path / "r.json", **models)
+        assert code == 0, err
+        return json.loads((tmp_path / "r.json").read_text()), err
+
+    return call
+
+
+def load(pair):
+    return command.load_pair(*map(str, pair), "cpu")
+
+
+def expected_answer(pair, prompt: str, count: int, settings: Settings = Settings()) -> str:
+    loaded = load(pair)
+    policy = SmallKV(loaded.llm, loaded.slm, settings)
+    return loaded.text.decode(generate(policy, [loaded.text.encode(prompt)], count, set(loaded.text.stop))[0])
+
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_fit_on_one_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    parser = command.make_parser()
+    flags = {action.dest for action in parser._actions if action.option_strings} - {"help"}
+    lines = parser.format_help().splitlines()
+    assert len(flags) <= 28 and len(lines) <= 50 and max(map(len, lines)) <= 100
+    assert {field.name for field in fields(Settings)} <= flags
+
+
+def test_settings_are_what_was_typed():
+    def settings(*flags):
+        return command.make_settings(command.make_parser().parse_args(flags))
+
+    assert settings() == Settings()
+    assert settings("--paper") == Settings.paper()
+    assert settings("--paper", "--reach", "2", "--no-marginal") == Settings.paper(reach=2.0, marginal=False)
+    assert settings("--reach", "inf", "--budget-tokens", "64") == Settings(reach=float("inf"), budget_tokens=64)
+    assert settings("--no-saliency-shift") == Settings(saliency_shift=False, scores="slm")
+    assert settings("--speculate", "2", "--score-decay", "0") == Settings(scores="slm", score_decay=0.0)
+
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offload", ["cpu", "none"])
+def test_streams_the_answer_and_reports(pair, run, tmp_path, offload):
+    options = "--budget", 0.2, "--offload", offload, "--max-new-tokens", 30, "--json", tmp_path / "r.json"
+    code, out, err = run(PROMPT, *options)
+    settings = Settings(budget=0.2, offload=offload)
+    assert code == 0 and out == expected_answer(pair, PROMPT, 30, settings) + "\n"
+    for piece in ("runs on cpu", "float32: plain PyTorch", "critical K, V", "head similarity", "moved", "TTFT", "TPOT"):
+        assert piece in err, piece
+    result = json.loads((tmp_path / "r.json").read_text())["smallkv"]
+    prompt, report = result["answers"][0]["prompt_tokens"], result["report"]
+    assert report["prompt"] == {"tokens": prompt, "chunk": prompt} and report["decode_steps"] == 29
+    size = settings.sizes(prompt + 29)  # the last token was sampled and not fed
+    tokens = report["tokens"][0]  # counted in the slots
+    assert (tokens["critical"], tokens["marginal"], tokens["all"]) == (size.critical, size.marginal, prompt + 29)
+    loaded = load(pair)
+    predicted = SmallKV(loaded.llm, loaded.slm, settings).ledgers([prompt], prompt + 30)
+    assert report["ledger"] == [
+        {"model": model, "what": entry.what, "device": "host" if entry.host else "cpu", "bytes": entry.size}
+        for model, entries in predicted.items() for entry in entries
+    ]  # fmt: skip
+    assert any(entry["device"] == "host" for entry in report["ledger"]) == (offload == "cpu")
+    full = Policy(loaded.llm).ledgers([prompt], prompt + 30)["LLM"]
+    assert report["full_cache_bytes"] == sum(entry.size for entry in full)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_moved_counts_all_plans_but_the_first(pair, drafts):
+    loaded = load(pair)
+    prompts = [loaded.text.encode(PROMPT), loaded.text.encode(PROMPT)[:120]]
+    policy = command.make_policy("smallkv", loaded, Settings(scores="slm"), drafts)
+    session = RoundSession(policy, prompts, 24) if drafts else Session(policy, prompts, 24)
+    session.prefill()
+    totals = []
+    for step in range(4):
+        session.round([step, 2], [3, 3]) if drafts else session.step([step, 2])
+        totals.append(policy.cache.moved.sum(0))
+        critical, marginal = (totals[-1] - totals[0]).tolist()
+        size = (2 * critical + marginal) * 16 * 4  # head_dim, fp32
+        expected = {"critical": critical, "marginal": marginal, "bytes": size, "steps": step}
+        assert command.make_report(session, Timing())["moved"] == expected
+    assert critical > 0 and marginal > 0
+
+
+def test_prompts_come_from_arguments_files_and_standard_input(pair, run, tmp_path, monkeypatch):
+    file, latin = tmp_path / "prompt.txt", tmp_path / "latin.txt"
+    file.write_text(PROMPT, encoding="utf-8")
+    latin.write_bytes("caf\xe9 au lait".encode("latin-1"))
+    assert "is not UTF-8: byte 0xe9 at offset 3" in run("--prompt-file", latin)[2]
+    answer = expected_answer(pair, PROMPT, 8)
+    assert run("--prompt-file", file, "--max-new-tokens", 8)[1] == answer + "\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    assert run("--max-new-tokens", 8)[1] == answer + "\n"
+    code, out, _ = run(PROMPT, "the lazy dog " * 40, "--max-new-tokens", 8)
+    other = expected_answer(pair, "the lazy dog " * 40, 8)
+    assert code == 0 and out == f"--- answer 1\n{answer}\n--- answer 2\n{other}\n"
+
+
+def test_compare_shows_where_they_part(run, tmp_path):
+    code, out, _ = run(PROMPT, "--compare", "--budget", 0.05, "--max-new-tokens", 20, "--json", tmp_path / "r.json")
+    result = json.loads((tmp_path / "r.json").read_text())
+    full, small = (result[name]["answers"][0]["tokens"] for name in ("full", "smallkv"))
+    parting = [one == other for one, other in zip(full, small)].index(False)
+    assert code == 0 and f"they part at token {parting + 1}:" in out
+    assert "the same 20 tokens" in run(PROMPT, "--compare", "--budget", 1.0, "--max-new-tokens", 20)[1]
+
+
+def test_full_method_needs_no_slm_and_stops_at_any_stop_token(pair, run, copied):
+    loaded = load(pair)
+    ids = generate(Policy(loaded.llm), [loaded.text.encode(PROMPT)], 12)[0]
+    options = PROMPT, "--method", "full", "--max-new-tokens", 12
+    assert run(*options, slm=None)[:2] == (0, loaded.text.decode(ids) + "\n")
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[5], 0]}))
+    assert run(*options, llm=copied, slm=None)[1] == loaded.text.decode(ids[: ids.index(ids[5])]) + "\n"
+
+
+def test_chat_renders_the_checkpoints_template(pair, results):
+    text, chat = Text.load(pair[0]), "<user>the dog</><bot>"
+    found, err = results("the dog", "--chat", "--max-new-tokens", 2)
+    assert found["smallkv"]["answers"][0]["prompt_tokens"] == len(text.tokenizer.encode(chat).ids)
+    assert "heads not matched: fewer than 100 tokens, so nothing was evicted either" in err
+
+
+def test_readme_example(pair, capsys):
+    """The README's Python example, with the tiny pair in place of its names."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:] if "load_pair" in block]
+    assert len(code.strip().splitlines()) <= 10
+    exec(code.replace('"pair/llm"', repr(str(pair[0]))).replace('"pair/slm"', repr(str(pair[1]))), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_ctrl_c_keeps_what_was_generated(pair, run, monkeypatch):
+    step, calls = Session.step, []
+
+    def interrupted(self, tokens):
+        calls.append(tokens)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(self, tokens)
+
+    monkeypatch.setattr(Session, "step", interrupted)
+    code, out, err = run(PROMPT, "--max-new-tokens", 20)
+    monkeypatch.setattr(Session, "step", step)
+    assert (code, out) == (130, expected_answer(pair, PROMPT, 5) + "\n")
+    assert "interrupted" in err and "TTFT" in err
+
+
+def test_interrupted_in_the_prefill_says_so(run, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "prefill", interrupted)
+    code, out, err = run(PROMPT)
+    assert (code, out) == (130, "\n") and "ended in the prefill" in err and "TTFT" not in err
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_every_baseline_answers_one_prompt_and_several(method, results):
+    """Without an SLM; a batch gives the answers of the prompts alone, and the report says what became of the tokens."""
+    options = ("--method", method, "--budget", 0.3, "--max-new-tokens", 12)
+    prompts = (PROMPT, "the quick brown fox")
+    alone = [results(prompt, *options, slm=None)[0][method]["answers"][0]["tokens"] for prompt in prompts]
+    found, err = results(*prompts, *options, slm=None)
+    assert [answer["tokens"] for answer in found[method]["answers"]] == alone
+    for tokens in found[method]["report"]["tokens"]:
+        assert sum(count for tier, count in tokens.items() if tier != "all") == pytest.approx(tokens["all"])
+    assert ("dropped" in err) == (method != "oracle") and "no third tier" in err and "TPOT" in err
+
+
+@pytest.mark.parametrize("method", ["full", "smallkv"])
+def test_drafts_are_shown_beside_the_same_method_without(method, run, results):
+    options = ("--max-new-tokens", 12, "--method", method, "--budget", 1.0)
+    alone = results(PROMPT, *options)[0][method]["answers"][0]["tokens"]
+    both, err = results(PROMPT, *options, "--speculate", 3, "--compare")
+    assert [result["answers"][0]["tokens"] for result in both.values()] == [alone, alone]
+    plain, drafted = (result["report"] for result in both.values())
+    assert list(both) == [method, f"{method}, 3 drafts"] and plain["speculation"] is None and "drafts: " in err
+    found = drafted["speculation"]
+    assert found["drafts"] == 3 and found["acceptance"] == found["accepted"] / found["drafted"]
+    assert found["tokens_per_step"] == pytest.approx((len(alone) - 1) / drafted["decode_steps"])
+    assert {entry["model"] for entry in drafted["ledger"]} == {"LLM", "SLM"}
+    _, out, err = run(PROMPT, "x", *options, "--speculate", 3, "--temperature", 0.8)
+    assert "--- answer 2" in out and "tokens per step and sequence" in err
+
+
+def test_a_smaller_slm(results):
+    """Fewer layers and a cut cache together, in the ledger: a layer of two, and slots for two fifths of the tokens."""
+    found = results(PROMPT, "--slm-layers", 1, "--slm-budget", 0.4, "--max-new-tokens", 8)[0]["smallkv"]
+    (kept,) = [entry["bytes"] for entry in found["report"]["ledger"] if entry["what"] == "kept K, V"]
+    capacity = found["answers"][0]["prompt_tokens"] + 8
+    assert kept == 2 * 1 * 2 * 8 * 4 * int(0.4 * capacity)
+
+
+def test_a_reach_that_loses_similar_heads_is_named():
+    report = {
+        "tokens": [{"critical": 1, "marginal": 1, "offloaded": 2, "all": 4}], "ledger": [], "full_cache_bytes": 1,
+        "moved": None, "speculation": None, "prompt": {"tokens": 4, "chunk": 4}, "ttft_s": 1.0, "tpot_ms": None,
+    }  # fmt: skip
+    for anywhere, named in ((0.9, False), (0.95, True)):
+        similarity = {"mean": 0.9, "worst": 0.5, "mean_anywhere": anywhere, "worst_anywhere": 0.5}
+        console = Console(file=io.StringIO(), width=200)
+        command.print_report("smallkv", {**report, "similarity": similarity}, console)
+        assert ("--reach inf may answer better" in console.file.getvalue()) == named
+
+
+def test_comparison_shows_brackets_and_backslashes_as_they_are(pair):
+    text, console = Text.load(pair[0]), Console(file=io.StringIO(), width=200)
+    answers = {end: {"answers": [{"tokens": text.encode(r"\[x = 2\] [/b] C:\ " + end)}]} for end in ("fox", "dog")}
+    command.print_comparison(text, answers, console)
+    shown = console.file.getvalue()
+    assert shown.count(r"\[x = 2\] [/b] C:\ ") == 2 and "they part at token" in shown
+
+
+# ---- The demonstration -----------------------------------------------------------------------------------------------
+
+
+def test_the_demonstrations_facts_are_where_they_are_said_to_be():
+    text = Text.load(command.PAIR / "llm")
+    document = json.loads((command.PAIR / "demo.json").read_text(encoding="utf-8"))
+    ids = text.encode(document["text"])
+    assert len(ids) == 967
+    for turn in document["turns"]:
+        assert text.decode(ids[slice(*turn["tokens"])]).strip() == turn["fact"]
+
+
+def test_bare_command_demonstrates(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setenv("COLUMNS", "250")
+    assert command.main([]) == 0
+    out, err = capsys.readouterr()
+    for piece in ("full cache: 4 right", "SmallKV, 20%: 4 right", "the newest 20% alone: 0 right", "0 -> 4 of 40"):
+        assert piece in out, piece
+    assert all(tier in err for tier in ("critical K, V", "marginal V", "offloaded K, V"))
+    assert command.main(["--speculate", "2"]) == 2
+    assert "the demonstration takes one process and SmallKV's flags alone" in capsys.readouterr().err
+
+
+# ---- Mistakes --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--budget", 0, "x"], "budget 0.0 is outside (0, 1]"),
+    (["--budget", "nan", "x"], "budget nan is outside (0, 1]"),
+    (["--score-decay", 2, "x"], "score decay 2.0 is outside [0, 1]"),
+    (["--scores", "llm", "x"], "unknown scores 'llm'; supported: slm, fused"),
+    (["--scores", "fused", "--no-saliency-shift", "x"], "fused scores need the SLM's: without saliency shift"),
+    (["--slm-budget", 0, "x"], "SLM budget 0.0 is outside (0, 1]"),
+    (["--max-new-tokens", 0, "x"], "--max-new-tokens 0"),
+    (["--temperature", "nan", "x"], "temperature nan"),
+    (["--seed", 2**64, "x"], "seed 18446744073709551616 is outside"),
+    (["--top-p", 0, "x"], "top-p 0.0"),
+    ([""], "prompt 1 is empty"),
+    (["x", " \n"], "prompt 2 is empty"),
+    (["x " * 2000, "--max-new-tokens", 10], "longer than the 1024 positions"),
+    (["x", "--max-new-tokens", 10**9], "longer than the 1024 positions"),
+    (["--prompt-file", "nowhere.txt"], "cannot read prompt file nowhere.txt: No such file"),
+    (["x", "--device", "cuda:7"], "no device cuda:7: PyTorch sees"),
+    (["x", "--device", "abacus"], "no such device 'abacus'"),
+    (["x", "--device", "cpu:one"], "no such device 'cpu:one'"),
+    (["x", "--json", "/nowhere/r.json"], "No such file or directory: '/nowhere/r.json'"),
+    (["x", "--compare", "--method", "snapkv"], "leave --method snapkv out"),
+    (["x", "--speculate", -1], "--speculate -1 is negative"),
+    (["x", "--speculate", 2, "--method", "h2o"], "--speculate works with --method full and smallkv, not h2o"),
+    (["x", "--speculate", 2, "--slm-layers", 1], "--speculate needs the SLM's words, and --slm-layers 1 stops before"),
+    (["x", "--speculate", 2, "--no-saliency-shift"], "drafts need saliency shift"),
+    (["x", "--speculate", 2, "--scores", "fused"], "drafts need scores slm"),
+])  # fmt: skip
+def test_mistakes_get_one_line_and_exit_code_2(run, arguments, message):
+    code, _, err = run(*arguments)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and message in last and "Traceback" not in err
+
+
+@pytest.mark.parametrize("flags", [(), ("--method", "full", "--speculate", 2), ("--method", "full", "--compare")])
+def test_slm_is_asked_for(run, flags):
+    code, _, err = run("x", *flags, slm=None)
+    assert code == 2 and "--slm is missing" in err
+
+
+def test_models_that_do_not_belong_together(pair, run, tmp_path):
+    other = write_checkpoint(tmp_path / "other", text="completely different words about stones and rivers " * 9)
+    code, _, err = run("x", slm=other)
+    assert code == 2 and "tokenizers of LLM and SLM differ, first at id" in err
+    small = write_checkpoint(tmp_path / "slm", vocab=270)
+    (small / "tokenizer.json").write_bytes((pair[0] / "tokenizer.json").read_bytes())
+    code, _, err = run("x", slm=small)
+    assert code == 2 and "the tokenizer has id 279, but the SLM only 270 embeddings" in err
+
+
+def test_padding_rows_of_the_larger_embedding_are_never_sampled(pair, run, tmp_path):
+    """As in Qwen2.5: the LLM has more embeddings than the SLM and the tokenizer. Its best id may be one of those."""
+    folder = write_checkpoint(tmp_path / "llm", vocab=600)
+    (folder / "tokenizer.json").write_bytes((pair[0] / "tokenizer.json").read_bytes())
+    code, _, err = run(PROMPT, "--max-new-tokens", 30, llm=folder)
+    assert code == 0, err
+
+
+def test_a_model_that_does_not_fit(run, monkeypatch):
+    weights = 2 * weight_bytes(tiny_decoder(vocab=280).config, torch.float32)  # more than those of both models
+    for available, named in ((1 << 12, "LLM weights"), (weights, "LLM offloaded K, V")):
+        monkeypatch.setattr("checkpoint.available_bytes", lambda device: available)
+        code, _, err = run(PROMPT, "--max-new-tokens", 700)
+        assert code == 2 and "does not fit on cpu" in err and "GiB available" in err and named in err
+
+
+@pytest.mark.parametrize("offload", ["cpu", "none"])
+def test_device_and_host_are_checked_apart(pair, monkeypatch, offload):
+    loaded, asked = load(pair), {}
+    policy = SmallKV(loaded.llm, loaded.slm, Settings(offload=offload))
+    monkeypatch.setattr("checkpoint.check_fits", lambda needed, device: asked.update({device.type: needed}))
+    on_gpu = SimpleNamespace(llm=SimpleNamespace(device=torch.device("cuda")), models=policy.models,
+                             make_caches=policy.make_caches)  # fmt: skip
+    command.check_caches_fit(on_gpu, [200, 120], 300)
+    for model, entries in policy.ledgers([200, 120], 300).items():
+        for entry in entries:
+            assert asked["cpu" if entry.host else "cuda"][f"{model} {entry.what}"] == entry.size
+    assert set(asked["cpu"]) == ({"LLM offloaded K, V"} if offload == "cpu" else set())
+    config = loaded.llm.config
+    rows = config.layers * 200 * 4 * (2 * config.kv_heads * config.head_dim + config.query_heads)
+    assert asked["cuda"]["LLM longest prompt"] == rows and "SLM longest prompt" not in asked["cuda"]
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (BrokenPipeError(), 1, ""),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "error: out of memory: CUDA out of memory. Tried\n"),
+    (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+    (KeyboardInterrupt(), 130, "interrupted before the first token\n"),
+])  # fmt: skip
+def test_exit_codes(monkeypatch, capsys, error, code, line):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(command, "run", fail)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # given back afterwards
+    assert command.main(["x"]) == code and capsys.readouterr().err == line

@@ -1,0 +1,216 @@
+"""Every attention against a naive loop in fp64, and each Triton kernel against its plain PyTorch twin.
+
+Lengths are multiples of nothing, groups are padded, and all that may not be read is NaN. Twins get a kernel's 16-bit
+inputs in fp32. Tolerances: the rounding of outputs and of the values' weights; logits and sums stay fp32.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import kernels
+from conftest import FP32, HALF, HERE, close, randn
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # where m is 1, in the interpreter
+FINE = 1e-4  # logits: exact products of 16-bit numbers, summed in fp32 in another order
+
+
+# ---- Many queries --------------------------------------------------------------------------------------------------
+
+
+def prefill_case(queries, keys, group=3, D=16, dtype=FP32, device=HERE, spare=0):
+    """Queries (2, H, T, D), K and V (2, 2, S, D) cut out of a larger cache that is NaN beyond."""
+    query = 2 * randn(2, 2 * group, queries, D, dtype=dtype, device=device)
+    pools = [randn(2, 2, keys + spare, D, seed=seed, dtype=dtype, device=device) for seed in (1, 2)]
+    for pool in pools:
+        pool[:, :, keys:] = torch.nan
+    return query, *(pool[:, :, :keys] for pool in pools)
+
+
+def naive_rows(query, key):
+    """Causal attention rows (B, H, T, S) fp64, one query at a time."""
+    (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
+    rows = torch.zeros(B, H, T, S, dtype=torch.float64, device=query.device)
+    for b, h, t in itertools.product(range(B), range(H), range(T)):
+        logits = key[b, h * G // H, : S - T + t + 1].double() @ query[b, h, t].double() / D**0.5
+        rows[b, h, t, : len(logits)] = logits.softmax(0)
+    return rows
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 9), (5, 9), (9, 9)])
+def test_attention_of_many_queries_equals_a_naive_loop(queries, keys, device):
+    query, key, value = prefill_case(queries, keys, device=device, spare=4)
+    rows = naive_rows(query, key)
+    close(kernels.attention_rows(query, key, keys - queries), rows)
+    close(kernels.causal_attention(query, key, value), rows.float() @ value.repeat_interleave(3, 1))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.0])
+@pytest.mark.parametrize("queries, keys", [(1, 9), (9, 9), (70, 90)])
+def test_column_sums_are_weighted_sums_of_rows(queries, keys, decay, device, monkeypatch):
+    monkeypatch.setattr(kernels, "SCORE_BLOCK", 4)  # several blocks; with decay 0.5 only 31 queries count
+    query, key, _ = prefill_case(queries, keys, device=device)
+    rows = naive_rows(query, key)
+    expected = sum(decay ** (queries - 1 - t) * rows[:, :, t] for t in range(queries))
+    close(kernels.column_sums_torch(query, key, decay), expected)
+
+
+@pytest.mark.parametrize("queries, keys, decay, group, D, dtype", [
+    (1, 1, 0.5, 7, 64, FP32), (63, 63, 1.0, 1, 16, FP32), (111, 257, 1.0, 3, 64, HALF), (70, 150, 0.9, 1, 128, HALF),
+    (1, 257, 0.0, 3, 128, FP32), (130, 130, 0.5, 7, 64, HALF),
+])  # fmt: skip
+def test_column_sums_equal_their_twin(queries, keys, decay, group, D, dtype):
+    query, key, _ = prefill_case(queries, keys, group, D, dtype, spare=9)
+    expected = kernels.column_sums_torch(query.float(), key.float(), decay)
+    torch.testing.assert_close(kernels.column_sums_triton(query, key, decay), expected, atol=1e-6, rtol=FINE)
+
+
+# ---- A few queries: decode -----------------------------------------------------------------------------------------
+
+
+def full_case(lengths, T, group, D, dtype=FP32, device=HERE, spare=5):
+    """A cache whose slot j holds token j, NaN from the last token on that a new one sees."""
+    B, G, C = len(lengths), 2, max(lengths) + T - 1 + spare
+    length = torch.tensor(lengths, dtype=torch.int32, device=device)
+    query = 2 * randn(B, T, G * group, D, dtype=dtype, device=device)
+    beyond = torch.arange(C, device=device) >= length[:, None] + T - 1
+    key, value = (randn(B, G, C, D, seed=seed, dtype=dtype, device=device) for seed in (1, 2))
+    return [query, *(pool.masked_fill(beyond[:, None, :, None], torch.nan) for pool in (key, value)), length]
+
+
+def slot_case(lengths, held, T, group, D, dtype=FP32, device=HERE, spare=3):
+    """`held` older tokens and the T new ones in slots of a random order; then free slots, and one of a token that is
+    not seen (a refused draft), all NaN."""
+    B, G = len(lengths), 2
+    C, generator = held + T + spare + 1, torch.Generator().manual_seed(3)
+    position, dead = torch.full((B, G, C), -1, dtype=torch.int32), torch.ones(B, G, C, dtype=torch.bool)
+    for (b, n), g in itertools.product(enumerate(lengths), range(G)):
+        older, slots = torch.randperm(n - 1, generator=generator)[:held], torch.randperm(C, generator=generator)
+        tokens = torch.cat((older, torch.arange(n - 1, n + T - 1), torch.tensor([n + T - 1])))
+        position[b, g, slots[: len(tokens)]] = tokens.int()
+        dead[b, g, slots[: len(tokens) - 1]] = False
+    length = torch.tensor(lengths, dtype=torch.int32, device=device)
+    query = 2 * randn(B, T, G * group, D, dtype=dtype, device=device)
+    pools = (randn(B, G, C, D, seed=seed, dtype=dtype, device=device) for seed in (1, 2))
+    key, value = (pool.masked_fill(dead.to(device)[..., None], torch.nan) for pool in pools)
+    return [query, key, value, length, position.to(device)]
+
+
+def lent_case(query, M, device=HERE):
+    """Borrowed weights (B, T, H, M) with free slots, whose V is NaN; heads that borrow all, half and nothing."""
+    (B, T, H, D), generator = query.shape, torch.Generator().manual_seed(5)
+    taken = torch.rand(B, 2, M, generator=generator) < 0.7
+    taken[..., 0] = True
+    weight = torch.rand(B, T, H, M, generator=generator) * taken.repeat_interleave(H // 2, 1)[:, None]
+    weight = 0.5 * weight / weight.sum(-1, keepdim=True)
+    weight[:, :, 0] = 0
+    weight[:, -1, -1] = torch.eye(M)[0]  # m is 1 to the bit
+    marginal = randn(B, 2, M, D, seed=6).masked_fill(~taken.to(HERE)[..., None], torch.nan)
+    return [weight.to(device), marginal.to(device, query.dtype)]
+
+
+def naive_decode(query, key, value, length, position=None, weight=None, marginal=None):
+    """Output, and the weight of every slot in it (B, T, H, C), by Eq. 6: one query head of one token at a time."""
+    (B, T, H, D), (G, C) = query.shape, key.shape[1:3]
+    out, share = query.new_zeros(B, T, H, D, dtype=torch.float64), query.new_zeros(B, T, H, C, dtype=torch.float64)
+    for b, t, h in itertools.product(range(B), range(T), range(H)):
+        g, end = h * G // H, length[b] + t
+        token = torch.arange(C, device=key.device) if position is None else position[b, g]
+        seen = ((token >= 0) & (token < end)).nonzero()[:, 0]
+        softmax = (key[b, g, seen].double() @ query[b, t, h].double() / D**0.5).softmax(0)
+        lent = torch.zeros(0, device=key.device) if weight is None else weight[b, t, h].double()
+        share[b, t, h, seen] = (1 - lent.sum()) * softmax
+        out[b, t, h] = share[b, t, h, seen] @ value[b, g, seen].double()
+        for j in lent.nonzero()[:, 0]:
+            out[b, t, h] += lent[j] * marginal[b, g, j].double()
+    return out, share
+
+
+def attend(function, case, lent, with_logits=True):
+    """Output, lse, logits; the table of logits was 7 everywhere, and with it a table of lse is given."""
+    query, key, value, length, *position = case
+    logits = torch.full((*query.shape[:3], key.shape[2]), 7.0, device=key.device) if with_logits else None
+    table = torch.empty(query.shape[:3], device=key.device) if with_logits else None
+    out, lse = function(query, key, value, length, position[0] if position else None, logits, table, *lent)
+    assert table is None or lse is table
+    return out, lse, logits
+
+
+CASES = [  # lengths, older tokens in slots (None: all, slot j has token j), marginal slots, T, group, D, dtype
+    ((1, 63), None, 0, 1, 7, 64, FP32), ((111, 257), None, 0, 1, 3, 128, HALF), ((40, 1), None, 0, 5, 1, 16, FP32),
+    ((300, 33), None, 0, 5, 7, 64, HALF), ((90, 17), None, 21, 1, 3, 64, FP32), ((31, 65), 0, 0, 1, 3, 64, FP32),
+    ((50, 299), 49, 0, 1, 1, 128, FP32), ((120, 290), 100, 110, 1, 7, 64, HALF), ((130, 41), 40, 1, 5, 3, 16, HALF),
+    ((100, 31), 30, 97, 5, 14, 64, FP32), ((60, 59), 8, 300, 5, 1, 128, HALF),
+]  # fmt: skip
+
+
+def make_case(lengths, held, lent_slots, T, group, D, dtype, device=HERE):
+    sizes = T, group, D, dtype, device
+    case = full_case(lengths, *sizes) if held is None else slot_case(lengths, held, *sizes)
+    return case, lent_case(case[0], lent_slots, device) if lent_slots else []
+
+
+@pytest.mark.parametrize("numbers", [case for case in CASES if case[-1] == FP32])
+def test_decode_attention_equals_a_naive_loop(numbers, device):
+    """And 2 ** (logit - lse) is what a slot weighs in the output, (1 - m) included; 0 for what is not seen."""
+    case, lent = make_case(*numbers, device)
+    expected, share = naive_decode(*case[:4], *(case[4:] or [None]), *lent)
+    out, lse, logits = attend(kernels.decode_attention_torch, case, lent)
+    close(out, expected)
+    seen = ~logits.eq(7)
+    close(torch.exp2(logits - lse[..., None]).where(seen, 0), share)
+    if len(case) == 4:
+        last = case[3][:, None] + numbers[3] - 1  # nothing is written from here on
+        assert torch.equal(seen, (torch.arange(seen.shape[-1], device=device) < last)[:, None, None].expand(seen.shape))
+    assert seen.all() or len(case) == 4
+    close(attend(kernels.decode_attention_torch, case, lent, False)[0], out)
+
+
+@pytest.mark.parametrize("numbers", CASES)
+def test_decode_attention_equals_its_twin(numbers):
+    case, lent = make_case(*numbers)
+    wide = [x.float() if x.is_floating_point() else x for x in case], [x.float() for x in lent]
+    expected, found = attend(kernels.decode_attention_torch, *wide), attend(kernels.decode_attention_triton, case, lent)
+    close(found[0], expected[0], numbers[-1])
+    for ours, twins in zip(found[1:], expected[1:]):
+        torch.testing.assert_close(ours, twins, atol=FINE, rtol=FINE)
+    out, lse, _ = attend(kernels.decode_attention_triton, case, lent, with_logits=False)
+    assert torch.equal(out, found[0]) and torch.equal(lse, found[1])
+
+
+@pytest.mark.parametrize("T, group", [(1, 3), (5, 14)])
+def test_many_splits_are_merged(T, group, monkeypatch):
+    """Splits of two blocks, most of them beyond the length; and a marginal tier shorter than the number of splits."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 1 << 20)
+    case = full_case([300, 3], T, group, 64, spare=500)
+    lent = lent_case(case[0], 70)
+    for borrowed in ([], lent):
+        expected, found = (attend(f, case, borrowed) for f in
+                           (kernels.decode_attention_torch, kernels.decode_attention_triton))  # fmt: skip
+        for ours, twins in zip(found, expected):
+            torch.testing.assert_close(ours, twins, atol=FINE, rtol=FINE)
+
+
+def test_exact_borrowed_weights_give_exact_attention(device):
+    """Tokens split among the tiers, marginal ones with the weights that full attention gives them: Eq. 6 is exact, and
+    the critical slots weigh what they weigh in it."""
+    query, key, value, length = full_case((40, 40), 1, 3, 16, device=device, spare=0)
+    whole, lse, logits = attend(kernels.decode_attention_torch, [query, key, value, length], [])
+    share = torch.exp2(logits - lse[..., None])
+    order = torch.randperm(39, generator=torch.Generator().manual_seed(0)).to(device)
+    critical, middle = torch.cat((order[:20], torch.tensor([39], device=device))), order[20:]
+    position = critical.int().expand(2, 2, 21).contiguous()
+    case = [query, key[:, :, critical].contiguous(), value[:, :, critical].contiguous(), length, position]
+    lent = [share[..., middle].contiguous(), value[:, :, middle].contiguous()]
+    out, lse, logits = attend(kernels.decode_attention, case, lent)
+    close(out, whole)
+    close(torch.exp2(logits - lse[..., None]), share[..., critical])
+
+
+def test_the_kernels_are_what_runs(kernels_on):
+    case, lent = make_case((50, 21), 20, 9, 1, 3, 16, FP32)
+    found, expected = (attend(f, case, lent) for f in (kernels.decode_attention, kernels.decode_attention_triton))
+    assert all(torch.equal(ours, kernels_own) for ours, kernels_own in zip(found, expected))
+    query, key, _ = prefill_case(9, 30)
+    assert torch.equal(kernels.column_sums(query, key, 0.9), kernels.column_sums_triton(query, key, 0.9))

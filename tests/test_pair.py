@@ -1,0 +1,83 @@
+"""The embedded pair as it is shipped: what it answers, how alike its models attend, how many right answers SmallKV has.
+
+The demonstration on it is in test_generate.py.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+
+import evaluate
+from corpus import Recall, read_text
+from decode import Policy, Session, generate
+from distill import figures_of, similarity
+from generate import PAIR, load_pair
+from recall import document_ids
+from smallkv import Settings, SmallKV
+from tasks import read_results
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_pair(str(PAIR / "llm"), str(PAIR / "slm"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def first_prompt(pair):
+    """The demonstration's text and its first question."""
+    document = json.loads((PAIR / "demo.json").read_text(encoding="utf-8"))
+    return pair.text.encode(document["text"]) + pair.text.encode(document["turns"][0]["question"])
+
+
+def test_the_answer_to_a_fixed_prompt(pair):
+    prompt = (
+        "Judith has a house in Long Ashby. The old pump stood still. The code of the south gate is 4071. Giles gave "
+        "Judith a grey bell.\nQuestion: Which code opens the south gate?\nAnswer:"
+    )
+    answer = generate(Policy(pair.llm), [pair.text.encode(prompt)], 16)[0]
+    assert pair.text.decode(answer).split("\n")[0] == " The code of the south gate is 4071."
+
+
+def test_the_whole_budget_is_the_full_cache(pair, first_prompt):
+    policies = [Policy(pair.llm), SmallKV(pair.llm, pair.slm, Settings(budget=1.0))]
+    full, whole = (generate(policy, [first_prompt], 24)[0] for policy in policies)
+    assert whole == full
+
+
+def test_heads_attend_alike_on_held_out_text(pair):
+    source = Recall.from_books([read_text(PAIR / "prose.txt")], pair.text.tokenizer, "test", 4)
+    sample = document_ids(source.document(random.Random(1), 512))[0][:512]
+    figures = figures_of(similarity(pair.llm, pair.slm, [sample]))
+    assert figures["best"] > 0.95 and figures["jaccard"] > 0.90
+    shipped = json.loads((PAIR / "slm" / "similarity.json").read_text())
+    means = {kind: torch.tensor(shipped[kind]).mean().item() for kind in ("best", "jaccard")}
+    assert means["best"] > 0.95 and means["jaccard"] > 0.90
+
+
+def test_an_slm_that_stops_early_matches_and_keeps_only_what_runs(pair, first_prompt):
+    short = load_pair(str(PAIR / "llm"), str(PAIR / "slm"), "cpu", slm_layers=2).slm
+    policies = [SmallKV(pair.llm, slm, Settings(scores="slm")) for slm in (pair.slm, short)]
+    for policy in policies:
+        Session(policy, [first_prompt], 1).prefill()
+    whole, early = policies
+    assert torch.equal(early.slm_cache.score, whole.slm_cache.score[:2])
+    assert early.slm_cache.key.nbytes == whole.slm_cache.key.nbytes / 2
+    assert early.index.max() < 2 * short.config.query_heads <= whole.index.max()
+
+
+def test_the_pair_is_small_and_its_slm_smaller(pair):
+    weights = [path.stat().st_size for path in PAIR.glob("*/*.safetensors")]
+    assert len(weights) == 2 and sum(weights) < 32e6
+    sizes = [c.layers * c.kv_heads * c.head_dim for c in (pair.llm.config, pair.slm.config)]
+    assert sizes[0] == 5 * sizes[1]
+
+
+def test_recall_of_a_batch_of_documents(tmp_path):
+    """One batch of `evaluate.py recall` for SmallKV, two questions each: as many right answers as the full cache has,
+    give or take one."""
+    flags = ["--limit", "25", "--turns", "2", "--method", "smallkv", "--device", "cpu", "--out", str(tmp_path)]
+    assert evaluate.main(["recall", *flags]) == 0
+    answers = [turn["exact"] for line in read_results(tmp_path / "results.jsonl") for turn in line["turns"]]
+    assert len(answers) == 50 and abs(sum(answers) - 46) <= 1, sum(answers)

@@ -1,0 +1,157 @@
+"""Scores against naive loops over heads and tokens, and each Triton kernel against its twin, to the bit.
+
+Weights, scores and memories are multiples of powers of two: sums of them are exact in any order. What lies beyond a
+length, or in a free slot, is NaN.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import scores
+from conftest import HERE, randint
+
+
+def dyadic(*shape, seed, device=HERE):
+    """Multiples of 2 ** -10 below 1."""
+    return randint(0, 1 << 10, shape, seed, device) / 1024
+
+
+def power_rows(*shape, seed, device=HERE):
+    """Logits and lse of attention rows whose weights are powers of two."""
+    exponent, lse = randint(-11, 1, shape, seed, device), randint(-30, 31, shape[:-1], seed + 1, device)
+    return (exponent + lse[..., None]).float(), lse.float()
+
+
+def positions(B, G, slots, tokens, held, device=HERE):
+    """int32 (B, G, slots): `held` of the tokens in slots of a random order, -1 in the others."""
+    generator, table = torch.Generator().manual_seed(4), torch.full((B, G, slots), -1, dtype=torch.int32)
+    for b, g in itertools.product(range(B), range(G)):
+        at = torch.randperm(slots, generator=generator)[:held]
+        table[b, g, at] = torch.randperm(tokens, generator=generator)[:held].int()
+    return table.to(device)
+
+
+def both(name, device):
+    """The twin, and the kernel where it runs."""
+    return [getattr(scores, f"{name}_{kind}") for kind in ("torch", "triton")[: 1 + (device == HERE)]]
+
+
+# ---- add_weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("tokens, rows", [(1, 6), (37, 6), (37, 2), (2049, 2)])
+def test_a_row_goes_into_a_table(tokens, rows, decay, device):
+    """The table's rows are query heads, or KV heads that take the sum of theirs; lengths of all rows, of every third
+    (the layers of a batch), none; 0 leaves a row as it is."""
+    B, H = 6, 6
+    logits, lse = power_rows(B, H, tokens, seed=0, device=device)
+    before = dyadic(B, rows, tokens, seed=2, device=device)
+    weight = torch.exp2(logits - lse[..., None]).view(B, rows, -1, tokens).sum(2)
+    for ends in (None, [tokens, 0, tokens // 2], [tokens, 0, 1, tokens // 2, 1, tokens]):
+        expected, row = decay * before + weight, logits.clone()
+        for b, end in enumerate(ends * (B // len(ends)) if ends else []):
+            expected[b, :, end:], row[b, :, end:] = before[b, :, end:], torch.nan
+        length = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
+        for add in both("add_weights", device):
+            table = before.clone()
+            add(table, row, lse, decay, length)
+            assert torch.equal(table, expected)
+
+
+@pytest.mark.parametrize("slots, tokens, held, group", [(7, 30, 1, 3), (45, 60, 40, 1), (1030, 1100, 1025, 7)])
+def test_a_row_of_slots_goes_into_a_table_by_position(slots, tokens, held, group, device):
+    """What is in no slot stays as it is, NaN too; so does the table beyond the tokens that there are."""
+    B, G = 2, 2
+    position = positions(B, G, slots, tokens, held, device)
+    logits, lse = power_rows(B, G * group, slots, seed=0, device=device)
+    before, expected = (dyadic(B, G, tokens + 3, seed=2, device=device) for _ in range(2))
+    before[..., tokens:] = expected[..., tokens:] = torch.nan
+    for b, g, slot in itertools.product(range(B), range(G), range(slots)):
+        heads, token = slice(g * group, g * group + group), position[b, g, slot]
+        if token >= 0:
+            expected[b, g, token] = before[b, g, token] / 2 + torch.exp2(logits[b, heads, slot] - lse[b, heads]).sum()
+        else:
+            logits[b, heads, slot] = torch.nan
+    for add in both("add_weights", device):
+        table = before.clone()
+        add(table, logits, lse, 0.5, None, position)
+        torch.testing.assert_close(table, expected, atol=0, rtol=0, equal_nan=True)
+
+
+# ---- rank_scores, matched_rows -------------------------------------------------------------------------------------
+
+
+def slm_case(T, lengths, group, device=HERE, spare=3):
+    """T rows of an SLM of 2 layers of 3 heads, its score table, a memory of 2 KV heads, the matched heads; NaN beyond
+    each length."""
+    B, S = len(lengths), max(lengths) + spare
+    logits, lse = power_rows(T, 2, B, 3, S, seed=0, device=device)
+    score, memory = dyadic(2, B, 3, S, seed=2, device=device), dyadic(B, 2, S, seed=3, device=device)
+    length = torch.tensor(lengths, dtype=torch.int32, device=device)
+    late = torch.arange(S, device=device) >= length[:, None, None]  # (B, 1, S)
+    logits, score, memory = (x.masked_fill(late, torch.nan) for x in (logits, score, memory))
+    return logits, lse, score, memory, randint(0, 6, (B, 2 * group), 4, device), length
+
+
+def naive_rank(logits, lse, score, memory, index, length, decay, allowed):
+    """One query head at a time; (B, 2, S), NaN beyond the lengths."""
+    (T, _, B, _, S), H = logits.shape, index.shape[1]
+    total = torch.full((B, 2, S), torch.nan, device=logits.device)
+    for b, g in itertools.product(range(B), range(2)):
+        n = length[b].item()
+        total[b, g, :n] = 0.0 if memory is None else decay * memory[b, g, :n]
+        for head in index[b, g * H // 2 : (g + 1) * H // 2].tolist():
+            layer, h, after = head // 3, head % 3, []
+            running = None if score is None else score[layer, b, h, :n]
+            for t in range(T):
+                row = torch.exp2(logits[t, layer, b, h, :n] - lse[t, layer, b, h])
+                running = row if score is None else decay * running + row
+                if allowed is None or t <= allowed[b]:
+                    after.append(running)
+            total[b, g, :n] += torch.stack(after).amax(0)
+    return total
+
+
+@pytest.mark.parametrize("T, lengths, group", [(1, (1, 63), 7), (1, (1300, 5), 3), (5, (45, 109), 1), (5, (8, 30), 7)])
+def test_tokens_rank_by_their_matched_heads(T, lengths, group, device):
+    """By the newest row alone and by a score; with and without the LLM's memory; with drafts that count and that do
+    not."""
+    logits, lse, score, memory, index, length = slm_case(T, lengths, group, device)
+    counted = torch.tensor([0, T - 1], dtype=torch.int32, device=device)
+    for past, own, allowed in itertools.product((None, score), (None, memory), (None, counted)[: 1 + (T > 1)]):
+        expected = naive_rank(logits, lse, past, own, index, length, 0.5, allowed)
+        for rank in both("rank_scores", device):
+            total = rank(logits, lse, past, index, 0.5, length, 2, own, allowed)
+            total = total.masked_fill(torch.arange(total.shape[2], device=device) >= length[:, None, None], torch.nan)
+            torch.testing.assert_close(total, expected, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("T, lengths, group, slots, held", [
+    (1, (63, 40), 7, 1, 1), (1, (1300, 1100), 3, 1027, 1025), (5, (45, 109), 1, 33, 20), (5, (31, 30), 7, 9, 0),
+])  # fmt: skip
+def test_marginal_slots_borrow_the_newest_rows(T, lengths, group, slots, held, device):
+    """Of the matched head, at the slot's token; 0 in free slots."""
+    logits, lse, _, _, index, _ = slm_case(T, lengths, group, device)
+    position = positions(2, 2, slots, min(lengths), held, device)
+    expected = torch.zeros(2, T, 2 * group, slots, device=device)
+    for b, t, h in itertools.product(range(2), range(T), range(2 * group)):
+        layer, head, token = index[b, h] // 3, index[b, h] % 3, position[b, h // group].long()
+        weight = torch.exp2(logits[t, layer, b, head] - lse[t, layer, b, head])
+        expected[b, t, h] = torch.where(token >= 0, weight[token.clamp(min=0)], 0)
+    for borrow in both("matched_rows", device):
+        out = torch.empty_like(expected)
+        borrow(logits, lse, index, position, out)
+        assert torch.equal(out, expected)
+
+
+def test_a_score_that_is_folded_and_one_that_is_ranked_are_the_same(kernels_on):
+    """What a plan ranks by before the newest row goes into the table is what the table holds afterwards."""
+    logits, lse, score, _, _, length = slm_case(1, (45, 109), 3)
+    index = torch.arange(6, dtype=torch.int32, device=HERE).expand(2, 6).contiguous()  # every head for itself
+    total = scores.rank_scores(logits, lse, score, index, 0.5, length, 6)
+    scores.add_weights(score.flatten(0, 1), logits[0].flatten(0, 1), lse[0].flatten(0, 1), 0.5, length)
+    for b, n in enumerate(length.tolist()):
+        assert torch.equal(score[:, b, :, :n].flatten(0, 1), total[b, :, :n])
