@@ -269,7 +269,7 @@ class CutCache(Scores, SlotCache):
         kept = [max(1, int(share * n + 1e-9)) for n in range(capacity + 2)]
         super().__init__(config, batch, [kept[capacity]] * config.layers, device, dtype, heavy=True)
         self.make_scores(config, batch, capacity, device, dtype, decay, 1)
-        self.kept = torch.tensor(kept, device=device)  # by length
+        self.by_length, self.kept = kept, torch.tensor(kept, device=device)  # for the host, for the device
 
     def staging(self, b: int, length: int) -> Prompt:
         device = self.position[0].device
@@ -278,10 +278,10 @@ class CutCache(Scores, SlotCache):
     def load(self, b: int, prompt: Prompt) -> None:
         """Take the tokens that leave a slot for the first one to come."""
         n = prompt.capacity
-        kept, token = self.kept[n + 1], torch.arange(n, device=self.kept.device)
+        kept, token = self.by_length[n + 1], torch.arange(n, device=self.kept.device)
         for layer, heavy in enumerate(prompt.by_kv_head(1.0)):  # (G, n)
             order = heavy_order(token, heavy, n + 1, kept).argsort(dim=-1, descending=True, stable=True)
-            stays = order[:, : int(kept) - 1].sort(-1).values
+            stays = order[:, : kept - 1].sort(-1).values
             self.take(layer, b, prompt, stays)
             if self.score is not None:
                 self.score[layer, b, :, :n] = prompt.sums[self.decay][layer, 0]

@@ -202,12 +202,12 @@ class Session:
 
     def __init__(
         self, policy: Policy, prompts: list[list[int]], max_new_tokens: int, chunk: int | None = None,
-        progress: Callable[[int], None] | None = None, spare: int = 0, capture: bool | None = None,
+        progress: Callable[[int], None] | None = None, spare: int = 0, capture: bool = True,
     ):  # fmt: skip
         """prompts: token ids, one list a sequence. max_new_tokens: the caches are made for that many more, and `spare`.
 
         chunk: prompt tokens at once; None: as many as the memory at hand allows. progress is called with the number of
-        prompt tokens that both models have been given. capture: steps as a CUDA graph; None: on a GPU.
+        prompt tokens that both models have been given. capture: on a GPU, steps as a CUDA graph.
         """
         if not prompts or any(not prompt for prompt in prompts):
             raise ValueError("empty prompt: there is nothing to continue")
@@ -225,7 +225,7 @@ class Session:
         self.chunk = min(longest, chunk or prefill_chunk(policy.models, device, free))
         if policy.whole_prompt:
             self.chunk = longest
-        self.capture = device.type == "cuda" if capture is None else capture
+        self.capture = device.type == "cuda" and capture
         self.lanes, self.steps, self.graph = Lanes(device), 0, None
         self.length = torch.tensor(self.lengths, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)  # of the step at hand

@@ -156,7 +156,8 @@ class SmallKV(Policy):
         """head_map (L, H) int64 replaces the matching, for experiments and tests (ValueError if it passes the settings'
         reach). drafts: new tokens of a round beside the newest (speculative.py)."""
         super().__init__(llm)
-        self.slm, self.settings, self.given_map, self.drafts = slm, settings, head_map, drafts
+        self.slm, self.settings, self.drafts = slm, settings, drafts
+        self.given_map = None if head_map is None else head_map.to(llm.device)
         self.models = [llm, slm]
         if drafts and settings.fused:
             raise ValueError("drafts need scores slm: fused ones take in weights of tokens not yet kept")
@@ -206,7 +207,7 @@ class SmallKV(Policy):
         staged = self.slm_cache.staging(b, n), self.cache.staging(b, n)
         if self.given_map is not None:
             nothing = torch.full(self.given_map.shape, torch.nan)
-            self._take_map(b, HeadMap(self.given_map.to(self.llm.device), nothing, nothing))
+            self._take_map(b, HeadMap(self.given_map, nothing, nothing))
         elif n >= WINDOW_MIN:
             windows = [Window(model, min(n, WINDOW_MAX)) for model in (self.slm, self.llm)]
             for cache, window in zip(staged, windows):
