@@ -40,7 +40,7 @@ from ops import Rope, rotate
 SINKS = 4  # StreamingLLM's default, and PyramidInfer's as shipped
 
 
-# ---- Rules of who stays ----------------------------------------------------------------------------------------------
+# ---- Rules of eviction -----------------------------------------------------------------------------------------------
 
 
 def window(position: Tensor, heavy: Tensor | None, length: Tensor, kept: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ def streaming(position: Tensor, heavy: Tensor | None, length: Tensor, kept: Tens
 
 
 class Evicting(Policy):
-    """`kept(n)` slots, filled by a rule, who stays first. One rule serves the prompt and every step: before a token
-    comes in, kept - 1 of those that are there stay, and it takes the last slot.
+    """`kept(n)` slots, filled by a rule, which serves the prompt and every step: before a token comes in, kept - 1 of
+    those that are there stay, and it takes the last slot.
 
     rule(position, heavy, length, kept) -> numbers like position (B, G, N), the largest stay; length and kept (B, 1, 1)
     count the coming token. heavy: whether the rule asks for the attention that tokens have gathered.

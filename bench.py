@@ -462,6 +462,7 @@ def check(args, ranks: int) -> None:
 def run(args) -> int:
     """Lines as it goes on, then the table, and everything as JSON in the last line."""
     team = parallel.start(args.device)
+    args.chunk = args.chunk or team.chunk
     check(args, team.size)
     device = team.device or torch.device(args.device)
     cuda = device.type == "cuda"

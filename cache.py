@@ -214,7 +214,8 @@ class SlotCache(Cache):
             self.heavy[layer][b, :, :count] = prompt.by_kv_head(1.0)[layer].gather(1, kept)
 
     def make_room(self, layer: int, stays: Tensor, length: Tensor) -> None:
-        """Who does not stay (B, G, N) leaves for good; the newest token, at length - 1, takes the first free slot."""
+        """Slots that are not in `stays` (B, G, N) are free; the newest token, at length - 1, takes the first of
+        them."""
         position = self.position[layer].masked_fill_(~stays, -1)
         slot = (position < 0).byte().argmax(-1, keepdim=True)  # (B, G, 1)
         position.scatter_(2, slot, (length - 1)[:, None, None].expand_as(slot))
@@ -243,7 +244,7 @@ class SlotCache(Cache):
 
 
 def heavy_order(position: Tensor, heavy: Tensor, length: Tensor, kept: Tensor) -> Tensor:
-    """H2O's rule (arXiv 2306.14048) as numbers (..., N), who stays first: the newest half of `kept`, then by attention
+    """H2O's rule (arXiv 2306.14048) as numbers (..., N), the largest stay: the newest half of `kept`, then by attention
     gathered. position, heavy (..., N); length and kept count the coming token."""
     return heavy.masked_fill(position >= length - (kept - kept // 2), torch.inf)
 
@@ -395,9 +396,9 @@ class TieredCache(Cache):
         add_weights(self.memory[layer], *row, self.decay, None, self.critical_position[layer])
 
     def place(self, layer: int, total: Tensor, sizes: Tensor, length: Tensor, memory: bool) -> None:
-        """Choose the tiers of a layer by `total` (B, G, S) and give them slots (tiers.plan_tiers). memory: who is not
-        critical is remembered with its total. Before that the tokens of the last step, whose rows the pools alone have,
-        go into the offloaded tier."""
+        """Choose the tiers of a layer by `total` (B, G, S) and give them slots (tiers.plan_tiers). memory: tokens that
+        are not critical are remembered with their totals. Before that the tokens of the last step, whose rows the pools
+        alone have, go into the offloaded tier."""
         store_rows(self.key[layer], self.value[layer], self.offloaded[layer], self.newest[layer], self.start)
         middle = self.marginal_position
         plan_tiers(

@@ -89,7 +89,7 @@ class Policy:
         """The SLM's step on tokens (B, 1); watch(cache) is the cache to hand to it."""
 
     def plan(self, layer: int, span: Span) -> None:
-        """Who stays in this layer's cache, from what is known before the LLM's step."""
+        """Which tokens stay in this layer's cache, from what is known before the LLM's step."""
 
     def migrate(self, layer: int) -> None:
         """Move the rows that the plan asks for."""

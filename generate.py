@@ -149,7 +149,7 @@ def answer(
         session = RoundSession(policy, prompts, max_new_tokens, sampler, stop, progress=bar.update)
         steps = speculate_ids(session, max_new_tokens, stop, timing)
     else:
-        session = Session(policy, prompts, max_new_tokens, progress=bar.update)
+        session = Session(policy, prompts, max_new_tokens, pair.team.chunk, bar.update)
         steps = generate_ids(session, pair.team.sampler(sampler), max_new_tokens, stop, timing)
     try:
         for step in steps:

@@ -45,6 +45,11 @@ class Team:
     size: int = 1
     device: torch.device | None = None  # None: whatever the command was asked for
 
+    @property
+    def chunk(self) -> int | None:
+        """Prompt tokens at once (decode.Session): ranks must agree, and their free memory differs; None: by memory."""
+        return 2048 if self.size > 1 else None
+
     def share(self, size: int) -> slice:
         """This rank's of `size` rows or columns; shares differ by one where it does not divide."""
         return slice(size * self.rank // self.size, size * (self.rank + 1) // self.size)

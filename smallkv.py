@@ -129,8 +129,7 @@ class Settings:
     def with_drafts(self, length: int, drafts: int) -> TierSizes:
         """What a plan at this length chooses when so many drafts come in after it: with all of them the tiers are those
         of `sizes` at the length they reach, never more but for the newest token and its drafts, which are always there.
-        While the context is shorter than the matching window
-        everything is kept."""
+        While the context is shorter than the matching window everything is kept."""
         if length < WINDOW_MIN or drafts == 0:
             return self.sizes(length)
         last, now = self.sizes(length + drafts), self.sizes(length)
@@ -260,8 +259,8 @@ class SmallKV(Policy):
             matched_rows(slm.logits, slm.lse, self.index[layer], cache.marginal_position[layer], cache.lent[layer])
 
     def _drop(self, layer: int, total: Tensor, length: Tensor) -> None:
-        """Without saliency shift: who is in no tier never comes back, a score below 0; marginal tokens are remembered
-        with the row that they borrow; the critical ones get their own weights in the LLM's attention."""
+        """Without saliency shift: a token in no tier never comes back, its score is below 0; marginal tokens are
+        remembered with the row that they borrow; the critical ones get their own weights in the LLM's attention."""
         cache, memory = self.cache, self.cache.memory[layer]
         marks = torch.zeros(*memory.shape[:2], memory.shape[2] + 1, dtype=torch.int8, device=memory.device)
         for mark, table in ((1, cache.critical_position), (2, cache.marginal_position)):

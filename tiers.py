@@ -9,8 +9,8 @@ stands here twice with one signature, `NAME_torch` (the plain PyTorch truth) and
 | `store_rows` | the newest rows into the offloaded tier                                 |                     |
 | `bring_rows` | rows out of the offloaded tier into slots                               | Algorithm 1, line 9 |
 
-The table of positions by slot is the only link between slots and tokens. Who is critical and was so keeps its slot and
-its row; who is not leaves; who comes takes a free slot, and its row is listed to be brought.
+The table of positions by slot is the only link between slots and tokens. A token that stays in its tier keeps its slot
+and its row; one that leaves frees the slot; one that comes takes a free slot, and its row is listed to be brought.
 
 The Triton plan ranks without sorting: positive floats order like their bits, so the bits of the last token that is in
 are found by search, each time counting how many tokens are above. A row of up to ROW tokens stays in registers; of a
@@ -47,8 +47,8 @@ def plan_tiers_torch(
 
     critical (B, G, C) and marginal (B, G, M) int32 are updated: the token in each slot, -1 if none; marginal None:
     there is no such tier. newest (B, G, T) int32 is written: the slots of the newest token and, with drafts, of the T -
-    1 tokens after it, which are critical whatever they score. memory (B, G, S), if given: who is not critical has its
-    total there afterwards.
+    1 tokens after it, which are critical whatever they score. memory (B, G, S), if given: tokens that are not
+    critical have their totals there afterwards.
 
     rows (2, 2, B * G * max(C, M)) and count (2,) int32, 0 when they come, are written: for both tiers the first count
     rows to bring, [0] where from, counted by b, g, token with host_rows rows a KV head, and [1] where to, by b, g,
@@ -184,8 +184,8 @@ def _fill(
     last, over, beyond, slots, listed, host_rows, T: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Slots of one pool of one KV head, for the tokens within (low, last) that are not within (over, beyond). A scratch
-    by token marks who keeps its slot; the others that are wanted queue up in another. newest_ptr: the pool takes the T
-    newest tokens too; memory_ptr: what is not within (low, last) is remembered there."""
+    by token marks those that keep their slots; the others that are wanted queue up in another. newest_ptr: the pool
+    takes the T newest tokens too; memory_ptr: what is not within (low, last) is remembered there."""
     pair = tl.program_id(0)
     base = pair.to(tl.int64) * slots
     for at in range(0, slots, WIDTH):
@@ -235,10 +235,10 @@ def _fill(
         free += tl.sum(empty.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["S", "C", "M", "listed"])  # one number a thread for all: no exchange of layouts
+@triton.jit(do_not_specialize=["S", "C", "M"])  # one number a thread for all: no exchange of layouts
 def _plan_kernel(
     total_ptr, length_ptr, sizes_ptr, critical_ptr, marginal_ptr, memory_ptr, newest_ptr, rows_ptr, count_ptr, mark_ptr,
-    queue_ptr, S, C, M, listed, host_rows, G: tl.constexpr, T: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
+    queue_ptr, S, C, M, host_rows, G: tl.constexpr, T: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one sequence; WHOLE: a block holds its row."""
@@ -247,6 +247,7 @@ def _plan_kernel(
     most, recent = tl.load(sizes_ptr + length * 3), tl.load(sizes_ptr + length * 3 + 1)
     totals, marks = total_ptr + pair.to(tl.int64) * S, mark_ptr + pair.to(tl.int64) * S
     queue, memory = queue_ptr + pair.to(tl.int64) * tl.maximum(C, M), memory_ptr
+    listed = tl.num_programs(0) * tl.maximum(C, M)  # rows of a list
     if memory_ptr is not None:
         memory = memory_ptr + pair.to(tl.int64) * S
     low, last = _cut(totals, length, recent, most, LINES, WIDTH, WHOLE)
@@ -267,13 +268,12 @@ def plan_tiers_triton(
     (B, G, S), C, M = total.shape, critical.shape[2], 0 if marginal is None else marginal.shape[2]
     tables = total, sizes, critical, marginal, memory, newest, rows, count, mark
     assert all(table.is_contiguous() for table in tables if table is not None)
-    listed = B * G * max(C, M)
-    queue = torch.empty(listed, device=total.device, dtype=torch.int32)
+    queue = torch.empty(B * G * max(C, M), device=total.device, dtype=torch.int32)
     warps = min(32, max(4, triton.next_power_of_2(S) // 512))
     width = 4 * 32 * warps  # four tokens a thread
     lines = max(1, min(ROW // width, triton.next_power_of_2(triton.cdiv(S, width))))
     _plan_kernel[(B * G,)](
-        total, length, sizes, critical, marginal, memory, newest, rows, count, mark, queue, S, C, M, listed, host_rows,
+        total, length, sizes, critical, marginal, memory, newest, rows, count, mark, queue, S, C, M, host_rows,
         G=G, T=newest.shape[2], LINES=lines, WIDTH=width, WHOLE=lines * width >= S, num_warps=warps,
     )  # fmt: skip
 
