@@ -112,7 +112,7 @@ class Evicting(Policy):
         n, device = prompt.capacity, self.llm.device
         kept, position = self.kept(n + 1), torch.arange(n, device=device).expand(self.llm.config.kv_heads, n)
         heavy = prompt.by_kv_head(1.0)[layer] if self.heavy else None
-        order = self.rule(position, heavy, torch.tensor(n + 1, device=device), torch.tensor(kept, device=device))
+        order = self.rule(position, heavy, *(torch.full((), x, device=device) for x in (n + 1, kept)))
         return order.argsort(dim=-1, descending=True, stable=True)[:, : kept - 1].sort().values
 
     def plan(self, layer: int, span: Span) -> None:
@@ -342,7 +342,7 @@ class PyramidPrompt(Cache):
 class PyramidCache(SlotCache):
     """Slots with the newest attention rows (B, R, N) of a layer, oldest first, mean over all heads."""
 
-    tables = {**SlotCache.tables, "recent rows": ("rows",)}
+    tables, weighs = {**SlotCache.tables, "recent rows": ("rows",)}, True
 
     def __init__(self, config: Config, batch: int, slots: list[int], rows: int, device, dtype: torch.dtype):
         super().__init__(config, batch, slots, device, dtype)

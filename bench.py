@@ -290,6 +290,8 @@ def largest(policy: Policy, setting: Setting) -> Setting:
     fits = []
     for host, device, share in ((False, policy.llm.device, 0.92), (True, torch.device("cpu"), 0.85)):
         needed, free = sum(entry.size for entry in entries if entry.host == host), share * available_bytes(device)
+        if host and needed:  # pinned memory comes in powers of two
+            free = 1 << int(free).bit_length() - 1
         fits.append(int(free // max(1, needed)))
         if fits[-1] < 1:
             raise ValueError(f"--largest {setting.name}, {policy.name}: a sequence takes {needed / 1e9:.1f} GB on "

@@ -1,4 +1,4 @@
-"""The caches: full, scored (the SLM's), and the LLM's three tiers: critical, marginal, offloaded. And their ledger.
+"""The caches: full, scored (the SLM's), slots without a way back, and the LLM's three tiers. And their ledger.
 
 Where it sits: SLM -> scores (`ScoredCache`) -> tier plan -> **migration** (`TieredCache`) -> LLM. A model knows of a
 cache only `attend`; a cache is made for a number of positions known at the start.
@@ -7,6 +7,9 @@ cache only `attend`; a cache is made for a number of positions known at the star
 | ------------- | --------------------------------------------------------------------------- | --------------------- |
 | `FullCache`   | K and V of every token; token j is in slot j                                | full cache, prefills  |
 | `ScoredCache` | the same, the newest attention rows, and scores (Eq. 1)                     | the SLM               |
+| `Prompt`      | the same for one prompt, while it is prefilled for a cache with slots       | tiers, baselines      |
+| `SlotCache`   | K and V of the tokens that stay, in slots                                   | baselines             |
+| `CutCache`    | the same, with scores (`--slm-budget`, appendix A.3)                        | the SLM               |
 | `TieredCache` | critical K and V, marginal V, in slots; K and V of every token, offloaded   | the LLM (Section 4)   |
 
 The ledger of a cache is the list of its tensors. What a cache would take is asked of the same cache on the meta device,
@@ -29,7 +32,8 @@ from tiers import bring_rows, plan_tiers, store_rows
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the attention rows that a model of this dtype keeps: a weight is then known to a hundredth."""
+    """Of the attention rows that a model of this dtype keeps. In fp16 a weight is known to a hundredth while its logit
+    is below 64, to a tenth below 512."""
     return torch.float16 if dtype.itemsize == 2 else torch.float32
 
 
@@ -180,7 +184,7 @@ class Prompt(FullCache):
         return self.sums[decay][:, 0].unflatten(1, (self.config.kv_heads, -1)).sum(2)
 
 
-# ---- Slots that forget -----------------------------------------------------------------------------------------------
+# ---- Slots without a way back ----------------------------------------------------------------------------------------
 
 
 class SlotCache(Cache):
@@ -193,6 +197,7 @@ class SlotCache(Cache):
 
     tables = {"kept K, V": ("key", "value"), "scores": ("heavy",), "slot tables": ("position", "newest")}
     heavy = None
+    weighs = False  # whether `weigh` wants a step's attention rows
 
     def __init__(self, config: Config, batch: int, slots: list[int], device, dtype: torch.dtype, heavy: bool = False):
         self.config, self.dtype = config, dtype
@@ -202,6 +207,7 @@ class SlotCache(Cache):
         self.position = [torch.full(shape, -1, dtype=torch.int32, device=device) for shape in shapes]
         self.newest = [torch.zeros(*shape[:2], 1, dtype=torch.int32, device=device) for shape in shapes]
         if heavy:
+            self.weighs = True
             self.heavy = [torch.zeros(shape, device=device) for shape in shapes]
 
     def take(self, layer: int, b: int, prompt: Prompt, kept: Tensor) -> None:
@@ -227,15 +233,15 @@ class SlotCache(Cache):
         """Put the newest K and V into their slot, attend to the slots; (B, 1, H, D)."""
         key, value, position = self.key[layer], self.value[layer], self.position[layer]
         query = rope_append(qkv, rope, key, value, span.positions, self.newest[layer])
-        logits = torch.empty(*query.shape[:3], position.shape[2], device=query.device)
+        logits = torch.empty(*query.shape[:3], position.shape[2], device=query.device) if self.weighs else None
         out, lse = decode_attention(query, key, value, span.length, position, logits)
-        self.weigh(layer, logits[:, 0], lse[:, 0])
+        if self.weighs:
+            self.weigh(layer, logits[:, 0], lse[:, 0])
         return out
 
     def weigh(self, layer: int, logits: Tensor, lse: Tensor) -> None:
         """The attention row by slot: logits (B, H, N), lse (B, H)."""
-        if self.heavy is not None:
-            add_weights(self.heavy[layer], logits, lse, 1.0, None)
+        add_weights(self.heavy[layer], logits, lse, 1.0, None)
 
     def tokens(self, b: int) -> dict[str, float]:
         """Tokens of sequence b in the slots, mean over layers and KV heads."""
@@ -259,7 +265,8 @@ def best_slots(priority: Tensor, position: Tensor, count: Tensor) -> Tensor:
 class CutCache(Scores, SlotCache):
     """The SLM's cache cut to a share of its tokens (`--slm-budget`, appendix A.3, Table 5) by H2O's rule.
 
-    K and V lie in slots; scores by position, where a dropped token has none: it ranks last and lends nothing.
+    K and V lie in slots; scores by position, where a dropped token has none: it ranks last and nothing is borrowed from
+    it.
     """
 
     tables = {**SlotCache.tables, "scores": ("heavy", "logits", "lse", "score")}
@@ -332,7 +339,7 @@ class TieredCache(Cache):
 
     tables = {
         "critical K, V": ("key", "value"), "marginal V": ("marginal",), "offloaded K, V": ("offloaded",),
-        "scores": ("memory", "logits", "lse", "lent"),
+        "scores": ("memory", "logits", "lse", "borrowed"),
         "slot tables": ("critical_position", "marginal_position", "newest", "start", "rows", "count", "mark"),
     }  # fmt: skip
 
@@ -360,7 +367,7 @@ class TieredCache(Cache):
             self.offloaded = torch.empty(shape, **pool)
         self.memory = None if decay is None else torch.zeros(*base, capacity, device=device)
         heads = (config.layers, batch, tokens, config.query_heads)
-        self.lent = torch.zeros(*heads, marginal, device=device) if marginal else None  # (L, B, T, H, M)
+        self.borrowed = torch.zeros(*heads, marginal, device=device) if marginal else None  # (L, B, T, H, M)
         self.logits = self.lse = None
         if decay is not None:
             self.logits = torch.empty(*heads, critical, device=device, dtype=logits_dtype(dtype))
@@ -424,9 +431,9 @@ class TieredCache(Cache):
         """Put K and V of the new tokens into their slots, then attend (Eq. 6); (B, T, H, D)."""
         query = rope_append(qkv, rope, self.key[layer], self.value[layer], span.positions, self.newest[layer])
         row = (None, None) if self.logits is None else (self.logits[layer], self.lse[layer])
-        lent = (None, None) if self.marginal is None else (self.lent[layer], self.marginal[layer])
+        middle = (None, None) if self.marginal is None else (self.borrowed[layer], self.marginal[layer])
         pools = self.key[layer], self.value[layer]
-        return decode_attention(query, *pools, span.length, self.critical_position[layer], *row, *lent)[0]
+        return decode_attention(query, *pools, span.length, self.critical_position[layer], *row, *middle)[0]
 
     def free_from(self, end: Tensor) -> None:
         """Free the slots of tokens at or beyond a sequence's end (B,): drafts that were refused."""

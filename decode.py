@@ -1,6 +1,6 @@
 """Prefill, the one decode step, its capture as a CUDA graph, the loop, sampling: how prompts become tokens.
 
-Where it sits: it owns the order of things. A decode step, the whole project in five lines (`Session.forward`):
+Where it sits: it owns the order of things. A decode step, the whole project in six lines (`Session.forward`):
 
     policy.observe(tokens, span)             # SLM: attention rows -> scores                        smallkv.py
     for layer in layers:
@@ -19,7 +19,7 @@ Shapes follow the legend in model.py.
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -58,7 +58,9 @@ class Policy:
     name = "full"
     whole_prompt = False  # a prompt may be prefilled in chunks
     drafts = 0  # of a round (speculative.py)
-    needed: list[int] | None = None  # by LLM layer: how many of the SLM's layers its plan waits for; None: no SLM
+    maps: list | tuple = ()  # of the batch's heads, where a method matches any; None: not yet
+    slm_cache: Cache | None = None
+    needed: list[int] = []  # by LLM layer: how many of the SLM's layers its plan waits for
 
     def __init__(self, llm):
         self.llm, self.models = llm, [llm]
@@ -85,8 +87,8 @@ class Policy:
     def match(self, b: int, text: list[int]) -> None:
         """Before a step: sequence b has these tokens."""
 
-    def observe(self, tokens: Tensor, span: Span, watch) -> None:
-        """The SLM's step on tokens (B, 1); watch(cache) is the cache to hand to it."""
+    def observe(self, tokens: Tensor, span: Span, cache) -> None:
+        """The SLM's step on tokens (B, 1), with its cache."""
 
     def plan(self, layer: int, span: Span) -> None:
         """Which tokens stay in this layer's cache, from what is known before the LLM's step."""
@@ -101,7 +103,7 @@ class Policy:
 # ---- Prompts and their limits ----------------------------------------------------------------------------------------
 
 
-def prefill_chunk(models: list[Decoder], device: torch.device, free: int) -> int:
+def prefill_chunk(models: list[Decoder], free: int) -> int:
     """Tokens of a prompt that go through a model at once: as many as their activations may take of `free` bytes,
     half."""
     numbers = max(
@@ -179,14 +181,15 @@ class Lanes:
 class Watched:
     """A cache as a model sees it in a step: layer l attends once before[l] has come, and leaves an event in `done`."""
 
-    def __init__(self, cache, lanes: Lanes, before: list = ()):
+    def __init__(self, cache, lanes: Lanes, before: Sequence = ()):
         self.cache, self.lanes, self.before, self.done = cache, lanes, before, []
 
     def attend(self, layer: int, qkv: Tensor, rope, span: Span) -> Tensor:
         if self.before and self.lanes.streams:
             torch.cuda.current_stream().wait_event(self.before[layer])
         out = self.cache.attend(layer, qkv, rope, span)
-        self.done.append(self.lanes.mark())
+        if not self.before:
+            self.done.append(self.lanes.mark())
         return out
 
 
@@ -222,7 +225,7 @@ class Session:
         policy.allocate(self.lengths, self.capacity)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
         longest = max(self.lengths)
-        self.chunk = min(longest, chunk or prefill_chunk(policy.models, device, free))
+        self.chunk = min(longest, chunk or prefill_chunk(policy.models, free))
         if policy.whole_prompt:
             self.chunk = longest
         self.capture = device.type == "cuda" and capture
@@ -255,8 +258,7 @@ class Session:
 
     def take(self, tokens: list[int] | Tensor) -> None:
         """New tokens on the host's side: a sequence that reaches the matching window gets its head map."""
-        maps = getattr(self.policy, "maps", ())
-        if any(found is None for found in maps):
+        if any(found is None for found in self.policy.maps):
             for b, token in enumerate(tokens if isinstance(tokens, list) else tokens.tolist()):
                 self.texts[b].append(token)
                 self.policy.match(b, self.texts[b])
@@ -279,15 +281,10 @@ class Session:
     def forward(self) -> None:
         """The step: `tokens` (B, 1) in, `logits` (B, V) out, `length` one longer."""
         self.length += 1
-        span, slm = Span.step(self.length), Watched(None, self.lanes)
-
-        def watch(cache) -> Watched:
-            slm.cache = cache
-            return slm
-
+        span, slm = Span.step(self.length), Watched(self.policy.slm_cache, self.lanes)
         self.lanes.fork()
         with self.lanes.on("slm"):
-            self.policy.observe(self.tokens, span, watch)
+            self.policy.observe(self.tokens, span, slm)
         self.logits = self.attend(self.tokens, span, slm.done)[:, 0]
         self.policy.settle(span)
 
@@ -296,7 +293,8 @@ class Session:
         rows are there; empty: they all are."""
         policy, lanes, arrived = self.policy, self.lanes, []
         for layer in range(self.llm.config.layers):
-            with lanes.on("plan", *(observed[policy.needed[layer] - 1 :][:1] if observed else ())):
+            after = [observed[policy.needed[layer] - 1]] if observed else []
+            with lanes.on("plan", *after):
                 policy.plan(layer, span)
                 planned = lanes.mark()
             with lanes.on("move", planned):

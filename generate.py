@@ -118,7 +118,8 @@ def check_caches_fit(policy: Policy, lengths: list[int], capacity: int) -> None:
     device, longest, needed = policy.llm.device, max(lengths), ({}, {})  # by whether it is the host's
     for (name, cache), model in zip(policy.make_caches(lengths, capacity, "meta").items(), policy.models):
         for line in cache.ledger():
-            needed[line.host and device.type == "cuda"][f"{name} {line.what}"] = line.size
+            pinned = line.host and device.type == "cuda"  # PyTorch takes such memory in powers of two
+            needed[pinned][f"{name} {line.what}"] = 1 << (line.size - 1).bit_length() if pinned else line.size
         if not isinstance(cache, FullCache):  # a prompt is prefilled elsewhere
             staged = Prompt(model.config, longest, "meta", model.dtype, 1.0)
             tensors = staged.key, staged.value, staged.sums[1.0]
@@ -138,7 +139,7 @@ def answer(
 
     Returns "answers" and "report" as JSON types, and whether Ctrl-C cut the answers short.
     """
-    lengths, drafts, stop = [len(prompt) for prompt in prompts], getattr(policy, "drafts", 0), set(pair.text.stop)
+    lengths, drafts, stop = [len(prompt) for prompt in prompts], policy.drafts, set(pair.text.stop)
     check_positions(policy.models, lengths, max_new_tokens)
     check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts)
     quiet = sum(lengths) < PROGRESS_FROM or None  # None: a bar on a terminal

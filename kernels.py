@@ -76,8 +76,7 @@ def queries_that_count(decay: float, queries: int) -> int:
 
 
 def column_sums_torch(query: Tensor, key: Tensor, decay: float) -> Tensor:
-    """Scores that T queries (B, H, T, D), the last T of S tokens, leave on the keys (B, G, S, D): (B, H, S) fp32, Eq.
-    1.
+    """Scores that T queries (B, H, T, D), the last T of S tokens, leave on keys (B, G, S, D), Eq. 1: (B, H, S) fp32.
 
     sum over queries q of decay^(last - q) * A[q, j], by blocks of SCORE_BLOCK queries, so that memory is O(S).
     decay = 1 is the paper's plain sum. With decay < 1 queries whose weights are below fp32's resolution are skipped.
@@ -211,10 +210,10 @@ def decode_attention_torch(
     out = fold(share.to(value.dtype), value.where(used, 0))  # (B, G, H/G, T, D)
     log = total[..., 0] * LOG2_E
     if weight is not None:
-        lent = weight.view(B, T, G, H // G, -1).permute(0, 2, 3, 1, 4)  # (B, G, H/G, T, M)
-        rest = (1 - lent.sum(-1)).clamp(min=0)  # 1 - m
-        taken = (lent != 0).any(2).any(2)[..., None]  # (B, G, M, 1)
-        out = rest[..., None].to(out.dtype) * out + fold(lent.to(value.dtype), marginal.where(taken, 0))
+        borrowed = weight.view(B, T, G, H // G, -1).permute(0, 2, 3, 1, 4)  # (B, G, H/G, T, M)
+        rest = (1 - borrowed.sum(-1)).clamp(min=0)  # 1 - m
+        taken = (borrowed != 0).any(2).any(2)[..., None]  # (B, G, M, 1)
+        out = rest[..., None].to(out.dtype) * out + fold(borrowed.to(value.dtype), marginal.where(taken, 0))
         log = log - torch.log2(rest)
     if logits is not None:
         rows = product.permute(0, 3, 1, 2, 4).reshape(B, T, H, C)
@@ -226,7 +225,7 @@ def decode_attention_torch(
 
 @triton.jit
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, length_ptr, position_ptr, logit_ptr, weight_ptr, marginal_ptr, part_ptr, slots, lent_slots,
+    q_ptr, k_ptr, v_ptr, length_ptr, position_ptr, logit_ptr, weight_ptr, marginal_ptr, part_ptr, slots, marginal_slots,
     size, scale, G: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -270,18 +269,18 @@ def _split_kernel(
     tl.store(part + 2 * D, top, mask=real)
     tl.store(part + 2 * D + 1, tl.sum(total, 1), mask=real)
     if weight_ptr is not None:
-        share = tl.cdiv(tl.cdiv(lent_slots, BLOCK), splits) * BLOCK
+        share = tl.cdiv(tl.cdiv(marginal_slots, BLOCK), splits) * BLOCK
         mass, acc = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
-        for at in range(split * share, tl.minimum(split * share + share, lent_slots), BLOCK):
+        for at in range(split * share, tl.minimum(split * share + share, marginal_slots), BLOCK):
             slot = at + tl.arange(0, BLOCK)
-            inside = slot < lent_slots
-            line = weight_ptr + place.to(tl.int64)[:, None] * lent_slots + slot
-            lent = tl.load(line, mask=real[:, None] & inside, other=0.0)  # (ROWS, BLOCK)
-            rows = pair.to(tl.int64) * lent_slots + slot
+            inside = slot < marginal_slots
+            line = weight_ptr + place.to(tl.int64)[:, None] * marginal_slots + slot
+            borrowed = tl.load(line, mask=real[:, None] & inside, other=0.0)  # (ROWS, BLOCK)
+            rows = pair.to(tl.int64) * marginal_slots + slot
             value = tl.load(marginal_ptr + rows[:, None] * D + dim, mask=inside[:, None], other=0.0)
-            value = tl.where((tl.max(lent, 0) > 0)[:, None], value, 0.0)
-            acc += tl.dot(lent.to(value.dtype), value, input_precision="ieee")
-            mass += tl.sum(lent, 1)
+            value = tl.where((tl.max(borrowed, 0) > 0)[:, None], value, 0.0)
+            acc += tl.dot(borrowed.to(value.dtype), value, input_precision="ieee")
+            mass += tl.sum(borrowed, 1)
         tl.store(part[:, None] + D + dim, acc, mask=real[:, None])
         tl.store(part + 2 * D + 2, mass, mask=real)
 

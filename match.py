@@ -92,10 +92,6 @@ class Window:
         self.key = torch.empty(config.layers, config.kv_heads, width, config.head_dim, **like)
         self.width, self.filled = width, 0  # filled: tokens that all layers have seen
 
-    @property
-    def full(self) -> bool:
-        return self.filled == self.width
-
     def observe(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Take what of the next tokens' query (1, H, T, D) and key (1, G, T, D) belongs to the window."""
         start, end = self.filled, min(self.filled + query.shape[2], self.width)

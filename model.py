@@ -11,6 +11,7 @@ Shape legend, used in every module:
     T  new tokens of a sequence       H  query heads         C  slots of the critical tier
     S  positions a cache can hold     G  KV heads (H % G = 0) M  slots of the marginal tier
     V  vocabulary                     W  tokens of the matching window
+    N  slots of a layer's pool where they are not one tier's
 
 A prime (L', H') means the SLM. Activations are (B, T, hidden). Attention of a few new tokens (decode) takes queries
 (B, T, H, D), of many (prefill) (B, H, T, D); K and V are (B, G, S, D). The index of a token in a sequence is its

@@ -201,7 +201,7 @@ def matched_rows_torch(logits: Tensor, lse: Tensor, index: Tensor, position: Ten
 
 
 @triton.jit
-def _lend_kernel(
+def _borrow_kernel(
     out_ptr, logit_ptr, lse_ptr, index_ptr, position_ptr, layers, B, S, slots,
     H: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +219,7 @@ def _lend_kernel(
 def matched_rows_triton(logits: Tensor, lse: Tensor, index: Tensor, position: Tensor, out: Tensor) -> None:
     (T, layers, B, heads, S), (G, slots), H = logits.shape, position.shape[1:], index.shape[1]
     assert all(x.is_contiguous() for x in (logits, lse, index, position, out))
-    _lend_kernel[(B * H, triton.cdiv(slots, TOKENS))](
+    _borrow_kernel[(B * H, triton.cdiv(slots, TOKENS))](
         out, logits, lse, index, position, layers, B, S, slots,
         H=H, GROUP=H // G, HEADS=heads, T=T, TOKENS=TOKENS, num_warps=4,
     )  # fmt: skip

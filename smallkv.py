@@ -104,9 +104,8 @@ class Settings:
         Without a marginal tier 3:1: its bytes go to the critical ones. Three rules at the edges:
         - floor: below 7.5 % the critical share stays what it is there, 3.75 % of the length, while recent and marginal
           shrink in proportion, until it has 3/4 of the budget (at 5 %); below that all shrink together;
-        - ceiling: once the three cover every token (from 80 %), more bytes turn marginal tokens critical, until at 100
-        %
-          all are;
+        - ceiling: once the three cover every token (from 80 %), more bytes turn marginal tokens critical, until all are
+          at 100 %;
         - nothing is dropped while the context is shorter than the matching window.
         """
         if length < WINDOW_MIN:
@@ -232,9 +231,9 @@ class SmallKV(Policy):
 
     # -- every step --
 
-    def observe(self, tokens: Tensor, span: Span, watch) -> None:
+    def observe(self, tokens: Tensor, span: Span, cache) -> None:
         """One SLM step on the newest tokens: its attention rows are in the SLM's cache."""
-        self.slm(tokens, span, watch(self.slm_cache), logits="scores")
+        self.slm(tokens, span, cache, logits="scores")
 
     def rank(self, layer: int, span: Span) -> Tensor:
         """What the tokens of one LLM layer rank by, (B, G, S) fp32: the matched heads' scores, and the LLM's memory."""
@@ -256,7 +255,7 @@ class SmallKV(Policy):
             cache.place(layer, cache.memory[layer], self.sizes, span.length, memory=False)
             self._drop(layer, total, span.length)
         if cache.marginal is not None:
-            matched_rows(slm.logits, slm.lse, self.index[layer], cache.marginal_position[layer], cache.lent[layer])
+            matched_rows(slm.logits, slm.lse, self.index[layer], cache.marginal_position[layer], cache.borrowed[layer])
 
     def _drop(self, layer: int, total: Tensor, length: Tensor) -> None:
         """Without saliency shift: a token in no tier never comes back, its score is below 0; marginal tokens are

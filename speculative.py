@@ -7,11 +7,11 @@ itself (appendix A.3): its forward passes are made anyway, and their attention r
     SLM: the newest token, then draft by draft     K + 1 steps; their attention rows wait              cache.Scores
     one plan for the round, rows move              from the rows of all tokens of the round            smallkv.py
     LLM: newest token and drafts, one forward      each draft borrows its own SLM row (Eq. 6)          kernels.py
-    accept a prefix, add one token of the LLM      the rest leaves no trace in any cache
+    accept a prefix, add one token of the LLM      the rest lies beyond a sequence's length, unread
 
 **When the plan is made, and from what**: once a round, when the rows of all drafts are there. A token's score is the
 largest that it has after any token of the round (`scores.rank_scores`): what the third draft looks at is in place when
-the LLM verifies it. A draft that is refused has had its say in one plan, and in no score. The drafts are critical while
+the LLM verifies it. The rows of a refused draft count in one plan and in no score. The drafts are critical while
 they are verified; the accepted ones stay until the next plan, and no other token leaves before it.
 
 **Sampling**: a draft d of the SLM's distribution q is accepted with probability min(1, p(d) / q(d)), p the LLM's; the
@@ -145,7 +145,6 @@ class RoundSession(Session):
         self.stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
         self.allowed = torch.zeros(batch, dtype=torch.int32, device=device)  # drafts that count; -1: it has ended
         self.chance = torch.zeros(batch, 2 * policy.drafts + 1, device=device)
-        policy.allowed = self.allowed
 
     @torch.inference_mode()
     def round(self, newest: list[int], allowed: list[int | None]) -> list[list[int]]:
@@ -166,7 +165,8 @@ class RoundSession(Session):
         answers = [row[:count] for row, count in zip(self.answer.tolist(), self.kept.tolist())]
         for b, answer in enumerate(answers):
             self.lengths[b] += len(answer)
-            self.texts[b] = self.texts[b][:-1] if ended[b] else self.texts[b] + answer[:-1]
+            self.texts[b] += answer[:-1]
+            del self.texts[b][self.lengths[b] :]  # of an ended one: its newest token, which `take` wrote again
             if not ended[b]:
                 self.counts.rounds += 1
                 self.counts.drafted += allowed[b]
@@ -189,6 +189,7 @@ class RoundSession(Session):
                 believed.append(self.sampler.probabilities(logits))  # (B, V)
             fed.append((logits.argmax(-1) if greedy else draw(believed[-1], self.chance[:, place]))[:, None])
         tokens, allowed = torch.cat(fed, 1), self.allowed.clamp(min=0)  # (B, T)
+        policy.allowed = allowed
         self.lanes.fork()
         logits = self.attend(tokens, span, [])  # (B, T, V)
         if self.forced is not None:

@@ -127,7 +127,7 @@ def _block(LINES: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _count(bits, total_ptr, length, recent, value, LINES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """How many tokens of a row rank at `value` or above it. bits: of the row, where a block holds it WHOLE."""
+    """How many tokens of a row rank at `value` or above it. bits: of its first block, which is all of it if WHOLE."""
     found = tl.sum((bits - value) >> 31, 0)  # -1 for each that is below: fewer instructions than a comparison
     held = LINES * WIDTH
     if not WHOLE:
@@ -235,7 +235,7 @@ def _fill(
         free += tl.sum(empty.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["S", "C", "M"])  # one number a thread for all: no exchange of layouts
+@triton.jit(do_not_specialize=["S", "C", "M"])  # else loads of 16 bytes and scattered stores would exchange layouts
 def _plan_kernel(
     total_ptr, length_ptr, sizes_ptr, critical_ptr, marginal_ptr, memory_ptr, newest_ptr, rows_ptr, count_ptr, mark_ptr,
     queue_ptr, S, C, M, host_rows, G: tl.constexpr, T: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,

@@ -251,9 +251,9 @@ def test_chunks_are_as_many_tokens_as_the_memory_takes():
     """Half of what is free for the activations of one chunk, at least 512 tokens."""
     llm, slm = pair()
     numbers = 6 * 32 + 3 * 48 + 3 * (6 + 2 * 2) * 16
-    assert prefill_chunk([llm, slm], torch.device("cpu"), 1 << 30) == (1 << 29) // (4 * numbers)
-    assert prefill_chunk([llm.to(BF16), slm.to(BF16)], torch.device("cpu"), 1 << 30) == (1 << 29) // (2 * numbers)
-    assert prefill_chunk([llm], torch.device("cpu"), 100) == decode.CHUNK_MIN
+    assert prefill_chunk([llm], 1 << 30) == (1 << 29) // (4 * numbers)
+    assert prefill_chunk([llm.to(BF16)], 1 << 30) == (1 << 29) // (2 * numbers)
+    assert prefill_chunk([llm], 100) == decode.CHUNK_MIN
 
 
 def test_progress_counts_the_tokens_of_all_prompts():

@@ -376,7 +376,8 @@ def test_device_and_host_are_checked_apart(pair, monkeypatch, offload):
     command.check_caches_fit(on_gpu, [200, 120], 300)
     for model, entries in policy.ledgers([200, 120], 300).items():
         for entry in entries:
-            assert asked["cpu" if entry.host else "cuda"][f"{model} {entry.what}"] == entry.size
+            size = 1 << (entry.size - 1).bit_length() if entry.host else entry.size  # pinned: powers of two
+            assert asked["cpu" if entry.host else "cuda"][f"{model} {entry.what}"] == size
     assert set(asked["cpu"]) == ({"LLM offloaded K, V"} if offload == "cpu" else set())
     config = loaded.llm.config
     rows = config.layers * 200 * 4 * (2 * config.kv_heads * config.head_dim + config.query_heads)
