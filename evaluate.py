@@ -30,10 +30,11 @@ from baselines import BASELINES
 from benchmarks import TASKS
 from checkpoint import DTYPES, CheckpointError
 from decode import Policy
-from generate import PAIR, Pair, load_pair, run_line
+from generate import PAIR, Pair, load_pair
 from hub import fetch
 from model import Config
 from overhead import cache_bytes
+from report import run_line
 from smallkv import Settings, SmallKV
 from tables import CELLS, print_tables, read_about
 from tasks import Sample, Task, read_results
@@ -318,7 +319,7 @@ def run_task(args) -> None:
         this = {"command": sys.argv, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": None}
         about["invocations"].append(this)
         write_about(out, about)
-        for line in dict.fromkeys(run_line(pair, cell.policy(pair)) for cell in cells):
+        for line in dict.fromkeys(run_line(pair.llm, cell.policy(pair)) for cell in cells):
             print(line, file=sys.stderr)
         this["seconds"] = evaluate(pair, task, samples, cells, args.batch, results)
         task.finish(args, samples, out)

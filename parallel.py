@@ -115,7 +115,7 @@ class Team:
         return sampler if self.size == 1 else SharedSampler(sampler, self)
 
     def report(self, report: dict) -> dict:
-        """The reports of all ranks (generate.make_report) as one: bytes and rows are summed, tokens of a KV head are
+        """The reports of all ranks (report.make_report) as one: bytes and rows are summed, tokens of a KV head are
         means, and `ranks` holds each rank's own ledger."""
         if self.size == 1:
             return report

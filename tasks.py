@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from checkpoint import Text
 from corpus import Recall, read_text
 from decode import Session, Timing
-from generate import PAIR, Pair, check_caches_fit, make_report
+from generate import PAIR, Pair, check_caches_fit
 from match import WINDOW_MIN
 from recall import exact
+from report import make_report
 from smallkv import SmallKV
 
 PROSE = PAIR / "prose.txt"  # a book that the embedded pair has not seen
@@ -115,8 +116,8 @@ def mean(values: list[float]) -> float:
 
 def _similarity(policy, b: int) -> dict:
     """Mean similarity of the matched heads of sequence b, where the policy matches any."""
-    maps = getattr(policy, "maps", None)
-    return {} if maps is None or maps[b] is None else {"similarity": maps[b].similarity.mean().item()}
+    found = policy.maps[b] if policy.maps else None
+    return {} if found is None else {"similarity": found.similarity.mean().item()}
 
 
 def _movement(session: Session, critical: float = 0.0) -> dict:
