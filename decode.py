@@ -37,8 +37,7 @@ CHUNK_MIN = 512  # tokens of a prompt's chunk, whatever the memory
 
 
 def read_prompt(model, tokens: Tensor, staged: Cache, chunk: int, logits: str = "last", progress=None) -> Tensor | None:
-    """A prompt (1, n) through a model in chunks; what the model returns of the last one. progress(tokens): after
-    each."""
+    """A prompt (1, n) through a model in chunks; what the model returns of the last. progress(tokens): after each."""
     out, n = None, tokens.shape[1]
     for start in range(0, n, chunk):
         end = min(start + chunk, n)
@@ -104,8 +103,7 @@ class Policy:
 
 
 def prefill_chunk(models: list[Decoder], free: int) -> int:
-    """Tokens of a prompt that go through a model at once: as many as their activations may take of `free` bytes,
-    half."""
+    """Tokens of a prompt that go through a model at once: as many as have activations in half of `free` bytes."""
     numbers = max(
         6 * c.hidden_size + 3 * c.intermediate_size + 3 * (c.query_heads + 2 * c.kv_heads) * c.head_dim
         for c in (model.config for model in models)
