@@ -277,7 +277,7 @@ def check_same(out: Path, task: Task, before: dict, now: dict) -> None:
             raise ValueError(
                 f"{out} was run with {flag} {before['arguments'].get(name)}, not {value}; give another --out"
             )
-    if now["commit"] not in before["commit"].split(", "):
+    if now["commit"] not in before["commit"].split(", ") or now["commit"].endswith("+"):  # +: files differ from it
         print(f"note: {out} holds lines of commit {before['commit']}, this is {now['commit']}", file=sys.stderr)
 
 
