@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Cache, FullCache, Prompt, SlotCache, best_slots, heavy_order
+from cache import Cache, FullCache, Prompt, SlotCache, best_slots, heavy_order, kept_tokens
 from decode import Policy, read_prompt
 from kernels import SCORE_BLOCK, attention_rows, causal_attention, decode_attention
 from model import Config, Decoder, Span
@@ -82,7 +82,7 @@ class Evicting(Policy):
         """Tokens kept of a sequence of `length`."""
         if self.budget_tokens is not None:
             return min(self.budget_tokens, length)
-        return max(1, int(self.budget * length + 1e-9))
+        return kept_tokens(self.budget, length)
 
     def slots(self, lengths: list[int], capacity: int) -> list[int]:
         """Slots of each layer: the most that any sequence asks for at the end."""

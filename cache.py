@@ -249,6 +249,11 @@ class SlotCache(Cache):
         return {"critical": sum(held) / len(held)}
 
 
+def kept_tokens(share: float, length: int) -> int:
+    """Tokens that a share of a sequence keeps: the coming one at least."""
+    return max(1, int(share * length + 1e-9))
+
+
 def heavy_order(position: Tensor, heavy: Tensor, length: Tensor, kept: Tensor) -> Tensor:
     """H2O's rule (arXiv 2306.14048) as numbers (..., N), the largest stay: the newest half of `kept`, then by attention
     gathered. position, heavy (..., N); length and kept count the coming token."""
@@ -274,7 +279,7 @@ class CutCache(Scores, SlotCache):
     def __init__(
         self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float, share: float
     ):
-        kept = [max(1, int(share * n + 1e-9)) for n in range(capacity + 2)]
+        kept = [kept_tokens(share, n) for n in range(capacity + 2)]
         super().__init__(config, batch, [kept[capacity]] * config.layers, device, dtype, heavy=True)
         self.make_scores(config, batch, capacity, device, dtype, decay, 1)
         self.by_length, self.kept = kept, torch.tensor(kept, device=device)  # for the host, for the device

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import torch
 
+from cache import kept_tokens
 from checkpoint import CheckpointError, read_config, resolve, weight_bytes
 from model import Config
 from quantize import int4_bytes
@@ -99,10 +100,6 @@ def products(config: Config, observed: bool = False) -> list[tuple[int, int]]:
 def product_bytes(config: Config, itemsize: int, int4: bool = False, observed: bool = False) -> int:
     """Bytes of their weights, in INT4 with scales and zeros; biases and norms, too few to show, are left out."""
     return sum(int4_bytes(*each) if int4 else itemsize * each[0] * each[1] for each in products(config, observed))
-
-
-def kept_tokens(share: float, length: int) -> int:
-    return max(1, int(share * length + 1e-9))
 
 
 def step_bytes(
