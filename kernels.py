@@ -93,17 +93,17 @@ def column_sums_torch(query: Tensor, key: Tensor, decay: float) -> Tensor:
 
 
 @triton.jit
-def _tile(query, k_ptr, token, last, S, scale, D: tl.constexpr):
+def _tile(query, k_ptr, token, k_token, last, S, scale, D: tl.constexpr):
     """Causal logits (QUERIES, KEYS) of queries at positions `last` on keys at `token`, -inf where nothing is seen."""
     dim = tl.arange(0, D)
-    key = tl.load(k_ptr + token.to(tl.int64)[:, None] * D + dim, mask=(token < S)[:, None], other=0.0)
+    key = tl.load(k_ptr + token.to(tl.int64)[:, None] * k_token + dim, mask=(token < S)[:, None], other=0.0)
     logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     return tl.where(token[None] <= last[:, None], logit, -float("inf"))
 
 
 @triton.jit
 def _lse_kernel(
-    q_ptr, k_ptr, lse_ptr, k_batch, k_head, T, S, count, scale,
+    q_ptr, k_ptr, lse_ptr, k_batch, k_head, k_token, T, S, count, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The log of the sum of QUERIES queries' weights; `count` of the T queries take part, the last ones."""
@@ -115,7 +115,7 @@ def _lse_kernel(
     keys = k_ptr + b.to(tl.int64) * k_batch + (h // GROUP) * k_head
     top, total = tl.full([QUERIES], -float("inf"), tl.float32), tl.zeros([QUERIES], tl.float32)
     for at in range(0, tl.minimum(S - count + (tl.program_id(0) + 1) * QUERIES, S), KEYS):
-        logit = _tile(query, keys, at + tl.arange(0, KEYS), last, S, scale, D)
+        logit = _tile(query, keys, at + tl.arange(0, KEYS), k_token, last, S, scale, D)
         higher = tl.maximum(top, tl.max(logit, 1))  # the first tile has key 0, which every query sees
         total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logit - higher[:, None]), 1)
         top = higher
@@ -124,7 +124,7 @@ def _lse_kernel(
 
 @triton.jit
 def _column_kernel(
-    q_ptr, k_ptr, lse_ptr, out_ptr, k_batch, k_head, T, S, count, scale, log_decay,
+    q_ptr, k_ptr, lse_ptr, out_ptr, k_batch, k_head, k_token, T, S, count, scale, log_decay,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """KEYS keys: the weights of the queries that see them, from the first such tile on."""
@@ -137,7 +137,7 @@ def _column_kernel(
         live = row < count
         place = (b.to(tl.int64) * T + T - count + row) * H + h
         query = tl.load(q_ptr + place[:, None] * D + dim, mask=live[:, None], other=0.0)
-        logit = _tile(query, keys, token, S - count + row, S, scale, D)
+        logit = _tile(query, keys, token, k_token, S - count + row, S, scale, D)
         lse = tl.load(lse_ptr + head.to(tl.int64) * count + row, mask=live, other=float("inf"))
         age = tl.where(live, count - 1 - row, 0).to(tl.float32)
         column += tl.sum(tl.exp2(logit - lse[:, None] + (age * log_decay)[:, None]), 0)
@@ -151,9 +151,9 @@ def column_sums_triton(query: Tensor, key: Tensor, decay: float) -> Tensor:
     G, S = key.shape[1:3]
     count = queries_that_count(decay, T)
     query = query.transpose(1, 2).contiguous()  # (B, T, H, D), as the products leave it
-    assert key.stride()[2:] == (D, 1), "token rows must lie one after another"
+    assert key.stride(3) == 1
     lse, out = (torch.empty(B * H, n, device=query.device, dtype=torch.float32) for n in (count, S))
-    numbers = *key.stride()[:2], T, S, count, D**-0.5 * LOG2_E
+    numbers = *key.stride()[:3], T, S, count, D**-0.5 * LOG2_E
     shape = dict(H=H, GROUP=H // G, D=D, QUERIES=QUERIES, KEYS=KEYS, num_warps=4, num_stages=2)
     _lse_kernel[(triton.cdiv(count, QUERIES), B * H)](query, key, lse, *numbers, **shape)
     log_decay = math.log2(decay) if decay > 0 else 0.0

@@ -29,7 +29,7 @@ from ops import use_triton
 RECENT, NEWEST = 0x7F7FFFFF, 0x7F800000  # bits of the largest fp32 and of infinity: what these tokens rank by
 ROW = 32768  # tokens of a row that a program holds in registers
 BRING_BYTES = 1 << 17  # that a program of the mover has under way: a thousand rows fill PCIe
-MOVERS = 8  # programs of the mover: more do not come faster over PCIe, and take multiprocessors from the LLM
+MOVERS = 3  # programs of the mover, each with a multiprocessor that the LLM's products do without meanwhile
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
