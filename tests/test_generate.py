@@ -185,7 +185,7 @@ def test_chat_renders_the_checkpoints_template(pair, results):
 
 
 def test_readme_example(pair, capsys, monkeypatch):
-    """The README's Python example, with the tiny pair in place of its names; its heads are too small for the kernels."""
+    """The README's Python example, with the tiny pair in place of its names: heads too small for the kernels."""
     monkeypatch.setattr(command, "default_device", lambda: "cpu")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:] if "load_pair" in block]
