@@ -109,7 +109,7 @@ def parsed(text: str, source: str, kind: type = dict):
     """JSON text that holds a `kind`; ValueError names the source otherwise."""
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError too: a number of thousands of digits
         raise ValueError(f"{source} is not valid JSON: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(content, kind):
         wanted = "object" if kind is dict else kind.__name__

@@ -22,6 +22,7 @@ joins them when it loads.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,11 @@ from kernels import causal_attention
 from ops import Rope, add_norm, gate, rotate
 
 SUPPORTED_MODELS = ("llama", "qwen2", "qwen3")
-SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+SUPPORTED_ROPE = {  # and what they must say
+    "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}  # fmt: skip
+MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}  # where config.json does not say
 
 
 @dataclass(frozen=True)
@@ -58,77 +63,115 @@ class Config:
 
     @classmethod
     def from_hf(cls, raw: dict) -> "Config":
-        """Read a Hugging Face config.json (Transformers 4 and 5 spellings). ValueError names what is not supported."""
-        model_type = raw.get("model_type")
-        if model_type not in SUPPORTED_MODELS:
+        """Read a Hugging Face config.json (Transformers 4 and 5 spellings). ValueError names what is not supported, or
+        the key, its value and what is expected."""
+        kind = raw.get("model_type")
+        if kind not in SUPPORTED_MODELS:
             supported = ", ".join(SUPPORTED_MODELS)
-            raise ValueError(f"unknown model_type {model_type!r} in config.json; supported: {supported}")
+            raise ValueError(f"unknown model_type {kind!r:.40} in config.json; supported: {supported}")
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [name for name in required if name not in raw]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        counts = (*required, "num_key_value_heads", "head_dim", "max_position_embeddings")
-        wrong = [n for n in counts if raw.get(n) is not None and not (isinstance(raw[n], int) and raw[n] > 0)]
-        if wrong:
-            raise ValueError("config.json: " + ", ".join(f"{n} {raw[n]!r} should be above 0" for n in wrong))
         if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
-        windowed = [t for t in raw.get("layer_types") or [] if t != "full_attention"]
-        if raw.get("use_sliding_window") or windowed:
+            raise ValueError(f"hidden_act {raw['hidden_act']!r:.40} is not supported; supported: silu")
+        listed = raw.get("layer_types") or []
+        if not isinstance(listed, list):
+            raise ValueError(f"config.json: layer_types is {listed!r:.40}; expected a list")
+        if _flag(raw, "use_sliding_window", False) or any(found != "full_attention" for found in listed):
             raise ValueError(
-                f"sliding-window attention is in use (sliding_window={raw.get('sliding_window')}); "
+                f"sliding-window attention is in use (sliding_window={raw.get('sliding_window')!r:.40}); "
                 "supported: full attention in every layer (use_sliding_window: false)"
             )
-        query_heads = raw["num_attention_heads"]
-        kv_heads = raw.get("num_key_value_heads") or query_heads
+        hidden, query_heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
+        kv_heads = _count(raw, "num_key_value_heads", query_heads, null=True)
         if query_heads % kv_heads:
             raise ValueError(f"num_attention_heads {query_heads} is not a multiple of num_key_value_heads {kv_heads}")
-        attention_bias = bool(raw.get("attention_bias", False))
+        head_dim = _count(raw, "head_dim", 128 if kind == "qwen3" else hidden // query_heads, null=True)
+        if head_dim % 2 or head_dim == 0:
+            raise ValueError(f"config.json: head_dim is {head_dim}; expected an even number, RoPE turns pairs")
+        rope, bias = _rope(raw), _flag(raw, "attention_bias", False)
+        positions = _count(raw, "max_position_embeddings", MAX_POSITIONS[kind], most=1 << 24)
+        if rope["rope_type"] == "yarn":  # Qwen2.5's recipe turns yarn on and leaves the number as it was
+            positions = max(positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
         return cls(
-            model_type=model_type,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            layers=raw["num_hidden_layers"],
+            model_type=kind,
+            vocab_size=_count(raw, "vocab_size", most=1 << 24),
+            hidden_size=hidden,
+            intermediate_size=_count(raw, "intermediate_size"),
+            layers=_count(raw, "num_hidden_layers", most=1 << 12),
             query_heads=query_heads,
             kv_heads=kv_heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // query_heads,
-            max_positions=_max_positions(raw),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias or model_type == "qwen2",  # Qwen2 has it always and does not say so
-            o_bias=attention_bias and model_type != "qwen2",
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            qk_norm=model_type == "qwen3",
-            rope=_rope_parameters(raw),
+            head_dim=head_dim,
+            max_positions=positions,
+            norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            tied=_flag(raw, "tie_word_embeddings", False),
+            qkv_bias=bias or kind == "qwen2",  # Qwen2 has it always and does not say so
+            o_bias=bias and kind != "qwen2",
+            mlp_bias=_flag(raw, "mlp_bias", False),
+            qk_norm=kind == "qwen3",
+            rope=rope,
         )
 
 
-def _max_positions(raw: dict) -> int:
-    """Positions the model can address. Qwen2.5's recipe turns yarn on and leaves the number as it was."""
-    positions, rope = raw.get("max_position_embeddings") or 2048, _rope_parameters(raw)
-    if rope["rope_type"] == "yarn":
-        return max(positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    return positions
+def _checked(raw: dict, key: str, fits: Callable[[object], bool], expected: str, default, null: bool):
+    """A value of config.json: the default where the key is absent, or (null) where it is null."""
+    value = raw.get(key)
+    if key not in raw and default is not None or null and value is None:
+        return default
+    if not fits(value):
+        raise ValueError(f"config.json: {key} is {value!r:.60}; expected {expected}")
+    return value
 
 
-def _rope_parameters(raw: dict) -> dict:
-    """Normalise `rope_parameters` (Transformers 5) or `rope_scaling` + `rope_theta` (4) to one dict, and check it."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.pop("type", None) if "rope_type" not in rope else rope["rope_type"]
-    rope["rope_type"] = rope["rope_type"] or "default"
-    if rope.get("rope_theta") is None:
-        rope["rope_theta"] = raw.get("rope_theta") or 10000.0
-    kind = rope["rope_type"]
-    if kind not in SUPPORTED_ROPE:
-        raise ValueError(f"unknown rope type {kind!r} in config.json; supported: {', '.join(SUPPORTED_ROPE)}")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1.0 is not supported")
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"], "yarn": ["factor"]}
-    missing = [name for name in needed.get(kind, []) if rope.get(name) is None]
+def _count(raw: dict, key: str, default: int | None = None, null: bool = False, most: int = 1 << 20) -> int:
+    def fits(n):
+        return type(n) is int and 0 < n <= most
+
+    return _checked(raw, key, fits, f"a whole number from 1 to {most:,}", default, null)
+
+
+def _number(raw: dict, key: str, default: float | None = None, null: bool = False) -> float:
+    def fits(x):
+        return type(x) in (int, float) and 0 < x < 1e30
+
+    return _checked(raw, key, fits, "a number above 0", default, null)
+
+
+def _flag(raw: dict, key: str, default: bool) -> bool:
+    return _checked(raw, key, lambda x: type(x) is bool, "true or false", default, True)
+
+
+def _rope(raw: dict) -> dict:
+    """One dict of RoPE's parameters. As in Transformers `rope_scaling`, which model cards say to add, wins as a whole
+    over `rope_parameters`, and `original_max_position_embeddings` beside them over the one in them."""
+    found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+        raise ValueError(f"config.json: rope_scaling is {found!r:.60}; expected an object of rope_type and numbers")
+    kind = found.get("rope_type") or found.get("type") or "default"
+    if not isinstance(kind, str) or kind not in SUPPORTED_ROPE:
+        raise ValueError(f"unknown rope type {kind!r:.40} in config.json; supported: {', '.join(SUPPORTED_ROPE)}")
+    for part in (raw, found):
+        if part.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError("partial_rotary_factor other than 1.0 is not supported")
+    missing = [name for name in SUPPORTED_ROPE[kind] if found.get(name) is None]
     if missing:
         raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)} in config.json")
-    rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings") or 2048)
+    theta = _number(raw, "rope_theta", 10000.0, null=True)
+    rope = {"rope_type": kind, "rope_theta": _number(found, "rope_theta", theta, null=True)}
+    rope |= {name: _number(found, name) for name in SUPPORTED_ROPE[kind]}
+    if kind == "llama3" and rope["low_freq_factor"] == rope["high_freq_factor"]:
+        raise ValueError(f"config.json: low_freq_factor and high_freq_factor are both {rope['low_freq_factor']}")
+    if kind == "yarn":
+        optional = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
+        given = {name: value for name, value in found.items() if value or name == "attention_factor"}  # 0 means none
+        rope |= {name: _number(given, name, default, null=True) for name, default in optional.items()}
+        rope["truncate"] = _flag(found, "truncate", True)
+        if rope["rope_theta"] == 1:
+            raise ValueError("config.json: rope_theta is 1; expected another, yarn takes its logarithm")
+    positions = _count(raw, "max_position_embeddings", MAX_POSITIONS[raw["model_type"]], most=1 << 24)
+    original = "original_max_position_embeddings"
+    rope[original] = _count(raw, original, _count(found, original, positions, True, 1 << 24), True, 1 << 24)
     return rope
 
 
@@ -159,11 +202,11 @@ def rope_frequencies(config: Config, device: torch.device | str | None = None) -
         """The (fractional) dimension whose wavelength turns `rotations` times over the original context."""
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = dimension_of(rope.get("beta_fast") or 32), dimension_of(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
+    low, high = dimension_of(rope["beta_fast"]), dimension_of(rope["beta_slow"])
+    if rope["truncate"]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
     divide = ramp.clamp(0, 1)
     return inv_freq * (1 - divide) + inv_freq / factor * divide, _yarn_attention_factor(rope)
 
@@ -172,9 +215,9 @@ def _yarn_attention_factor(rope: dict) -> float:
     def mscale(scale):
         return 0.1 * scale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
 
-    if rope.get("attention_factor") is not None:
+    if rope["attention_factor"] is not None:
         return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
+    if rope["mscale"] and rope["mscale_all_dim"]:
         return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
     return mscale(1.0)
 

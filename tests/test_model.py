@@ -1,5 +1,8 @@
 """The decoder against Transformers on tiny random models, and what it does with a cache against one whole pass."""
 
+import copy
+import math
+
 import pytest
 import torch
 
@@ -84,15 +87,57 @@ def test_yarn_opens_the_positions_that_it_was_turned_on_for():
 @pytest.mark.parametrize("changes, message", [
     ({"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' lacks factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1.0"),
-    ({"vocab_size": "280"}, "vocab_size '280' should be above 0"),
-    ({"num_attention_heads": 0}, "num_attention_heads 0 should be above 0"),
-    ({"head_dim": -1}, "head_dim -1 should be above 0"),
+    ({"vocab_size": "280"}, "vocab_size is '280'; expected a whole number from 1 to 16,777,216"),
+    ({"vocab_size": None}, "vocab_size is None; expected"), ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"), ({"hidden_size": 10**30}, "hidden_size is 10+;"),
+    ({"head_dim": -1}, "head_dim is -1; expected"), ({"head_dim": 7}, "head_dim is 7; expected an even number"),
+    ({"hidden_size": 4, "head_dim": None}, "head_dim is 0; expected an even number"),
+    *(({"rms_norm_eps": value}, f"rms_norm_eps is {value}; expected a number above 0")
+      for value in (-1, 0, math.nan, math.inf, None)), ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10+; expected"),
+    ({"rope_theta": 0}, "rope_theta is 0; expected"), ({"rope_theta": "10000"}, "rope_theta is '10000'; expected"),
+    ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; expected an object"),
+    ({"rope_scaling": {"type": "yarn", "factor": -4.0}}, "factor is -4.0; expected a number above 0"),
+    ({"rope_scaling": {"type": "yarn", "factor": 0}}, "factor is 0; expected a number above 0"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": "no"}}, "truncate is 'no'; expected true or false"),
+    ({"rope_scaling": {"type": ["yarn"]}}, "unknown rope type"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "expected an object of rope_type and numbers"),
+    ({"original_max_position_embeddings": -2, "rope_scaling": LLAMA3}, "original_max_position_embeddings is -2"),
+    ({"layer_types": 5}, "layer_types is 5; expected a list"), ({"layer_types": [5]}, "sliding-window attention"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
+    ({"attention_bias": 1}, "attention_bias is 1; expected true or false"),
     ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
 ])  # fmt: skip
 def test_configs_that_are_refused(changes, message):
     """Others are named where checkpoints are loaded: test_checkpoint.py."""
     with pytest.raises(ValueError, match=message):
         Config.from_hf({**SMALL, "model_type": "llama", **changes})
+
+
+TYPED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}  # as model cards spell it, no theta
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("llama", {"partial_rotary_factor": None, "num_key_value_heads": None, "head_dim": None}),
+    ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": TYPED}),
+    ("qwen2", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": TYPED, "rope_theta": 5e5}),
+    ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}, "rope_scaling": {}}),
+    ("llama", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 8}),
+    ("qwen2", {"rope_scaling": {**TYPED, "beta_fast": 2, "beta_slow": 2}, "original_max_position_embeddings": 48}),
+    ("qwen2", {"rope_scaling": {**TYPED, "beta_fast": 1, "beta_slow": 30, "truncate": False}}),
+    ("qwen2", {"rope_scaling": {**TYPED, "mscale": 0.7, "mscale_all_dim": 1.2}}),
+    ("qwen3", {"head_dim": ...}),
+])  # fmt: skip
+def test_configs_are_read_as_transformers_reads_them(kind, changes):
+    """The frequencies, the factor on cos and sin, and the numbers of heads."""
+    raw = {name: value for name, value in {**SMALL, "model_type": kind, **changes}.items() if value is not ...}
+    expected = transformers.AutoConfig.for_model(**copy.deepcopy(raw))
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(expected)
+    config = Config.from_hf(raw)
+    inv_freq, factor = rope_frequencies(config)
+    torch.testing.assert_close(inv_freq, rotary.inv_freq, atol=0, rtol=1e-6)
+    assert math.isclose(factor, rotary.attention_scaling, rel_tol=1e-12)
+    heads = expected.num_key_value_heads, getattr(expected, "head_dim", None) or SMALL["hidden_size"] // 6
+    assert (config.kv_heads, config.head_dim) == heads
 
 
 def test_a_config_that_lacks_a_number_says_which():
