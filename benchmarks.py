@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import metrics
-from checkpoint import Text
 from tasks import (
     RecallTask,
     Sample,
@@ -25,6 +24,7 @@ from tasks import (
     read_results,
     read_text_file,
 )
+from text import Text
 
 
 class FileTask(Task):

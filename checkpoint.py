@@ -1,32 +1,26 @@
-"""A checkpoint, from a folder or a hub id: the decoder in memory, and its way with words.
+"""A checkpoint, from a folder or a hub id: the decoder in memory.
 
-Where it sits: before everything, and at both ends of the flow, between which there are only token ids. config.json and
-safetensors become a `Decoder` whose products of one input are joined here, once; tokenizer.json, the chat template and
-the stop tokens become a `Text`. Every error a user can cause by naming the wrong thing is a `CheckpointError`: one line
-with what is wrong, the value and what to do.
+Where it sits: before everything. config.json and safetensors become a `Decoder` whose products of one input are joined
+here, once (its tokenizer: text.py). Every error a user can cause by naming the wrong thing is a `CheckpointError`: one
+line with what is wrong, the value and what to do.
 """
 
-import json
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 
+import command
 from model import Config, Decoder
 from parallel import Team
 from quantize import Scheme, checkpoint_names, int4_modules, put_int4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in a checkpoint
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -63,18 +57,14 @@ def resolve(name: str, files: list[str] = HUB_FILES) -> Path:
 
 
 def read_json(folder: Path, name: str, required: bool = True) -> dict:
-    path = folder / name
-    if not path.is_file():
-        if required:
-            raise CheckpointError(f"{folder} has no {name}; is it a Hugging Face checkpoint folder?")
+    if not required and not (folder / name).is_file():
         return {}
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{folder} has no {name}; is it a Hugging Face checkpoint folder?")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
+        return command.read_json(folder / name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_config(folder: Path, layers: int | None = None) -> Config:
@@ -185,28 +175,57 @@ def _stored(decoder: Decoder, scheme: Scheme | None) -> dict[str, tuple[int, ...
 
 
 def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(folder, index.name).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensors to files")
-        files = sorted({folder / file for file in shards.values()})
-        absent = [file.name for file in files if not file.is_file()]
-        if absent or not files:
-            raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent) or '(none named)'}")
-        return files
+    """The files of the weights; where a single one stands beside an index, the single one, as in Transformers."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    shards = read_json(folder, index.name).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    outside = [file for file in shards.values() if Path(file).is_absolute() or ".." in Path(file).parts]
+    if outside:
+        raise CheckpointError(f"{index} names {outside[0]}, which is not in the folder; all shards must be")
+    absent = sorted({file for file in shards.values() if not (folder / file).is_file()})
+    if absent or not shards:
+        raise CheckpointError(f"{index} names shards that are not there: {', '.join(absent) or '(none named)'}")
+    return sorted({folder / file for file in shards.values()})
 
 
 def _skipped(name: str, config: Config, stopped: bool) -> bool:
-    """Tensors left out on purpose: RoPE tables of old checkpoints, the second copy of a tied embedding, and the layers
-    after which the model was asked to stop."""
-    if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
-        return True
+    """Tensors left out on purpose: RoPE tables of old checkpoints, and the layers after which the model was asked to
+    stop."""
     part = name.split(".")  # model.layers.7.mlp.up_proj.weight
-    return stopped and part[1:2] == ["layers"] and part[2].isdecimal() and int(part[2]) >= config.layers
+    beyond = stopped and part[1:2] == ["layers"] and part[2].isdecimal() and int(part[2]) >= config.layers
+    return beyond or name.endswith("rotary_emb.inv_freq")
+
+
+def _open(folder: Path, config: Config, stopped: bool, stack: ExitStack) -> dict:
+    """The checkpoint's tensors by name, each as its open file."""
+    found = {}
+    for path in _shards(folder):
+        try:
+            shard = stack.enter_context(safe_open(path, framework="pt"))
+            found |= {name: shard for name in shard.keys() if not _skipped(name, config, stopped)}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    return found
+
+
+def _settle_tie(config: Config, found: dict) -> tuple[Config, dict[str, str]]:
+    """The config says that the output projection is the embedding. If another one is stored, it counts, as in
+    Transformers 5 (merged adapters, extended vocabularies); if only one is, it is both. Afterwards `found` has what is
+    to be read. Returns the config, and the names under which tensors stand that are called otherwise."""
+    if HEAD not in found:
+        return config, {}
+    if EMBEDDING not in found:
+        found[EMBEDDING] = found.pop(HEAD)
+        return config, {EMBEDDING: HEAD}
+    if torch.equal(*(found[name].get_tensor(name) for name in (EMBEDDING, HEAD))):
+        del found[HEAD]
+        return config, {}
+    return replace(config, tied=False), {}
 
 
 def load_decoder(
@@ -225,34 +244,29 @@ def load_decoder(
     dtype = dtype or checkpoint_dtype(folder)
     if scheme is not None and team.size > 1:
         raise CheckpointError(f"{folder}: INT4 weights are not split over {team.size} processes; use one")
-    try:
-        decoder = empty_decoder(config, scheme, team)
-        expected = _stored(empty_decoder(config, scheme), scheme)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    packed = {name: _parts(config, name, module.out_features) for name, module in int4_modules(decoder).items()}
-    # GPTQ tools store a bias of zeros where the model has none.
-    spare = {f"{part}.bias" for parts in packed.values() for part in parts} - set(expected)
     with ExitStack() as stack:
-        found, problems = {}, []
-        for path in _shards(folder):
-            try:
-                shard = stack.enter_context(safe_open(path, framework="pt"))
-                for name in shard.keys():
-                    if _skipped(name, config, layers is not None):
-                        continue
-                    found[name], shape = shard, tuple(shard.get_slice(name).get_shape())
-                    if name in spare:
-                        if shard.get_tensor(name).any():
-                            problems.append(f"{name} is not zero, and config.json says that there is none")
-                    elif name not in expected:
-                        problems.append(f"unexpected tensor {name} {shape}")
-                    elif shape != expected[name]:
-                        problems.append(f"tensor {name} has shape {shape}, config.json says {expected[name]}")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+        found, called = _open(folder, config, layers is not None, stack), {}
+        if config.tied:
+            config, called = _settle_tie(config, found)
+        try:
+            decoder = empty_decoder(config, scheme, team)
+            expected = _stored(empty_decoder(config, scheme), scheme)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+        packed = {name: _parts(config, name, module.out_features) for name, module in int4_modules(decoder).items()}
+        # GPTQ tools store a bias of zeros where the model has none.
+        spare, problems = {f"{part}.bias" for parts in packed.values() for part in parts} - set(expected), []
         if scheme is None and any(name.endswith(".qweight") for name in found):
             raise CheckpointError(f"{folder} holds INT4 weights (qweight), but its config.json no quantization_config")
+        for name, shard in found.items():
+            shape = tuple(shard.get_slice(called.get(name, name)).get_shape())
+            if name in spare:
+                if shard.get_tensor(name).any():
+                    problems.append(f"{name} is not zero, and config.json says that there is none")
+            elif name not in expected:
+                problems.append(f"unexpected tensor {name} {shape}")
+            elif shape != expected[name]:
+                problems.append(f"tensor {name} has shape {shape}, config.json says {expected[name]}")
         problems += [f"missing tensor {name}" for name in expected if name not in found and not name.endswith(".g_idx")]
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -261,7 +275,7 @@ def load_decoder(
             tensor = torch.empty(empty.shape, device=device, dtype=dtype)
             parts = _parts(decoder.config, name, len(tensor))
             for part, rows in zip(parts, tensor.split(list(parts.values()))):
-                rows.copy_(team.part(part, found[part].get_slice(part), config))
+                rows.copy_(team.part(part, found[part].get_slice(called.get(part, part)), config))
             parent, _, leaf = name.rpartition(".")
             setattr(decoder.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
         for name, parts in packed.items():
@@ -276,136 +290,3 @@ def load_decoder(
                 raise CheckpointError(f"{folder}: {part}: {error}") from None
     team.tie(decoder)  # assigning has parted them
     return decoder.eval().requires_grad_(False)
-
-
-# ---- Words -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Text:
-    """One checkpoint's way with words. Made by `Text.load`."""
-
-    tokenizer: Tokenizer
-    template: str | None = None  # jinja2 source
-    special: dict[str, str] = field(default_factory=dict)  # bos_token and the like, as the template wants them
-    stop: frozenset[int] = frozenset()
-
-    @classmethod
-    def load(cls, folder: Path) -> "Text":
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises plain Exception
-            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from None
-        settings = read_json(folder, "tokenizer_config.json", required=False)
-        words = {n: v.get("content") if isinstance(v, dict) else v for n, v in settings.items() if n.endswith("_token")}
-        special = {name: word for name, word in words.items() if isinstance(word, str)}
-        return cls(tokenizer, _template(folder, settings), special, _stop_tokens(folder))
-
-    def encode(self, text: str) -> list[int]:
-        """Raw text, with the special tokens the tokenizer itself adds (LLaMA 3: its begin-of-text)."""
-        return self.tokenizer.encode(text).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
-
-    def chat(self, message: str) -> list[int]:
-        """One user message in the checkpoint's chat template, up to where the answer begins."""
-        return self._words(self._render([{"role": "user", "content": message}]))
-
-    def next_turn(self, message: str) -> list[int]:
-        """What comes between an answer and the next one: the end of the answer's turn, and another user message. For a
-        cache that is kept between turns: the answer's own tokens are in it, so they are not written again."""
-        answer = "(the answer stands here)"
-        turns = (("user", "?"), ("assistant", answer), ("user", message))
-        rendered = self._render([{"role": role, "content": content} for role, content in turns])
-        before, found, after = rendered.partition(answer)
-        if not found:
-            raise ValueError("the checkpoint's chat template leaves answers out, so a second turn cannot follow one")
-        return self._words(after)
-
-    def _words(self, rendered: str) -> list[int]:
-        return self.tokenizer.encode(rendered, add_special_tokens=False).ids  # the template has written them
-
-    def _render(self, messages: list[dict]) -> str:
-        if self.template is None:
-            raise ValueError("this checkpoint has no chat template; leave --chat out, or use an instruct checkpoint")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals.update(raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form))
-        try:
-            template = environment.from_string(self.template)
-            return template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise ValueError(f"the checkpoint's chat template failed: {error}") from None
-
-    def stream(self) -> "TextStream":
-        return TextStream(self)
-
-
-class TextStream:
-    """Text of one answer as its tokens come; holds back bytes that do not make a character yet."""
-
-    def __init__(self, text: Text):
-        self.text, self.ids, self.shown = text, [], ""
-        self.decoder = DecodeStream(skip_special_tokens=True)
-
-    def push(self, token: int) -> str:
-        self.ids.append(token)
-        piece = self.decoder.step(self.text.tokenizer, token) or ""
-        self.shown += piece
-        return piece
-
-    def finish(self) -> str:
-        """What was held back, once no more tokens come."""
-        whole = self.text.decode(self.ids)
-        return whole[len(self.shown) :] if whole.startswith(self.shown) else ""
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _template(folder: Path, settings: dict) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path} is not UTF-8: {error}") from None
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{folder}: chat_template is a {type(template).__name__}, not text")
-    return template
-
-
-def _stop_tokens(folder: Path) -> frozenset[int]:
-    """eos_token_id of generation_config.json, one or a list; config.json's where that file does not say."""
-    for name in ("generation_config.json", "config.json"):
-        stop = read_json(folder, name, required=False).get("eos_token_id")
-        if stop is not None:
-            ids = stop if isinstance(stop, list) else [stop]
-            if not all(isinstance(index, int) for index in ids):
-                raise CheckpointError(f"{folder / name}: eos_token_id is {stop}, not a token id or a list of them")
-            return frozenset(ids)
-    return frozenset()
-
-
-def check_same_tokenizer(llm: Text, slm: Text) -> None:
-    """SLM and LLM must read the same ids: CheckpointError names the first token or merge in which they differ."""
-
-    def entries(text: Text) -> dict[str, object]:
-        tokens = {index: token for token, index in text.tokenizer.get_vocab(with_added_tokens=True).items()}
-        merges = enumerate(json.loads(text.tokenizer.to_str())["model"].get("merges", []))
-        return {f"id {index}": tokens[index] for index in sorted(tokens)} | {f"merge {n}": merge for n, merge in merges}
-
-    ours, theirs = entries(llm), entries(slm)
-    for at in ours | theirs:
-        if ours.get(at) != theirs.get(at):
-            raise CheckpointError(f"the tokenizers of LLM and SLM differ, first at {at}: LLM {ours.get(at)!r}, "
-                                  f"SLM {theirs.get(at)!r}; SmallKV needs two models of one series")  # fmt: skip

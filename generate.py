@@ -32,13 +32,14 @@ import checkpoint
 import parallel
 from baselines import BASELINES
 from cache import FullCache, Prompt, TieredCache
-from checkpoint import CheckpointError, Text
+from checkpoint import CheckpointError
 from decode import Policy, Sampler, Session, Timing, check_positions, generate_ids
 from kernels import SCORE_BLOCK
 from model import Decoder
 from report import make_report, print_comparison, print_report, run_line
 from smallkv import Settings, SmallKV
 from speculative import DraftedFull, RoundSession, speculate_ids
+from text import Text, check_same_tokenizer
 
 PAIR = Path(__file__).parent / "pair"  # the embedded pair and the demonstration's text
 PROGRESS_FROM = 2048  # prompt tokens from which the prefill shows a bar
@@ -85,7 +86,7 @@ def load_pair(
     folders = [checkpoint.resolve(name) for name in (llm, slm) if name]
     texts = [Text.load(folder) for folder in folders]
     if slm:
-        checkpoint.check_same_tokenizer(*texts)
+        check_same_tokenizer(*texts)
     stored = checkpoint.checkpoint_dtype(folders[0]) if where.type == "cuda" else torch.float32
     kind = checkpoint.DTYPES.get(dtype, stored)
     top, needed = max(texts[0].tokenizer.get_vocab(with_added_tokens=True).values()), {}

@@ -8,7 +8,7 @@ All sources end in one layout; for K inputs (the last group may be short: it is 
 
     packed (K / 4, N) int16    GROUP / 4 rows a group; nibble i of row r holds input i * GROUP / 4 + r of the group
     scale  (K / GROUP, N)      bf16 or fp16
-    zero   (K / GROUP, N)      uint8, 0 to 16
+    zero   (K / GROUP, N)      uint8, 0 to 15
     weight = scale * (nibble - zero)
 
 Four numbers in 16 bits, not eight in 32, because a matrix unit is fed 16-bit numbers: a tile of words lies in the
@@ -16,7 +16,8 @@ registers as the tile of weights will, and nothing is shuffled. Inputs of one ni
 are read as they are.
 
     source   4-bit numbers                                 zero
-    gptq     qweight (K / 8, N): 8 inputs a word           qzeros (groups, N / 8), one less than it is
+    gptq     qweight (K / 8, N): 8 inputs a word           qzeros (groups, N / 8), each less by one: a word of eight is
+                                                           less by 0x11111111, a zero of 0 borrows from the next one
     gptq_v2  the same                                      qzeros as it is
     awq      qweight (K, N / 8): 8 outputs a word, in      qzeros in that order too
              the order 0, 2, 4, 6, 1, 3, 5, 7
@@ -290,7 +291,8 @@ class Scheme:
 
     method: str = "int4"
     group: int = GROUP  # -1: all inputs are one group
-    offset: int = 0  # what is added to a stored zero
+    borrowed: bool = False  # stored zeros are less by one
+    symmetric: bool = False  # every zero is 8
     ordered: bool = False  # groups are not of consecutive inputs (GPTQ's desc_act)
     only: tuple[str, ...] = ()  # endings of the module names that are quantised; none: all in the layers
     never: tuple[str, ...] = ()  # parts of the module names that are not
@@ -326,7 +328,8 @@ class Scheme:
                                  + ", ".join(map(str, supported)))  # fmt: skip
         inside = raw.get("modules_in_block_to_quantize") or []
         only = [name for names in inside for name in ([names] if isinstance(names, str) else names)]
-        return cls(method, group, int(layout == "gptq"), method == "gptq" and bool(raw.get("desc_act")),
+        symmetric = method == "gptq" and raw.get("sym") is True
+        return cls(method, group, layout == "gptq", symmetric, method == "gptq" and bool(raw.get("desc_act")),
                    tuple(only), tuple(raw.get("modules_to_not_convert") or ()))  # fmt: skip
 
     @property
@@ -361,7 +364,11 @@ class Scheme:
             if tensors[name].dtype != torch.int32:
                 raise ValueError(f"{name} should be int32, not {tensors[name].dtype}")
         along = range(8) if self.method == "gptq" else AWQ_ORDER
-        zero = unpack(tensors["qzeros"], along) + self.offset  # (groups, N)
+        zero = unpack(tensors["qzeros"] + 0x11111111 * self.borrowed, along)  # (groups, N); the sum of words wraps
+        if self.symmetric and (zero != 8).any():
+            stored = sorted(set(unpack(tensors["qzeros"], along).flatten().tolist()))
+            raise ValueError(f"sym is true, and qzeros hold {stored[:4]}: a checkpoint_format of gptq stores 7, of "
+                             "gptq_v2 8; correct the one that is wrong in quantization_config")  # fmt: skip
         nibbles = unpack(tensors["qweight"].T, along).T if self.method == "gptq" else unpack(tensors["qweight"], along)
         inputs, order = len(nibbles), None
         if tensors.get("g_idx") is not None or self.ordered:

@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text as Words
 
 from cache import SlotCache, TieredCache
-from checkpoint import Text
 from decode import Policy, Session, Timing
 from model import Decoder
 from quantize import int4_modules
 from smallkv import SmallKV
 from speculative import RoundSession
+from text import Text
 
 REACH_LOSS = 0.01  # of the mean similarity of heads: a reach that costs more is named
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import Text
 from corpus import Recall, read_text
 from decode import Session, Timing
 from generate import PAIR, Pair, check_caches_fit
@@ -26,6 +25,7 @@ from match import WINDOW_MIN
 from recall import exact
 from report import make_report
 from smallkv import SmallKV
+from text import Text
 
 PROSE = PAIR / "prose.txt"  # a book that the embedded pair has not seen
 ANSWER_TOKENS = 32  # of a recall answer; the longest right ones have about 25

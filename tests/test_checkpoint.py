@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import checkpoint
-from checkpoint import CheckpointError, Text, checkpoint_weights, load_decoder, resolve, weight_bytes
+from checkpoint import CheckpointError, checkpoint_weights, load_decoder, resolve, weight_bytes
 from conftest import tiny_decoder
 from model import Decoder
+from text import Text, check_same_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests; see requirements-dev.txt")
 
@@ -99,6 +100,47 @@ def test_the_first_layers_alone_equal_those_of_the_whole_model(tmp_path):
             load_decoder(tmp_path, layers=layers)
 
 
+@pytest.mark.parametrize("stored", ["the same", "another", "alone", "a larger one"])
+def test_an_output_projection_stored_beside_a_tie(stored, tmp_path):
+    """As in Transformers 5: one that differs counts; one that stands alone is the embedding too."""
+    make_checkpoint(tmp_path, "llama-tied")
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+
+    def edit(tensors):
+        tensors[head] = tensors[embedding] + (stored == "another")
+        if stored == "alone":
+            del tensors[embedding]
+        if stored == "a larger one":
+            tensors[head] = torch.cat([tensors[head]] * 2)
+
+    edit_weights(tmp_path, edit)
+    if stored == "a larger one":
+        with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(122, 48\)"):
+            load_decoder(tmp_path)
+        return
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(decoder.lm_head.weight, tensors[head])
+    assert torch.equal(decoder.embed_tokens.weight, tensors.get(embedding, tensors[head]))
+    assert (decoder.lm_head.weight is decoder.embed_tokens.weight) == (stored != "another") == decoder.config.tied
+    if stored != "alone":
+        reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        tokens = torch.arange(30)[None]
+        torch.testing.assert_close(decoder(tokens), reference(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_a_single_file_wins_over_an_index_beside_it(shards, tmp_path):
+    """As in Transformers; the index is of another model, and its shards may be gone."""
+    make_checkpoint(tmp_path / "llm", "qwen2")
+    make_checkpoint(tmp_path / "other", "qwen2", shard="10KB")
+    for path in (tmp_path / "other").glob("model*" if shards else "*.index.json"):
+        path.rename(tmp_path / "llm" / path.name)
+    stored = load_file(tmp_path / "llm" / "model.safetensors")
+    loaded = checkpoint_weights(load_decoder(tmp_path / "llm"))
+    assert all(torch.equal(weight, stored[name]) for name, weight in loaded.items())
+
+
 # ---- What cannot be loaded -------------------------------------------------------------------------------------------
 
 
@@ -113,6 +155,13 @@ def edit_weights(folder: Path, edit) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
+def make_index(folder: Path, file: str) -> None:
+    """In place of the single file."""
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    names = load_file(folder.parent / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: file for name in names}}))
+
+
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 DAMAGE = {
     "unknown model_type 'mamba'.*supported: llama, qwen2, qwen3": lambda f: edit_config(f, model_type="mamba"),
@@ -121,8 +170,10 @@ DAMAGE = {
     "sliding-window": lambda f: edit_config(f, layer_types=["full_attention", "sliding_attention"]),
     "hidden_act 'gelu'": lambda f: edit_config(f, hidden_act="gelu"),
     "not valid JSON": lambda f: (f / "config.json").write_text("{"),
-    "should hold a JSON object, not a list": lambda f: (f / "config.json").write_text("[]"),
+    r"should hold a JSON object, not \[\]": lambda f: (f / "config.json").write_text("[]"),
     "no config.json": lambda f: (f / "config.json").unlink(),
+    "config.json is not valid JSON: maximum recursion": lambda f: (f / "config.json").write_text("[" * 10**5),
+    "x.safetensors, which is not in the folder": lambda f: make_index(f, "../x.safetensors"),
     f"missing tensor {Q0}": lambda f: edit_weights(f, lambda t: t.pop(Q0)),
     "unexpected tensor extra": lambda f: edit_weights(f, lambda t: t.update(extra=t[Q0] + 1)),
     rf"{Q0} has shape \(47, 48\).*\(48, 48\)": lambda f: edit_weights(f, lambda t: t.update({Q0: t[Q0][1:].clone()})),
@@ -194,6 +245,14 @@ def save_decoder(decoder: Decoder, folder: Path) -> Path:
     return folder
 
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+WITHOUT_UNKNOWN = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "decoder": None,
+    "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
+    "model": {"type": "WordLevel", "vocab": {"known": 0}, "unk_token": "<unk>"},
+}  # fmt: skip
+
+
 def write_checkpoint(folder: Path, vocab: int = 280, text: str = WORDS, **shape) -> Path:
     """A tiny random checkpoint in Hugging Face layout, with a byte-level tokenizer."""
     save_decoder(tiny_decoder(vocab=vocab, **shape), folder)
@@ -218,6 +277,61 @@ def test_chat_renders_the_checkpoint_s_template(tmp_path):
     assert text.stop == {0} and text.special == {"eos_token": "<end>"}
 
 
+def test_a_template_sees_what_transformers_gives_it(tmp_path):
+    """tools and documents are None; {% generation %} marks and changes nothing; special tokens of either file."""
+    folder = write_checkpoint(tmp_path / "llm")
+    template = (
+        "{{ bos_token }}{% if tools is not none or documents is not none %}tools{% endif %}{% for m in messages %}"
+        "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+        "{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (folder / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf" + template.encode())
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "<old>"}))
+    text = Text.load(folder)
+    special = {"bos_token": "<s>", "eos_token": "<end>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=text.tokenizer, chat_template=template, **special)
+    message = [{"role": "user", "content": "the dog"}]
+    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<s>the dog<end><bot>" and text.chat("the dog") == text.encode(rendered)
+
+
+def test_truncation_and_padding_of_a_tokenizer_are_left_out(tmp_path):
+    folder = write_checkpoint(tmp_path / "llm")
+    long, text = "the quick brown fox " * 50, Text.load(folder)
+    text.tokenizer.enable_truncation(16)
+    text.tokenizer.enable_padding(length=300)
+    text.tokenizer.save(str(folder / "tokenizer.json"))
+    text.tokenizer.no_truncation(), text.tokenizer.no_padding()
+    for words in (long, "fox"):
+        assert Text.load(folder).encode(words) == text.encode(words)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_by_its_beginning(tmp_path, monkeypatch):
+    text, seen = Text.load(write_checkpoint(tmp_path / "llm")), []
+    encode = Text.encode
+    monkeypatch.setattr(Text, "encode", lambda self, words: seen.append(len(words)) or encode(self, words))
+    text.check_length("the fox " * 100, 200)
+    with pytest.raises(ValueError, match="a prompt of 8000000 characters has more than .* positions of the model"):
+        text.check_length("the fox " * 10**6, 200)
+    assert sum(seen) < 20_000
+
+
+def test_streamed_bytes_of_a_fallback_show_what_can_be_shown():
+    """A run of bytes that is no character, as LLaMA 2's tokenizer decodes it: nothing is raised, no tail is lost."""
+    words = [*(f"<0x{byte:02X}>" for byte in range(256)), "\u2581cat", "\u2581the", "s"]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    text = Text(tokenizer)
+    for ids, shown in (([10, 0xE4, 256], "\n\ufffd cat"), ([256, 10, 0xE4, 0xBD, 0xA0, 258], "cat\n\u4f60s"),
+                       ([257, 0xE4], "the\ufffd"), ([0xF0, 0x9F, 0xA6], "\ufffd" * 3), ([257, 256], "the cat")):
+        stream = text.stream()  # fmt: skip
+        pieces = [stream.push(token) for token in ids] + [stream.finish()]
+        assert "".join(pieces) == shown and not any("\ufffd" in piece for piece in pieces[:2])
+
+
 def test_streamed_pieces_make_the_text_even_across_characters(tmp_path):
     text = Text.load(write_checkpoint(tmp_path / "llm"))
     words = "the café — naïve 🦊 fox"
@@ -232,7 +346,12 @@ def test_streamed_pieces_make_the_text_even_across_characters(tmp_path):
     ("tokenizer_config.json", {"chat_template": {"a": 1}}, "chat_template is a dict, not text"),
     ("tokenizer_config.json", {"chat_template": "{{ messages + 1 }}"}, "chat template failed"),
     ("tokenizer_config.json", {"chat_template": "{{ raise_exception('no') }}"}, "chat template failed: no"),
+    ("tokenizer_config.json", {"chat_template": "{{ raise_exception('a\\nb') }}"}, "chat template failed: a b$"),
+    ("tokenizer_config.json", {"chat_template": LOOP}, "chat template failed: it ran for more than 5 s"),
     ("tokenizer_config.json", {}, "no chat template"),
+    ("tokenizer.json", WITHOUT_UNKNOWN, "tokenizer cannot encode the prompt: .*UNK"),
+    ("tokenizer.json", {**WITHOUT_UNKNOWN, "model": {**WITHOUT_UNKNOWN["model"], "vocab": {}}}, "an empty vocab"),
+    ("generation_config.json", {"eos_token_id": True}, "eos_token_id is True, not a token id"),
     ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id is <end>, not a token id"),
     ("tokenizer.json", {"model": 1}, "tokenizer.json is not a readable tokenizer"),
 ])  # fmt: skip
@@ -244,7 +363,7 @@ def test_odd_files_are_named(file, content, message, tmp_path):
 
 
 def test_different_tokenizers_are_named(tmp_path):
-    llm, same = Text.load(write_checkpoint(tmp_path / "llm")), checkpoint.check_same_tokenizer
+    llm, same = Text.load(write_checkpoint(tmp_path / "llm")), check_same_tokenizer
     same(llm, Text.load(tmp_path / "llm"))
     other = write_checkpoint(tmp_path / "other", text="completely different words about stones and rivers " * 9)
     with pytest.raises(CheckpointError, match="tokenizers of LLM and SLM differ, first at id 257: LLM 'he', SLM 'er'"):

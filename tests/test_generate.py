@@ -13,12 +13,13 @@ from rich.console import Console
 
 import generate as command
 from baselines import BASELINES
-from checkpoint import Text, weight_bytes
+from checkpoint import weight_bytes
 from conftest import tiny_decoder
 from decode import Policy, Session, Timing, generate
 from smallkv import Settings, SmallKV
 from speculative import RoundSession
 from test_checkpoint import WORDS, write_checkpoint
+from text import Text
 
 ROOT = Path(__file__).parents[1]
 PROMPT = WORDS.strip()

@@ -135,13 +135,13 @@ def write_published(folder, name: str, seed: int = 0) -> Decoder:
         if about.get("desc_act"):
             random.Random(part.rpartition(".")[0]).shuffle(index)  # products of one input have one order
         q = [[draw.randrange(16) for _ in range(N)] for _ in range(K)]
-        zero = [[draw.randrange(1, 16) for _ in range(N)] for _ in range(groups)]
+        zero = [[8 if about.get("sym") else draw.randrange(16) for _ in range(N)] for _ in range(groups)]
         scale, at = (torch.rand(groups, N) / 40).half(), torch.tensor(index)
         weight.copy_((scale.float()[at] * (torch.tensor(q) - torch.tensor(zero)[at])).T)
         if about["quant_method"] == "gptq":
-            lower = 0 if about.get("checkpoint_format") == "gptq_v2" else 1
+            less = 0 if about.get("checkpoint_format") == "gptq_v2" else 0x11111111  # of a word of eight: with borrows
             tensors[f"{part}.qweight"] = words(list(zip(*q)), range(8)).T
-            tensors[f"{part}.qzeros"] = words([[z - lower for z in line] for line in zero], range(8))
+            tensors[f"{part}.qzeros"] = words(zero, range(8)) - less
             if name != "gptq-no-g_idx":
                 tensors[f"{part}.g_idx"] = torch.tensor(index, dtype=torch.int32)
             if name == "gptq":
@@ -172,6 +172,14 @@ def test_a_published_checkpoint_has_the_logits_of_its_weights(name, tmp_path, de
     config, scheme = read_config(tmp_path / "llm"), read_scheme(tmp_path / "llm")
     held = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
     assert weight_bytes(config, FP32, scheme) == held
+
+
+def test_zeros_that_contradict_their_label_are_named(tmp_path):
+    write_published(tmp_path / "llm", "gptq")
+    about = {"bits": 4, **METHODS["gptq"], "checkpoint_format": "gptq_v2"}
+    write_config(tmp_path / "llm", quantization_config=about)
+    with pytest.raises(CheckpointError, match=r"q_proj: sym is true, and qzeros hold \[7\]: a checkpoint_format"):
+        load_decoder(tmp_path / "llm")
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq-act-order"])
@@ -237,7 +245,7 @@ def test_damaged_int4_checkpoints_are_named(message, gptq, tmp_path):
 
 def test_act_order_needs_its_index_and_one_for_products_that_are_joined(tmp_path):
     write_published(tmp_path / "one", "gptq-no-g_idx")
-    write_config(tmp_path / "one", quantization_config={"bits": 4, **METHODS["gptq"], "desc_act": True})
+    write_config(tmp_path / "one", quantization_config={"bits": 4, **METHODS["gptq-no-g_idx"], "desc_act": True})
     with pytest.raises(CheckpointError, match=f"{Q0}: desc_act is true, but there is no g_idx"):
         load_decoder(tmp_path / "one")
     write_published(tmp_path / "two", "gptq-act-order")
