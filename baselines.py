@@ -78,11 +78,15 @@ class Evicting(Policy):
         self.budget, self.budget_tokens, self.rule, self.heavy = budget, tokens, rule, heavy
         self.name = name or self.name
 
-    def kept(self, length: int) -> int:
-        """Tokens kept of a sequence of `length`."""
+    def table(self, length: Tensor) -> Tensor:
+        """Tokens kept of a sequence, by length."""
         if self.budget_tokens is not None:
-            return min(self.budget_tokens, length)
+            return length.clamp(max=self.budget_tokens)
         return kept_tokens(self.budget, length)
+
+    def kept(self, length: int) -> int:
+        """`table` at one length."""
+        return int(self.table(torch.tensor(length)))
 
     def slots(self, lengths: list[int], capacity: int) -> list[int]:
         """Slots of each layer: the most that any sequence asks for at the end."""
@@ -94,7 +98,7 @@ class Evicting(Policy):
 
     def allocate(self, lengths: list[int], capacity: int) -> None:
         super().allocate(lengths, capacity)
-        self.by_length = torch.tensor([self.kept(n) for n in range(capacity + 2)], device=self.llm.device)
+        self.by_length = self.table(torch.arange(capacity + 2)).to(self.llm.device)
 
     def prompt(self, n: int) -> Prompt:
         """Where a prompt of n tokens is prefilled."""
@@ -180,9 +184,9 @@ class SnapKV(Evicting):
 class OracleCache(FullCache):
     """A full cache whose steps attend to the tokens of largest attention alone: kept[n] at length n, per KV head."""
 
-    def __init__(self, *shape, kept: list[int]):
+    def __init__(self, *shape, kept: Tensor):
         super().__init__(*shape)
-        self.most, self.kept = kept[self.capacity], torch.tensor(kept, device=self.key.device)
+        self.most, self.kept = int(kept[self.capacity]), kept.to(self.key.device)
 
     def decode(self, layer: int, query: Tensor, span: Span) -> Tensor:
         key, value, (B, _, H, D) = self.key[layer], self.value[layer], query.shape
@@ -205,7 +209,7 @@ class Oracle(Evicting):
     name = "oracle"
 
     def make_caches(self, lengths: list[int], capacity: int, device) -> dict[str, Cache]:
-        kept = [self.kept(n) for n in range(capacity + 2)]
+        kept = self.table(torch.arange(capacity + 2))
         return {"LLM": OracleCache(self.llm.config, len(lengths), capacity, device, self.llm.dtype, kept=kept)}
 
     prefill = Policy.prefill

@@ -173,7 +173,7 @@ class DrivenSmallKV(SmallKV):
 
     def turn_by(self, turnover: float, length: int) -> None:
         """So many places that this share of the critical set changes; recent tokens stay in any case."""
-        size = self.settings.with_drafts(length, self.drafts)
+        size = self.settings.sizes(length, self.drafts)
         self.shift.fill_(round(turnover * size.critical * self.ring.shape[-1] / (length - size.recent)))
 
 
@@ -307,7 +307,7 @@ def make_row(policy, models, setting, settings, drafts, length, times, ttft, giv
     sequence; asked: turnover; moved: rows of a lap that were brought, critical and marginal."""
     slm, itemsize, method = models[1].config, models[0].dtype.itemsize, policy.name
     llm = replace(models[0].config, vocab_size=models[0].lm_head.out_features)  # a rank's part of the projection
-    size = planned = settings.with_drafts(length, drafts)
+    size = planned = settings.sizes(length, drafts)
     if method != "smallkv":  # the oracle looks at every key
         size = TierSizes(policy.kept(length), 1, 0) if hasattr(policy, "kept") and method != "oracle" else None
     slm = slm if method == "smallkv" or drafts else None

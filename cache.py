@@ -249,9 +249,9 @@ class SlotCache(Cache):
         return {"critical": sum(held) / len(held)}
 
 
-def kept_tokens(share: float, length: int) -> int:
-    """Tokens that a share of a sequence keeps: the coming one at least."""
-    return max(1, int(share * length + 1e-9))
+def kept_tokens(share: float, length: Tensor) -> Tensor:
+    """Tokens that a share of a sequence keeps, by length, int64: the coming one at least."""
+    return (share * length.double() + 1e-9).long().clamp(min=1)
 
 
 def heavy_order(position: Tensor, heavy: Tensor, length: Tensor, kept: Tensor) -> Tensor:
@@ -279,10 +279,10 @@ class CutCache(Scores, SlotCache):
     def __init__(
         self, config: Config, batch: int, capacity: int, device, dtype: torch.dtype, decay: float, share: float
     ):
-        kept = [kept_tokens(share, n) for n in range(capacity + 2)]
-        super().__init__(config, batch, [kept[capacity]] * config.layers, device, dtype, heavy=True)
+        kept = kept_tokens(share, torch.arange(capacity + 2))
+        super().__init__(config, batch, [int(kept[capacity])] * config.layers, device, dtype, heavy=True)
         self.make_scores(config, batch, capacity, device, dtype, decay, 1)
-        self.by_length, self.kept = kept, torch.tensor(kept, device=device)  # for the host, for the device
+        self.by_length, self.kept = kept.tolist(), kept.to(device)  # for the host, for the device
 
     def staging(self, b: int, length: int) -> Prompt:
         device = self.position[0].device

@@ -22,6 +22,10 @@ SEEDS = 2**63 - 1  # the largest
 # ---- Flags -----------------------------------------------------------------------------------------------------------
 
 
+class Mistake(argparse.ArgumentTypeError, ValueError):
+    """A value that a flag cannot have, said in full; for those who call from Python a ValueError."""
+
+
 class Parser(argparse.ArgumentParser):
     """Flags are typed in full; a mistake is one line."""
 
@@ -38,9 +42,9 @@ def _flag_type(kind: type, fits: Callable, expected: str) -> Callable[[str], int
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+            raise Mistake(f"{text!r} is not {expected}") from None
         if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+            raise Mistake(f"{text} is not {expected}")
         return value
 
     return parse
@@ -68,13 +72,13 @@ seed = whole(0, SEEDS)
 
 
 def device(name: str) -> torch.device:
-    """The type of --device: `auto` is CUDA where there is one, else the CPU. ValueError names one that is not there."""
+    """The type of --device: `auto` is CUDA where there is one, else the CPU."""
     kind, _, index = name.partition(":")
     count = torch.cuda.device_count()
     if kind not in ("auto", "cpu", "cuda") or ":" in name and not (kind == "cuda" and index.isdecimal()):
-        raise argparse.ArgumentTypeError(f"no such device {name!r}; use auto, cpu, cuda or cuda:0")
+        raise Mistake(f"no such device {name!r}; use auto, cpu, cuda or cuda:0")
     if kind == "cuda" and int(index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"no device {name}: PyTorch sees {count} CUDA devices here; use cpu")
+        raise Mistake(f"no device {name}: PyTorch sees {count} CUDA devices here; use --device cpu")
     return torch.device(("cuda" if count else "cpu") if kind == "auto" else name)
 
 
@@ -191,6 +195,8 @@ def ended(work: Callable[[], int]) -> int:
         code = work()
         sys.stdout.flush()
         return code
+    except SystemExit as left:  # argparse: --help, or a mistake in the flags
+        return left.code or 0
     except BrokenPipeError:  # as in `generate.py ... | head`
         sys.stdout = None
         return 1
@@ -198,9 +204,10 @@ def ended(work: Callable[[], int]) -> int:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if isinstance(error, RuntimeError) and not memory:
             raise
-        where = "standard output: " if isinstance(error, OSError) and error.filename is None else ""
-        print(f"error: {'out of memory: ' * memory}{where}{str(error).partition(chr(10))[0]}", file=sys.stderr)
-        if where:  # what is still in its buffer cannot be written either
+        nameless = isinstance(error, OSError) and error.filename is None
+        about = "out of memory" * memory, "standard output" * nameless, str(error).partition("\n")[0]
+        print("error:", ": ".join(filter(None, about)), file=sys.stderr)
+        if nameless:  # what is still in its buffer cannot be written either
             sys.stdout = None
         return 2
     except KeyboardInterrupt:

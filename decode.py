@@ -18,6 +18,7 @@ Shapes follow the legend in model.py.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -306,6 +307,14 @@ class Session:
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
 
+class NotFinite(ValueError):
+    """The model gave logits that are NaN or infinite: there is no next token."""
+
+    def __init__(self):
+        super().__init__("the model's logits are NaN or infinite: its weights are damaged, or float16 overflowed; try "
+                         "--dtype bfloat16 or float32")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How the next token is chosen. temperature 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary."""
@@ -343,10 +352,14 @@ class Sampler:
         return scaled.softmax(-1)
 
     def __call__(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """logits (B, V) -> one token id a sequence."""
+        """logits (B, V) -> one token id a sequence; NotFinite if any of them is none."""
+        rows = logits if self.temperature == 0 else logits.cpu()
+        sums = rows.sum(-1, dtype=torch.float32)  # NaN or infinite if one logit is
+        best, sums = torch.stack((rows.argmax(-1), sums)).tolist()  # ids are below 2 ** 24: exact in fp32
+        if not all(map(math.isfinite, sums)):
+            raise NotFinite
         if self.temperature == 0:
-            return logits.argmax(-1).tolist()
-        rows = logits.cpu()
+            return [int(token) for token in best]
         return [torch.multinomial(self.probabilities(row), 1, generator=g).item() for row, g in zip(rows, generators)]
 
 

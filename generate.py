@@ -13,6 +13,7 @@ on standard output, all else on standard error.
 
 import argparse
 import json
+import os
 import select
 import sys
 import time
@@ -29,11 +30,12 @@ from rich.text import Text as Words
 from tqdm import tqdm
 
 import checkpoint
+import command
 import parallel
 from baselines import BASELINES
 from cache import FullCache, Prompt, TieredCache
 from checkpoint import CheckpointError
-from decode import Policy, Sampler, Session, Timing, check_positions, generate_ids
+from decode import NotFinite, Policy, Sampler, Session, Timing, check_positions, generate_ids
 from kernels import SCORE_BLOCK
 from model import Decoder
 from report import make_report, print_comparison, print_report, run_line
@@ -59,19 +61,6 @@ class Pair:
     team: parallel.Team = parallel.Team()
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. ValueError names a device that is not there."""
-    kind, _, index = name.partition(":")
-    count = torch.cuda.device_count()
-    if kind not in ("auto", "cpu", "cuda") or index and not (kind == "cuda" and index.isdecimal()):
-        raise ValueError(f"no such device {name!r}; use auto, cpu, cuda or cuda:0")
-    if kind == "cuda" and int(index or 0) >= count:
-        raise ValueError(f"no device {name}: PyTorch sees {count} CUDA devices here; use --device cpu")
-    if index:
-        torch.cuda.set_device(int(index))  # streams and Triton kernels are the current device's
-    return torch.device(("cuda" if count else "cpu") if kind == "auto" else name)
-
-
 def load_pair(
     llm: str, slm: str | None, device: str = "auto", dtype: str = "auto", slm_layers: int | None = None,
     quantize: str | None = None, team: parallel.Team = parallel.Team(),
@@ -82,7 +71,9 @@ def load_pair(
     where 16-bit arithmetic is slow. slm_layers: the SLM stops after so many layers (appendix A.3, Table 6). quantize
     "int4" rounds the LLM's weights, "int4-both" the SLM's too. CheckpointError names what cannot be used.
     """
-    where = team.device or pick_device(device)
+    where = team.device or command.device(device)
+    if where.index is not None:
+        torch.cuda.set_device(where)  # streams and Triton kernels are the current device's
     folders = [checkpoint.resolve(name) for name in (llm, slm) if name]
     texts = [Text.load(folder) for folder in folders]
     if slm:
@@ -133,17 +124,17 @@ def check_caches_fit(policy: Policy, lengths: list[int], capacity: int) -> None:
 def answer(
     pair: Pair, policy: Policy, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler,
     show: Callable[[int], None] | None = None,
-) -> tuple[dict, bool]:  # fmt: skip
+) -> tuple[dict, KeyboardInterrupt | NotFinite | None]:  # fmt: skip
     """Run one method on all prompts (token ids). show(token) is called for every new token that is not a stop token.
 
-    Returns "answers" and "report" as JSON types, and whether Ctrl-C cut the answers short.
+    Returns "answers" and "report" as JSON types, and what cut the answers short: Ctrl-C, logits that are not finite.
     """
     lengths, drafts, stop = [len(prompt) for prompt in prompts], policy.drafts, set(pair.text.stop)
     check_positions(policy.models, lengths, max_new_tokens)
     check_caches_fit(policy, lengths, max(lengths) + max_new_tokens + drafts)
     quiet = sum(lengths) < PROGRESS_FROM or None  # None: a bar on a terminal
     bar = tqdm(total=sum(lengths), desc="prefill", unit="token", leave=False, disable=quiet)
-    timing, interrupted = Timing(), False
+    timing, cut = Timing(), None
     answers = [{"text": "", "tokens": [], "prompt_tokens": n, "stopped": False} for n in lengths]
     if drafts:
         session = RoundSession(policy, prompts, max_new_tokens, sampler, stop, progress=bar.update)
@@ -160,12 +151,12 @@ def answer(
                     own["tokens"].append(token)
                     if show:
                         show(token)
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, NotFinite) as reason:
+        cut = reason
     bar.close()
     for own in answers:
         own["text"] = pair.text.decode(own["tokens"])
-    return {"answers": answers, "report": pair.team.report(make_report(session, timing))}, interrupted
+    return {"answers": answers, "report": pair.team.report(make_report(session, timing))}, cut
 
 
 # ---- The demonstration -----------------------------------------------------------------------------------------------
@@ -224,15 +215,15 @@ def demonstrate(pair: Pair, settings: Settings, console: Console) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         description="An LLM answers with its cache compressed by SmallKV; a report follows. [Defaults in brackets.]",
-        usage="%(prog)s [--llm NAME --slm NAME] [flags] [prompt ...]", allow_abbrev=False,
+        usage="%(prog)s [--llm NAME --slm NAME] [flags] [prompt ...]",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
     )  # fmt: skip
     add = parser.add_argument_group("models").add_argument
     add("--llm", metavar="NAME", help="folder or hub id (@revision too) of the large model [the embedded]")
     add("--slm", metavar="NAME", help="the same of the small model, of the same series")
-    add("--slm-layers", type=int, metavar="N", help="load and run the SLM's first N layers alone")
+    add("--slm-layers", type=command.whole(1), metavar="N", help="load and run the SLM's first N layers alone")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 [auto]")
     dtypes, methods, ways = ["auto", *checkpoint.DTYPES], ["smallkv", "full", *BASELINES], ["int4", "int4-both"]
     text = ", ".join(dtypes[1:]) + " [auto: as stored, on a CPU float32]"
@@ -254,15 +245,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
     add("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
     add = parser.add_argument_group("decoding").add_argument
-    for flag, metavar, default, text in (
-        ("--max-new-tokens", "N", 256, "of each answer, at most"),
-        ("--temperature", "X", 0.0, "0 is greedy"),
-        ("--top-p", "X", 1.0, "draw from the likely tokens of this mass"),
-        ("--top-k", "N", 0, "draw from the N most likely tokens; 0: from all"),
-        ("--seed", "N", 0, "of the draws"),
-        ("--speculate", "K", 0, "the SLM drafts K tokens a step; --compare: beside the same without"),
+    count, positive = command.whole(0), command.whole(1)
+    for flag, kind, metavar, default, text in (
+        ("--max-new-tokens", positive, "N", 256, "of each answer, at most"),
+        ("--temperature", command.number(0), "X", 0.0, "0 is greedy"),
+        ("--top-p", command.number(0, 1, above=True), "X", 1.0, "draw from the likely tokens of this mass"),
+        ("--top-k", count, "N", 0, "draw from the N most likely tokens; 0: from all"),
+        ("--seed", command.seed, "N", 0, "of the draws"),
+        ("--speculate", count, "K", 0, "the SLM drafts K tokens a step; --compare: beside the same without"),
     ):
-        add(flag, type=type(default), default=default, metavar=metavar, help=f"{text} [{default}]")
+        add(flag, type=kind, default=default, metavar=metavar, help=f"{text} [{default}]")
     add("--json", metavar="FILE", help="write answers and report for machines")
     return parser
 
@@ -280,10 +272,8 @@ def check_arguments(args) -> None:
     """ValueError names flags that do not go together, before anything is loaded."""
     drafts, layers, two = args.speculate, args.slm_layers, args.method in ("full", "smallkv")
     for wrong, message in (
-        (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens} is too small; at least 1"),
         (args.slm and not args.llm, "--slm is given without --llm: name both models, or none for the embedded pair"),
         (args.compare and not two, f"--compare sets SmallKV beside the full cache; leave --method {args.method} out"),
-        (drafts < 0, f"--speculate {drafts} is negative; 0 drafts nothing, 4 is usual"),
         (drafts and not two, f"--speculate works with --method full and smallkv, not {args.method}"),
         (drafts and layers is not None, f"--speculate needs the SLM's words, and --slm-layers {layers} stops before "
          "them; leave one of the two out"),
@@ -297,23 +287,20 @@ def read_prompts(args) -> list[str]:
 
     No prompts if no model is named and nothing was piped in: a terminal, an empty file, a pipe in which nothing is yet.
     """
-    prompts, source, stdin = list(args.prompt), "standard input", sys.stdin
-    try:
-        for name in args.prompt_file:
-            source = f"prompt file {name}"
-            prompts.append(Path(name).read_bytes().decode())
-        if not prompts:
-            silent = stdin is None or stdin.closed or stdin.isatty()
-            if args.llm is None and (silent or not select.select([stdin], [], [], 0.2)[0] or not stdin.buffer.peek(1)):
-                return []
-            if silent:
-                raise ValueError("no prompt: give one as an argument, with --prompt-file, or on standard input")
-            prompts.append(stdin.buffer.read().decode())
-    except UnicodeDecodeError as error:
-        byte = f"{error.object[error.start]:#04x} at offset {error.start}"
-        raise ValueError(f"{source} is not UTF-8: byte {byte}") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {source}: {error.strerror}") from None
+    prompts, stdin = [], sys.stdin
+    for place, prompt in enumerate(args.prompt, 1):
+        prompts.append(command.decoded(os.fsencode(prompt), f"prompt {place}"))
+    prompts += [command.read_text(name, command.MOST_BYTES) for name in args.prompt_file]
+    if not prompts:
+        silent = stdin is None or stdin.closed or stdin.isatty()
+        if args.llm is None and (silent or not select.select([stdin], [], [], 0.2)[0] or not stdin.buffer.peek(1)):
+            return []
+        if silent:
+            raise ValueError("no prompt: give one as an argument, with --prompt-file, or on standard input")
+        content = stdin.buffer.read(command.MOST_BYTES + 1)
+        if len(content) > command.MOST_BYTES:
+            raise ValueError(f"standard input is larger than {command.MOST_BYTES} bytes; give a shorter text")
+        prompts.append(command.decoded(content, "standard input"))
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise ValueError(f"prompt {number} is empty: there is nothing to continue")
@@ -329,8 +316,8 @@ def run(args) -> int:
         raise ValueError("no prompt, and the demonstration takes one process and SmallKV's flags alone; give a prompt")
     if args.llm is None:
         args.llm, args.slm = str(PAIR / "llm"), str(PAIR / "slm")
-    if args.json and team.rank == 0:
-        open(args.json, "a").close()  # a file that cannot be written is named before the work, not after it
+    if args.json is not None and team.rank == 0:
+        command.check_writable(args.json)
     slm = args.slm if args.method == "smallkv" or args.compare or args.speculate else ""
     if slm is None:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
@@ -338,15 +325,18 @@ def run(args) -> int:
     if not texts:
         torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
     pair = load_pair(args.llm, slm, args.device, args.dtype, args.slm_layers, args.quantize, team)
+    for text in texts:
+        pair.text.check_length(text, pair.llm.config.max_positions)
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
     if not all(prompts):
         raise ValueError("a prompt is empty once tokenised: there is nothing to continue")
-    runs = {args.method: (args.method, args.speculate)}  # what is shown -> method, drafts
-    if args.compare and args.speculate:
-        runs = {args.method: (args.method, 0), f"{args.method}, {args.speculate} drafts": runs[args.method]}
+    drafts = min(args.speculate, max(1, args.max_new_tokens - 2))  # more of them could not count
+    runs = {args.method: (args.method, drafts)}  # what is shown -> method, drafts
+    if args.compare and drafts:
+        runs = {args.method: (args.method, 0), f"{args.method}, {drafts} drafts": runs[args.method]}
     elif args.compare:
         runs = {"full": ("full", 0), "smallkv": ("smallkv", 0)}
-    results, interrupted = {}, False
+    results, cut = {}, None
     for name, (method, drafts) in runs.items():
         policy = make_policy(method, pair, settings, drafts)
         console.print(run_line(pair.llm, policy), style="dim", highlight=False, soft_wrap=True)
@@ -356,10 +346,10 @@ def run(args) -> int:
         stream = pair.text.stream()
         live = len(prompts) == 1 and not args.compare  # several answers at once cannot be streamed into one column
         show = (lambda token: print(stream.push(token), end="", flush=True)) if live else None
-        results[name], interrupted = answer(pair, policy, prompts, args.max_new_tokens, sampler, show)
+        results[name], cut = answer(pair, policy, prompts, args.max_new_tokens, sampler, show)
         if live:
             print(stream.finish())
-        if interrupted:
+        if cut is not None:
             break
     if len(results) == 2:
         print_comparison(pair.text, results, Console())
@@ -369,29 +359,16 @@ def run(args) -> int:
     for name, result in results.items():
         print_report(name, result["report"], console)
     if args.json and team.rank == 0:
-        Path(args.json).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if interrupted:
+        command.write_json(args.json, results)
+    if isinstance(cut, NotFinite):
+        raise cut
+    if cut is not None:
         console.print("interrupted: the answer above is what was there by then", style="yellow")
-    return 130 if interrupted else 0
+    return 130 if cut is not None else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0; 2, a mistake or too little memory; 130, Ctrl-C; 1, the reader of the output has gone."""
-    try:
-        return run(make_parser().parse_args(argv))
-    except BrokenPipeError:  # as in `generate.py ... | head`
-        sys.stdout = None
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not memory:
-            raise
-        line = str(error).partition("\n")[0]
-        print(f"error: {'out of memory: ' * memory}{line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted before the first token", file=sys.stderr)
-        return 130
+    return command.ended(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

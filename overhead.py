@@ -120,7 +120,7 @@ def step_bytes(
     if slm is None:
         return found
     drafting = product_bytes(slm, itemsize, int4[1]) + itemsize * slm.vocab_size * slm.hidden_size
-    kept = length if settings.slm_budget == 1 else kept_tokens(settings.slm_budget, length)
+    kept = length if settings.slm_budget == 1 else int(kept_tokens(settings.slm_budget, torch.tensor(length)))
     found["SLM weights"] = drafts * drafting + product_bytes(slm, itemsize, int4[1], observed=True)
     found["SLM K, V"] = (drafts + 1) * cache_bytes(slm, kept, batch, itemsize)
     if size is not None:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from decode import NotFinite
 from model import Config, Decoder
 from quantize import JOINED
 
@@ -152,7 +153,7 @@ class SharedSampler:
     """A sampler whose choice is rank 0's, so that nothing hangs on logits being alike on all ranks to the last bit.
 
     Ctrl-C goes the same way: rank 0 notes it and sends it with the next tokens, so that every rank stops after the same
-    step (KeyboardInterrupt, as in one process) and none waits for one that has left.
+    step (KeyboardInterrupt, as in one process) and none waits for one that has left. So do logits that are not finite.
     """
 
     def __init__(self, sampler, team: Team):
@@ -163,12 +164,18 @@ class SharedSampler:
         self.asked = True
 
     def __call__(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
-        chosen = self.sampler(logits, generators) if self.team.rank == 0 else [0] * len(logits)
-        told = torch.tensor([self.asked, *chosen], device=self.team.device)
+        chosen, broken = [0] * len(logits), False
+        try:
+            chosen = self.sampler(logits, generators) if self.team.rank == 0 else chosen
+        except NotFinite:
+            broken = True
+        told = torch.tensor([self.asked, broken, *chosen], device=self.team.device)
         dist.broadcast(told, 0)
-        stop, *tokens = told.tolist()
+        stop, broken, *tokens = told.tolist()
         if stop:
             raise KeyboardInterrupt
+        if broken:
+            raise NotFinite
         return tokens
 
 

@@ -97,43 +97,48 @@ class Settings:
     def fused(self) -> bool:
         return self.scores == "fused"
 
-    def sizes(self, length: int) -> TierSizes:
-        """The split of the budget at one length, in tokens.
+    def table(self, length: Tensor, drafts: int = 0) -> Tensor:
+        """What a plan chooses by length: (n,) int64 -> (n, 3) int64, critical, recent and marginal tokens.
+
+        With so many drafts that come in after the plan, the tiers are with all of them those of the length that they
+        reach, never more but for the newest token and its drafts, which are always there. While the context is shorter
+        than the matching window everything is kept.
+        """
+        now, last = self.split(length), self.split(length + drafts)
+        critical = (last[:, 0] - drafts).clamp(min=1)
+        planned = torch.stack((critical, now[:, 1].minimum(critical), last[:, 2]), 1)
+        whole = torch.stack((length, torch.ones_like(length), torch.zeros_like(length)), 1)
+        return planned.where(length[:, None] >= WINDOW_MIN, whole)
+
+    def sizes(self, length: int, drafts: int = 0) -> TierSizes:
+        """`table` at one length."""
+        return TierSizes(*self.table(torch.tensor([length]), drafts)[0].tolist())
+
+    def split(self, length: Tensor) -> Tensor:
+        """The split of the budget, (n,) -> (n, 3).
 
         2:1:2 of critical : recent : marginal tokens (Section 4); a marginal token costs half, so the bytes go 2:1:1.
-        Without a marginal tier 3:1: its bytes go to the critical ones. Three rules at the edges:
+        Without a marginal tier 3:1: its bytes go to the critical ones. Two rules at the edges:
         - floor: below 7.5 % the critical share stays what it is there, 3.75 % of the length, while recent and marginal
           shrink in proportion, until it has 3/4 of the budget (at 5 %); below that all shrink together;
         - ceiling: once the three cover every token (from 80 %), more bytes turn marginal tokens critical, until all are
-          at 100 %;
-        - nothing is dropped while the context is shorter than the matching window.
+          at 100 %.
         """
-        if length < WINDOW_MIN:
-            return TierSizes(length, 1, 0)
-        share = self.budget if self.budget_tokens is None else min(1.0, self.budget_tokens / length)
-        rows = int(2 * share * length + 1e-9)  # K or V rows the budget pays for
-        critical_share = max(0.5 * share, min(0.5 * SMALL_BUDGET, 0.75 * share))
+        share = torch.full(length.shape, self.budget, dtype=torch.float64)
+        if self.budget_tokens is not None:
+            share = (self.budget_tokens / length.double()).clamp(max=1.0)
+        rows = (2 * share * length + 1e-9).long()  # K or V rows the budget pays for
+        critical_share = (0.75 * share).clamp(max=0.5 * SMALL_BUDGET).maximum(0.5 * share)
         recent_share = (share - critical_share) / 2 if self.marginal else 0.25 * share
-        whole = max(1, rows // 2)  # the token being decoded is always there, whatever the budget
-        recent = max(1, int(recent_share * length + 1e-9))
+        whole = (rows // 2).clamp(min=1)  # the token being decoded is always there, whatever the budget
+        recent = (recent_share * length + 1e-9).long().clamp(min=1)
         if not self.marginal:
-            return TierSizes(whole, recent, 0)
-        critical = min(whole, recent + int(critical_share * length + 1e-9))
-        marginal = max(0, rows - 2 * critical)
-        if critical + marginal > length:
-            critical = min(length, rows - length)
-            marginal = length - critical
-        return TierSizes(critical, recent, marginal)
-
-    def with_drafts(self, length: int, drafts: int) -> TierSizes:
-        """What a plan at this length chooses when so many drafts come in after it: with all of them the tiers are those
-        of `sizes` at the length they reach, never more but for the newest token and its drafts, which are always there.
-        While the context is shorter than the matching window everything is kept."""
-        if length < WINDOW_MIN or drafts == 0:
-            return self.sizes(length)
-        last, now = self.sizes(length + drafts), self.sizes(length)
-        critical = max(1, last.critical - drafts)
-        return TierSizes(critical, min(now.recent, critical), last.marginal)
+            return torch.stack((whole, recent, torch.zeros_like(rows)), 1)
+        critical = whole.minimum(recent + (critical_share * length + 1e-9).long())
+        marginal = (rows - 2 * critical).clamp(min=0)
+        full = critical + marginal > length
+        critical = critical.where(~full, (rows - length).minimum(length))
+        return torch.stack((critical, recent, marginal.where(~full, length - critical)), 1)
 
 
 # ---- The policy ------------------------------------------------------------------------------------------------------
@@ -181,9 +186,9 @@ class SmallKV(Policy):
             slm_cache = CutCache(*slm, settings.slm_budget)
         else:
             slm_cache = ScoredCache(*slm, rows=self.drafts + 1)
-        sizes = [settings.with_drafts(n, self.drafts) for n in range(min(lengths), capacity + 1)]
-        slots = max(size.critical for size in sizes) + self.drafts, max(size.marginal for size in sizes)
+        critical, _, marginal = settings.table(torch.arange(min(lengths), capacity + 1), self.drafts).amax(0).tolist()
         own = settings.score_decay if settings.fused or not settings.saliency_shift else None
+        slots = critical + self.drafts, marginal
         llm = self.llm.config, batch, capacity, *slots, device, self.llm.dtype, own, self.drafts + 1, settings.offload
         return {"LLM": TieredCache(*llm), "SLM": slm_cache}
 
@@ -193,9 +198,8 @@ class SmallKV(Policy):
         self.maps: list[HeadMap | None] = [None] * len(lengths)
         shape = (self.llm.config.layers, len(lengths), self.llm.config.query_heads)
         self.index = torch.zeros(shape, dtype=torch.int32, device=device)  # f(i), counted l' * H' + h'
-        table = [self.settings.with_drafts(n, self.drafts) for n in range(capacity + 1)]
-        rows = [(size.critical, size.recent, size.marginal) for size in table]
-        self.sizes = torch.tensor(rows, dtype=torch.int32, device=device)  # (S + 1, 3), by length
+        table = self.settings.table(torch.arange(capacity + 1), self.drafts)
+        self.sizes = table.to(device, torch.int32)  # (S + 1, 3), by length
         self.allowed: Tensor | None = None  # of a round: how many drafts of each sequence count
 
     def prefill(self, b: int, tokens: Tensor, chunk: int, progress=None) -> Tensor:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import Cache, FullCache
-from decode import Policy, Sampler, Session, Timing, read_prompt
+from decode import NotFinite, Policy, Sampler, Session, Timing, read_prompt
 from model import Decoder, Span
 
 
@@ -130,7 +130,8 @@ class RoundSession(Session):
     """A session whose policy drafts (`DraftedFull`, or `SmallKV` with drafts): `round` in place of `step`.
 
     answer (B, T) and kept (B,) int32 on the device: the new tokens of the last round, the first kept of each sequence
-    count. forced: accept drafts by this chance instead, whatever the models say, for a benchmark of random weights.
+    count; broken (B,) bool: logits were not finite. forced: accept drafts by this chance instead, whatever the models
+    say, for a benchmark of random weights.
     """
 
     def __init__(
@@ -162,6 +163,8 @@ class RoundSession(Session):
         # As many numbers for each sequence in every round: what one draws does not depend on the others.
         self.chance.copy_(torch.stack([torch.rand(self.chance.shape[1], generator=g) for g in self.generators]))
         self.run()
+        if self.broken.any():
+            raise NotFinite
         answers = [row[:count] for row, count in zip(self.answer.tolist(), self.kept.tolist())]
         for b, answer in enumerate(answers):
             self.lengths[b] += len(answer)
@@ -178,6 +181,7 @@ class RoundSession(Session):
         """The round: `tokens` (B, 1), `allowed` and `chance` in; `answer` and `kept` out, `length` kept longer."""
         policy, K, greedy = self.policy, self.policy.drafts, self.sampler.temperature == 0
         span, fed, believed = Span.step(self.length + 1, K + 1), [self.tokens], []
+        sums = []  # of logits: NaN or infinite if one of them is
         for place in range(K + 1):
             policy.slm_cache.at = place
             last, words = Span.step(span.length + place), "last" if place < K else "scores"
@@ -185,6 +189,7 @@ class RoundSession(Session):
             if place == K:
                 break
             logits = logits[:, 0, : self.vocab]
+            sums.append(logits.sum(-1, dtype=torch.float32))
             if not greedy:
                 believed.append(self.sampler.probabilities(logits))  # (B, V)
             fed.append((logits.argmax(-1) if greedy else draw(believed[-1], self.chance[:, place]))[:, None])
@@ -192,6 +197,8 @@ class RoundSession(Session):
         policy.allowed = allowed
         self.lanes.fork()
         logits = self.attend(tokens, span, [])  # (B, T, V)
+        sums.append(logits.sum((1, 2), dtype=torch.float32))
+        self.broken = ~torch.stack(sums).isfinite().all(0) & (self.allowed >= 0)
         if self.forced is not None:
             chosen = tokens[:, 1:].where(self.chance[:, K : 2 * K] < self.forced, -1)
             count, after = accept_greedy(chosen, F.pad(tokens[:, 1:], (0, 1)), allowed)

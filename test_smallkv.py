@@ -166,9 +166,9 @@ class Covering(Settings):
 
     share = 0.5
 
-    def sizes(self, length: int) -> TierSizes:
-        critical = max(1, int(self.share * length))
-        return TierSizes(critical, 1, length - critical)
+    def split(self, length: torch.Tensor) -> torch.Tensor:
+        critical = (self.share * length).long().clamp(min=1)
+        return torch.stack((critical, torch.ones_like(length), length - critical), 1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -291,12 +291,12 @@ def test_nothing_is_dropped_before_the_matching_window():
 def test_with_all_drafts_the_tiers_are_those_of_the_length_they_reach(budget, marginal):
     settings = Settings(budget=budget, marginal=marginal)
     for length, drafts in itertools.product((100, 163, 1000, 4097), (0, 1, 4)):
-        chosen, last = settings.with_drafts(length, drafts), settings.sizes(length + drafts)
+        chosen, last = settings.sizes(length, drafts), settings.sizes(length + drafts)
         assert (chosen.critical, chosen.marginal) == (max(1, last.critical - drafts), last.marginal)
         assert 1 <= chosen.recent <= chosen.critical and chosen.critical + chosen.marginal <= length
         assert chosen.critical + drafts <= max(last.critical, 1 + drafts)  # the newest token is there in any case
         assert drafts or chosen == last
-    assert settings.with_drafts(99, 4) == TierSizes(99, 1, 0)
+    assert settings.sizes(99, 4) == TierSizes(99, 1, 0)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import command
 from checkpoint import checkpoint_weights
 from corpus import END
-from generate import pick_device
 from model import Block, Config, Decoder
 
 STATE, LOG = "state.pt", "log.jsonl"
@@ -93,7 +93,7 @@ def options_from(args: argparse.Namespace) -> Options:
     for name in ("steps", "log_every", "eval_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
-    device = pick_device(args.device)
+    device = command.device(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # the few fp32 products (attention rows) go to the tensor cores
     names = Options.__dataclass_fields__

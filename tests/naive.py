@@ -284,7 +284,7 @@ class NaiveSmallKV:
             rows.append(self._observe(tokens[t]))  # (L', H', n + t)
             if t < self.drafts and len(tokens) == t + 1:
                 tokens.append(self.words.argmax().item())
-        came = self._plan(self._rank(rows[: allowed + 1], n), settings.with_drafts(n, self.drafts), n)
+        came = self._plan(self._rank(rows[: allowed + 1], n), settings.sizes(n, self.drafts), n)
         self.came = [before + now for before, now in zip(self.came, came)]
         for t, token in enumerate(tokens):
             held = {head: {*critical, *range(n, n + t)} for head, critical in self.critical.items()}

@@ -187,7 +187,7 @@ def test_rounds_of_drafts_are_measured_with_the_acceptance_asked_for(acceptance,
         assert row["tokens_round"] == pytest.approx(expected, rel=0.35 if 0 < acceptance < 1 else 1e-9)
         assert row["tokens_s"] == pytest.approx(2 / row["tpot_s"])
     for row in report["rows"][1:]:
-        size = Settings(scores="slm").with_drafts(row["length"], 3)
+        size = Settings(scores="slm").sizes(row["length"], 3)
         close = 0.2 * row["turnover_asked"] + 4 / size.critical
         assert row["turnover"] == pytest.approx(row["turnover_asked"], abs=close)
 

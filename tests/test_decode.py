@@ -4,6 +4,8 @@ Methods are held against their naive loops in test_smallkv.py, test_baselines.py
 asked of all of them that their step or round never reads the device from the host, and that its graph is the step.
 """
 
+import gc
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -390,3 +392,24 @@ def test_a_prompt_s_answer_depends_on_its_seed_alone(name):
 def test_samplers_out_of_range_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         Sampler(**change)
+
+
+@pytest.mark.parametrize("name", ["full", "smallkv", "cut SLM", "drafts", *BASELINES])
+def test_the_caches_of_a_finished_run_are_given_back(name):
+    """At once, not when Python looks for cycles."""
+    llm, slm = tiny_decoder(), tiny_decoder(seed=1)
+    makers = {
+        "full": lambda: Policy(llm), "smallkv": lambda: SmallKV(llm, slm, Settings()),
+        "cut SLM": lambda: SmallKV(llm, slm, Settings(slm_budget=0.5)),
+        "drafts": lambda: SmallKV(llm, slm, Settings(scores="slm"), drafts=2),
+    }  # fmt: skip
+    gc.collect()
+    gc.disable()
+    try:
+        policy = makers.get(name, lambda: BASELINES[name](llm, 0.2))()
+        (speculative if policy.drafts else decode).generate(policy, random_prompts(120), 6)
+        caches = [weakref.ref(cache) for cache in policy.caches.values()]
+        del policy
+        assert caches and not any(cache() for cache in caches)
+    finally:
+        gc.enable()

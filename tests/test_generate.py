@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
-import generate as command
+import generate as program
 from baselines import BASELINES
 from checkpoint import weight_bytes
 from conftest import tiny_decoder
@@ -47,7 +48,7 @@ def run(pair, capsys):
 
     def call(*arguments, llm=pair[0], slm=pair[1]):
         models = ["--llm", str(llm)] + (["--slm", str(slm)] if slm else [])
-        code = command.main([*models, "--device", "cpu", *map(str, arguments)])
+        code = program.main([*models, "--device", "cpu", *map(str, arguments)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -67,7 +68,7 @@ def results(run, tmp_path):
 
 
 def load(pair):
-    return command.load_pair(*map(str, pair), "cpu")
+    return program.load_pair(*map(str, pair), "cpu")
 
 
 def expected_answer(pair, prompt: str, count: int, settings: Settings = Settings()) -> str:
@@ -81,7 +82,7 @@ def expected_answer(pair, prompt: str, count: int, settings: Settings = Settings
 
 def test_flags_fit_on_one_screen(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    parser = command.make_parser()
+    parser = program.make_parser()
     flags = {action.dest for action in parser._actions if action.option_strings} - {"help"}
     lines = parser.format_help().splitlines()
     assert len(flags) <= 28 and len(lines) <= 50 and max(map(len, lines)) <= 100
@@ -90,7 +91,7 @@ def test_flags_fit_on_one_screen(monkeypatch):
 
 def test_settings_are_what_was_typed():
     def settings(*flags):
-        return command.make_settings(command.make_parser().parse_args(flags))
+        return program.make_settings(program.make_parser().parse_args(flags))
 
     assert settings() == Settings()
     assert settings("--paper") == Settings.paper()
@@ -132,7 +133,7 @@ def test_streams_the_answer_and_reports(pair, run, tmp_path, offload):
 def test_moved_counts_all_plans_but_the_first(pair, drafts):
     loaded = load(pair)
     prompts = [loaded.text.encode(PROMPT), loaded.text.encode(PROMPT)[:120]]
-    policy = command.make_policy("smallkv", loaded, Settings(scores="slm"), drafts)
+    policy = program.make_policy("smallkv", loaded, Settings(scores="slm"), drafts)
     session = RoundSession(policy, prompts, 24) if drafts else Session(policy, prompts, 24)
     session.prefill()
     totals = []
@@ -142,7 +143,7 @@ def test_moved_counts_all_plans_but_the_first(pair, drafts):
         critical, marginal = (totals[-1] - totals[0]).tolist()
         size = (2 * critical + marginal) * 16 * 4  # head_dim, fp32
         expected = {"critical": critical, "marginal": marginal, "bytes": size, "steps": step}
-        assert command.make_report(session, Timing())["moved"] == expected
+        assert program.make_report(session, Timing())["moved"] == expected
     assert critical > 0 and marginal > 0
 
 
@@ -153,8 +154,11 @@ def test_prompts_come_from_arguments_files_and_standard_input(pair, run, tmp_pat
     assert "is not UTF-8: byte 0xe9 at offset 3" in run("--prompt-file", latin)[2]
     answer = expected_answer(pair, PROMPT, 8)
     assert run("--prompt-file", file, "--max-new-tokens", 8)[1] == answer + "\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
-    assert run("--max-new-tokens", 8)[1] == answer + "\n"
+    file.write_text(PROMPT, encoding="utf-8-sig")
+    assert run("--prompt-file", file, "--max-new-tokens", 8)[1] == answer + "\n"
+    for mark in (b"", b"\xef\xbb\xbf"):  # a byte order mark is no part of a prompt
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(mark + PROMPT.encode())))
+        assert run("--max-new-tokens", 8)[1] == answer + "\n"
     code, out, _ = run(PROMPT, "the lazy dog " * 40, "--max-new-tokens", 8)
     other = expected_answer(pair, "the lazy dog " * 40, 8)
     assert code == 0 and out == f"--- answer 1\n{answer}\n--- answer 2\n{other}\n"
@@ -187,7 +191,7 @@ def test_chat_renders_the_checkpoints_template(pair, results):
 
 def test_readme_example(pair, capsys, monkeypatch):
     """The README's Python example, with the tiny pair in place of its names: heads too small for the kernels."""
-    monkeypatch.setattr(command, "default_device", lambda: "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:] if "load_pair" in block]
     assert len(code.strip().splitlines()) <= 10
@@ -218,6 +222,58 @@ def test_interrupted_in_the_prefill_says_so(run, monkeypatch):
     monkeypatch.setattr(Session, "prefill", interrupted)
     code, out, err = run(PROMPT)
     assert (code, out) == (130, "\n") and "ended in the prefill" in err and "TTFT" not in err
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_logits_that_are_not_finite_end_an_answer_and_keep_what_there_was(drafts, pair, run, monkeypatch, tmp_path):
+    session, calls = RoundSession if drafts else Session, []
+    attend = session.attend
+
+    def spoilt(self, *given):
+        calls.append(given)
+        return attend(self, *given) * (1 if len(calls) < 3 else torch.inf)
+
+    monkeypatch.setattr(session, "attend", spoilt)
+    options = PROMPT, "--budget", 1, "--max-new-tokens", 20, "--speculate", drafts, "--json", tmp_path / "r.json"
+    code, out, err = run(*options)
+    monkeypatch.undo()
+    (kept,) = json.loads((tmp_path / "r.json").read_text())["smallkv"]["answers"]
+    right = expected_answer(pair, PROMPT, len(kept["tokens"]), Settings(budget=1.0))
+    assert code == 2 and out == right + "\n" and kept["text"] == right and 3 <= len(kept["tokens"]) < 20
+    assert err.splitlines()[-1].startswith("error: the model's logits are NaN or infinite: its weights are damaged")
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_damaged_weights_are_named(temperature, run, copied):
+    tensors = load_file(copied / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, copied / "model.safetensors")
+    code, out, err = run(PROMPT, "--temperature", temperature, llm=copied)
+    assert (code, out) == (2, "\n") and "Traceback" not in err
+    assert "error: the model's logits are NaN or infinite" in err
+
+
+def test_drafts_are_bounded_by_what_can_be_used(results):
+    found, _ = results(PROMPT, "--budget", 1, "--max-new-tokens", 4, "--speculate", 3_000_000)
+    alone, _ = results(PROMPT, "--budget", 1, "--max-new-tokens", 4)
+    assert found["smallkv"]["answers"] == alone["smallkv"]["answers"]
+    assert found["smallkv"]["report"]["speculation"]["drafts"] == 2
+
+
+def test_a_long_text_is_refused_by_its_beginning(run, tmp_path, monkeypatch):
+    """2 MB of text for 1,024 positions."""
+    (tmp_path / "book.txt").write_text("the quick brown fox " * 10**5)
+    seen, encode = [], Text.encode
+    monkeypatch.setattr(Text, "encode", lambda self, text: seen.append(len(text)) or encode(self, text))
+    code, _, err = run("--prompt-file", tmp_path / "book.txt")
+    assert code == 2 and "longer than the 1024 positions" in err and sum(seen) < 10**5
+
+
+@pytest.mark.parametrize("flags", [("--temperature", 2), ("--device", "cuda:99"), ("--slm-layers", 9)])
+def test_a_run_that_fails_leaves_no_file(flags, run, tmp_path):
+    assert run(PROMPT, "--json", tmp_path / "r.json", "--top-p", 2, *flags)[0] == 2
+    assert run("x " * 2000, "--json", tmp_path / "r.json", *flags)[0] == 2
+    assert not (tmp_path / "r.json").exists()
 
 
 @pytest.mark.parametrize("method", BASELINES)
@@ -265,14 +321,14 @@ def test_a_reach_that_loses_similar_heads_is_named():
     for anywhere, named in ((0.9, False), (0.95, True)):
         similarity = {"mean": 0.9, "worst": 0.5, "mean_anywhere": anywhere, "worst_anywhere": 0.5}
         console = Console(file=io.StringIO(), width=200)
-        command.print_report("smallkv", {**report, "similarity": similarity}, console)
+        program.print_report("smallkv", {**report, "similarity": similarity}, console)
         assert ("--reach inf may answer better" in console.file.getvalue()) == named
 
 
 def test_comparison_shows_brackets_and_backslashes_as_they_are(pair):
     text, console = Text.load(pair[0]), Console(file=io.StringIO(), width=200)
     answers = {end: {"answers": [{"tokens": text.encode(r"\[x = 2\] [/b] C:\ " + end)}]} for end in ("fox", "dog")}
-    command.print_comparison(text, answers, console)
+    program.print_comparison(text, answers, console)
     shown = console.file.getvalue()
     assert shown.count(r"\[x = 2\] [/b] C:\ ") == 2 and "they part at token" in shown
 
@@ -281,8 +337,8 @@ def test_comparison_shows_brackets_and_backslashes_as_they_are(pair):
 
 
 def test_the_demonstrations_facts_are_where_they_are_said_to_be():
-    text = Text.load(command.PAIR / "llm")
-    document = json.loads((command.PAIR / "demo.json").read_text(encoding="utf-8"))
+    text = Text.load(program.PAIR / "llm")
+    document = json.loads((program.PAIR / "demo.json").read_text(encoding="utf-8"))
     ids = text.encode(document["text"])
     assert len(ids) == 967
     for turn in document["turns"]:
@@ -292,12 +348,12 @@ def test_the_demonstrations_facts_are_where_they_are_said_to_be():
 def test_bare_command_demonstrates(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setenv("COLUMNS", "250")
-    assert command.main([]) == 0
+    assert program.main([]) == 0
     out, err = capsys.readouterr()
     for piece in ("full cache: 4 right", "SmallKV, 20%: 4 right", "the newest 20% alone: 0 right", "0 -> 4 of 40"):
         assert piece in out, piece
     assert all(tier in err for tier in ("critical K, V", "marginal V", "offloaded K, V"))
-    assert command.main(["--speculate", "2"]) == 2
+    assert program.main(["--speculate", "2"]) == 2
     assert "the demonstration takes one process and SmallKV's flags alone" in capsys.readouterr().err
 
 
@@ -310,21 +366,32 @@ def test_bare_command_demonstrates(monkeypatch, capsys):
     (["--scores", "llm", "x"], "unknown scores 'llm'; supported: slm, fused"),
     (["--scores", "fused", "--no-saliency-shift", "x"], "fused scores need the SLM's: without saliency shift"),
     (["--slm-budget", 0, "x"], "SLM budget 0.0 is outside (0, 1]"),
-    (["--max-new-tokens", 0, "x"], "--max-new-tokens 0"),
-    (["--temperature", "nan", "x"], "temperature nan"),
-    (["--seed", 2**64, "x"], "seed 18446744073709551616 is outside"),
-    (["--top-p", 0, "x"], "top-p 0.0"),
+    (["--max-new-tokens", 0, "x"], "argument --max-new-tokens: 0 is not a whole number of at least 1"),
+    (["--temperature", "nan", "x"], "--temperature: nan is not a number of at least 0"),
+    (["--temperature", 1e9, "x"], "temperature 1000000000.0 is not 0 (greedy) nor between"),
+    (["--seed", 2**70, "x"], "--seed: 1180591620717411303424 is not a whole number from 0 to 9223372036854775807"),
+    (["--top-p", 0, "x"], "--top-p: 0 is not a number above 0 and at most 1"),
+    (["--slm-layers", 0, "x"], "--slm-layers: 0 is not a whole number of at least 1"),
+    (["--budget", "lots", "x"], "argument --budget: invalid float value: 'lots'"),
+    (["--budgets", 0.2, "x"], "unrecognized arguments: --budgets"),
+    (["--paper\nx"], "unrecognized arguments: --paper x"),
     ([""], "prompt 1 is empty"),
     (["x", " \n"], "prompt 2 is empty"),
     (["x " * 2000, "--max-new-tokens", 10], "longer than the 1024 positions"),
     (["x", "--max-new-tokens", 10**9], "longer than the 1024 positions"),
-    (["--prompt-file", "nowhere.txt"], "cannot read prompt file nowhere.txt: No such file"),
+    (["--prompt-file", "nowhere.txt"], "cannot read nowhere.txt: No such file or directory"),
+    (["--prompt-file", "/"], "cannot read /: Is a directory"),
+    (["--prompt-file", "/dev/zero"], "/dev/zero is larger than 67108864 bytes; give a shorter text"),
+    (["caf\udce9 x"], "prompt 1 is not UTF-8: byte 0xe9 at offset 3"),
+    (["x", "--json", ""], "an empty name was given for a file to write"),
+    (["x", "--json", "/"], "cannot write /: Is a directory"),
+    (["x", "--json", "/dev/full", "--max-new-tokens", 2], "cannot write /dev/full: No space left on device"),
     (["x", "--device", "cuda:7"], "no device cuda:7: PyTorch sees"),
     (["x", "--device", "abacus"], "no such device 'abacus'"),
     (["x", "--device", "cpu:one"], "no such device 'cpu:one'"),
-    (["x", "--json", "/nowhere/r.json"], "No such file or directory: '/nowhere/r.json'"),
+    (["x", "--json", "/nowhere/r.json"], "cannot write /nowhere/r.json: No such file or directory"),
     (["x", "--compare", "--method", "snapkv"], "leave --method snapkv out"),
-    (["x", "--speculate", -1], "--speculate -1 is negative"),
+    (["x", "--speculate", -1], "--speculate: -1 is not a whole number of at least 0"),
     (["x", "--speculate", 2, "--method", "h2o"], "--speculate works with --method full and smallkv, not h2o"),
     (["x", "--speculate", 2, "--slm-layers", 1], "--speculate needs the SLM's words, and --slm-layers 1 stops before"),
     (["x", "--speculate", 2, "--no-saliency-shift"], "drafts need saliency shift"),
@@ -375,7 +442,7 @@ def test_device_and_host_are_checked_apart(pair, monkeypatch, offload):
     monkeypatch.setattr("checkpoint.check_fits", lambda needed, device: asked.update({device.type: needed}))
     on_gpu = SimpleNamespace(llm=SimpleNamespace(device=torch.device("cuda")), models=policy.models,
                              make_caches=policy.make_caches)  # fmt: skip
-    command.check_caches_fit(on_gpu, [200, 120], 300)
+    program.check_caches_fit(on_gpu, [200, 120], 300)
     for model, entries in policy.ledgers([200, 120], 300).items():
         for entry in entries:
             size = 1 << (entry.size - 1).bit_length() if entry.host else entry.size  # pinned: powers of two
@@ -384,18 +451,3 @@ def test_device_and_host_are_checked_apart(pair, monkeypatch, offload):
     config = loaded.llm.config
     rows = config.layers * 200 * 4 * (2 * config.kv_heads * config.head_dim + config.query_heads)
     assert asked["cuda"]["LLM longest prompt"] == rows and "SLM longest prompt" not in asked["cuda"]
-
-
-@pytest.mark.parametrize("error, code, line", [
-    (BrokenPipeError(), 1, ""),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "error: out of memory: CUDA out of memory. Tried\n"),
-    (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
-    (KeyboardInterrupt(), 130, "interrupted before the first token\n"),
-])  # fmt: skip
-def test_exit_codes(monkeypatch, capsys, error, code, line):
-    def fail(args):
-        raise error
-
-    monkeypatch.setattr(command, "run", fail)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # given back afterwards
-    assert command.main(["x"]) == code and capsys.readouterr().err == line

@@ -282,7 +282,7 @@ def test_torchrun_prints_the_answer_of_one_process_once(models, tmp_path, capsys
 
 def test_a_mistake_is_said_once(models, tmp_path):
     for size, flags, line in (
-        (2, ["--max-new-tokens", "0"], "--max-new-tokens 0 is too small; at least 1"),
+        (2, ["--max-new-tokens", "0"], "argument --max-new-tokens: 0 is not a whole number of at least 1"),
         (2, ["--method", "pyramidinfer"],
          "--method pyramidinfer takes the mean over all heads of a layer; run it in one process"),
         (2, ["--device", "cuda:1"], "--device cuda:1: each process takes a GPU of its own; use auto, cuda or cpu"),
