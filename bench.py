@@ -23,17 +23,18 @@ import statistics
 import sys
 import time
 from collections import namedtuple
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.profiler import profile as record
 
+import command
 import overhead
 import parallel
 from baselines import BASELINES
-from checkpoint import available_bytes
+from checkpoint import available_bytes, check_fits, weight_bytes
 from decode import WARM_STEPS, Policy, Session
 from match import HeadMap, layers_within
 from model import Config, Decoder, Span
@@ -64,10 +65,10 @@ class Setting(namedtuple("Setting", "batch prompt new")):
 
     @classmethod
     def many(cls, text: str) -> list["Setting"]:
-        """`64x2048+256,4x16384+512` -> settings. ArgumentTypeError if it reads otherwise."""
+        """`64x2048+256,4x16384+512` -> settings. Mistake if it reads otherwise."""
         found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)\+(\d+)", part) for part in text.split(",")]
         if None in found:
-            raise argparse.ArgumentTypeError(f"{text!r} should read BATCHxPROMPT+NEW, as 4x16384+512 does")
+            raise command.Mistake(f"{text!r} should read BATCHxPROMPT+NEW, as 4x16384+512 does")
         return [cls(*map(int, part.groups())) for part in found]
 
 
@@ -414,11 +415,11 @@ def table(report: dict) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, cuda = parser.add_argument, torch.cuda.is_available()
+    parser = command.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
 
     def shares(text: str) -> list[float]:
-        return [float(share) for share in text.split(",")]
+        return [command.share(share) for share in text.split(",")]
 
     add("--pair", choices=PAIRS, default="qwen2-7b")
     add("--settings", type=Setting.many, default="64x2048+256,4x16384+512,32x16384+256",
@@ -428,20 +429,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--turnover", type=shares, default=[0.1], help="share of the critical set that a plan changes; or several")
     add("--decode-only", action="store_true", help="random caches instead of a prefill; methods that evict have one")
     add("--prefill", type=lambda text: text.split(","), default=[], metavar="SETTINGS", help="prefilled all the same")
-    add("--chunk", type=int, help="prompt tokens that go through a model at once (default: as the memory allows)")
-    add("--steps", type=int, default=30, help="timed steps or rounds, at most")
-    add("--speculate", type=int, default=0, metavar="K", help="rounds of K drafts, of full and smallkv")
-    add("--acceptance", type=float, default=0.7, help="with it: the chance that a draft is accepted")
-    add("--slm-layers", type=int, metavar="N", help="the SLM's first N layers alone (A.3)")
+    add("--chunk", type=command.whole(1), help="prompt tokens that go through a model at once (default: by memory)")
+    add("--steps", type=command.whole(1), default=30, help="timed steps or rounds, at most")
+    add("--speculate", type=command.whole(0), default=0, metavar="K", help="rounds of K drafts, of full and smallkv")
+    add("--acceptance", type=command.share, default=0.7, help="with it: the chance that a draft is accepted")
+    add("--slm-layers", type=command.whole(1), metavar="N", help="the SLM's first N layers alone (A.3)")
     add("--quantize", choices=("int4", "int4-both"), help="INT4 weights of the LLM, or of both models")
-    add("--device", choices=["cpu"] + ["cuda"] * cuda, default="cuda" if cuda else "cpu")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (default: auto)")
     add("--profile", metavar="PREFIX", help="write PREFIX.METHOD.SETTING.txt, the costliest kernels")
     add("--table", action="store_true", help="print the table in markdown")
-    for field in fields(Settings):
-        kind = type(field.default) if field.default is not None else int
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        default = None if field.name == "scores" else field.default  # drafts have another
-        add("--" + field.name.replace("_", "-"), default=default, help=field.metadata["help"], **how)
+    command.add_fields(add, Settings)
     return parser
 
 
@@ -451,8 +448,6 @@ def check(args, ranks: int) -> None:
     for wrong, message in (
         (unknown, f"unknown method {', '.join(unknown)}; supported: {', '.join(METHODS)}"),
         (drafts and set(args.methods) - set(OWN), f"--speculate is for --methods {','.join(OWN)}"),
-        (drafts < 0, f"--speculate {drafts} is negative; 0 drafts nothing, 4 is usual"),
-        (not 0 <= args.acceptance <= 1, f"--acceptance {args.acceptance} is outside [0, 1]"),
         (args.quantize and OTHER in args.methods, f"--quantize has no Transformers beside it; leave {OTHER} out"),
         (ranks > 1 and (args.quantize or args.largest or drafts or OTHER in args.methods),
          "--quantize, --largest, --speculate and the method transformers need one process; leave them out here"),
@@ -466,16 +461,19 @@ def run(args) -> int:
     team = parallel.start(args.device)
     args.chunk = args.chunk or team.chunk
     check(args, team.size)
-    device = team.device or torch.device(args.device)
+    device = team.device or command.device(args.device)
     cuda = device.type == "cuda"
     dtype, name = (torch.bfloat16, torch.cuda.get_device_name()) if cuda else (torch.float32, "CPU")
-    args.scores = args.scores or ("slm" if args.speculate else Settings.scores)
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    settings = Settings(**{"scores": "slm" if args.speculate else Settings.scores, **command.typed(args, Settings)})
     llm, slm = (Config.from_hf(raw) for raw in PAIRS[args.pair])
-    models = [random_decoder(llm, device, dtype, args.quantize is not None, team),
-              random_decoder(early(slm, args.slm_layers), device, dtype, args.quantize == "int4-both")]  # fmt: skip
+    kinds = {"LLM": (llm, args.quantize is not None, team),
+             "SLM": (early(slm, args.slm_layers), args.quantize == "int4-both", parallel.Team())}  # fmt: skip
+    check_fits({f"{role} weights": weight_bytes(config, dtype, Scheme() if rounded else None, ranks)
+                for role, (config, rounded, ranks) in kinds.items()}, device)  # fmt: skip
+    models = [random_decoder(config, device, dtype, *how) for config, *how in kinds.values()]
     models[0].raw = PAIRS[args.pair][0]
-    report = {**vars(args), "reach": str(args.reach), "device": name, "dtype": str(dtype), "torch": torch.__version__,
+    report = {**vars(args), **asdict(settings), "reach": str(settings.reach),
+              "device": name, "dtype": str(dtype), "torch": torch.__version__,
               "ranks": team.size, "weights": [weights_of(model) for model in models], "ceilings": ceilings(device),
               "rows": []}  # fmt: skip
     print(f"{team.size} x {name}, {dtype}, ceilings {report['ceilings']}", flush=True)
@@ -501,11 +499,8 @@ def run(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        return overhead.main(argv[1:]) if argv[:1] == ["overhead"] else run(make_parser().parse_args(argv))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    work = partial(overhead.main, argv[1:]) if argv[:1] == ["overhead"] else lambda: run(make_parser().parse_args(argv))
+    return command.ended(work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import lzma
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -80,6 +82,22 @@ def device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= count:
         raise Mistake(f"no device {name}: PyTorch sees {count} CUDA devices here; use --device cpu")
     return torch.device(("cuda" if count else "cpu") if kind == "auto" else name)
+
+
+def add_fields(add: Callable, record: type) -> None:
+    """A flag for every field of a dataclass, with the help in its metadata; `typed` has those that were given."""
+    for field in fields(record):
+        kind = next(iter(get_args(field.type)), field.type)  # of `int | None`: int
+        how = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}.get(kind)}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        shown = ("off", "on")[field.default] if kind is bool else field.default
+        text = field.metadata["help"] + f" [{shown}]" * (shown is not None)
+        add("--" + field.name.replace("_", "-"), default=None, help=text, **how)
+
+
+def typed(args: argparse.Namespace, record: type) -> dict:
+    given = {field.name: getattr(args, field.name) for field in fields(record)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 # ---- A user's files --------------------------------------------------------------------------------------------------

@@ -18,10 +18,9 @@ import select
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
@@ -233,13 +232,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--method", default="smallkv", choices=methods, metavar="NAME", help=", ".join(methods) + " [smallkv]")
     add("--compare", action="store_true", help="answer with the full cache too, side by side")
     add("--paper", action="store_true", help="the paper's: scores slm, score decay 1, matcher jaccard, reach inf")
-    for field in fields(Settings):
-        kind = next(iter(get_args(field.type)), field.type)  # of `int | None`: int
-        how = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}.get(kind)}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        shown = ("off", "on")[field.default] if kind is bool else field.default
-        text = field.metadata["help"] + f" [{shown}]" * (shown is not None)
-        add("--" + field.name.replace("_", "-"), default=None, help=text, **how)
+    command.add_fields(add, Settings)
     add = parser.add_argument_group("prompts").add_argument
     add("prompt", nargs="*", help="with none, and no file, standard input is read")
     add("--prompt-file", action="append", default=[], metavar="FILE", help="a file that is one prompt")
@@ -261,8 +254,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def make_settings(args) -> Settings:
     """The method's settings from the flags; --paper gives the paper's, and what is typed beside it still counts."""
-    asked = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    asked = command.typed(args, Settings)
     if args.speculate or args.saliency_shift is False:
         asked = {"scores": "slm", **asked}  # these cannot have fused ones
     return Settings.paper(**asked) if args.paper else Settings(**asked)

@@ -13,7 +13,6 @@ A.3 makes the SLM cost less: as the drafter of speculative decoding, where its s
 and SmallKV adds scores alone; with a share of its own cache; stopped early; with both.
 """
 
-import argparse
 import json
 import math
 from collections import namedtuple
@@ -21,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+import command
 from cache import kept_tokens
 from checkpoint import CheckpointError, read_config, resolve, weight_bytes
 from model import Config
@@ -235,13 +235,14 @@ def markdown(rows: list[list[str]]) -> str:
 def main(argv: list[str]) -> int:
     """Three tables: the shapes (Table 3), what follows from them (Table 4), and what the SLM adds; the last line is
     JSON."""
-    parser = argparse.ArgumentParser("bench.py overhead", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--llm", default="Qwen2-7B", help=f"folder, hub id or one of {', '.join(MODELS)}")
-    parser.add_argument("--slm", default="Qwen2-0.5B", help="the same")
-    parser.add_argument("--budget", type=float, default=0.2, help="of the LLM's cache (default: 0.2)")
-    parser.add_argument("--slm-budget", type=float, default=0.4, help="of the SLM's own cache (default: 0.4)")
-    parser.add_argument("--slm-layers", type=int, metavar="N", help="of the SLM (default: 20 of 24, in proportion)")
-    parser.add_argument("--length", type=int, nargs="+", default=[2304, 16896], help="(default: Table 2's)")
+    parser = command.Parser("bench.py overhead", description=__doc__.splitlines()[0])
+    add, some, count = parser.add_argument, command.number(0, 1, above=True), command.whole(1)
+    add("--llm", default="Qwen2-7B", help=f"folder, hub id or one of {', '.join(MODELS)}")
+    add("--slm", default="Qwen2-0.5B", help="the same")
+    add("--budget", type=some, default=0.2, help="of the LLM's cache (default: 0.2)")
+    add("--slm-budget", type=some, default=0.4, help="of the SLM's own cache (default: 0.4)")
+    add("--slm-layers", type=count, metavar="N", help="of the SLM (default: 20 of 24, in proportion)")
+    add("--length", type=count, nargs="+", default=[2304, 16896], help="(default: Table 2's)")
     args = parser.parse_args(argv)
     llm, slm, budget, lengths = shape(args.llm), shape(args.slm), args.budget, args.length
     layers = max(1, round(slm.layers * 20 / 24)) if args.slm_layers is None else args.slm_layers

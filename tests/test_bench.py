@@ -213,19 +213,29 @@ def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
     (["--methods", "h3o"], "unknown method h3o; supported: full, smallkv, h2o"),
     (["--speculate", "2", "--methods", "full,h2o"], "--speculate is for --methods full,smallkv"),
     (["--quantize", "int4", "--methods", "transformers"], "--quantize has no Transformers beside it"),
-    (["--acceptance", "1.5"], "--acceptance 1.5 is outside [0, 1]"),
+    (["--acceptance", "1.5"], "--acceptance: 1.5 is not a number of at least 0 and at most 1"),
     (["--settings", "2x100+5"], "--settings 2x100+5 leaves no steps to time; 6 new tokens at least"),
     (["overhead", "--llm", "Qwen9"], "published shapes here: Qwen2-0.5B, "),
     (["overhead", "--budget", "1"], "--budget 1.0 is outside"),
-    (["overhead", "--slm-budget", "0"], "--slm-budget 0.0 is outside"),
+    (["overhead", "--slm-budget", "0"], "--slm-budget: 0 is not a number above 0"),
     (["overhead", "--slm-layers", "25"], "25 layers were asked for; 1 to 24 can run"),
-    (["overhead", "--length", "0"], "--length: at least one context"),
+    (["overhead", "--length", "0"], "--length: 0 is not a whole number of at least 1"),
+    (["--settings", "0x16+4"], "'0x16+4' should read BATCHxPROMPT+NEW"),
+    (["--steps", "0"], "--steps: 0 is not a whole"),
+    (["--turnover", "0.1,nan"], "--turnover: nan is not a number"), (["--chunk", "0"], "--chunk: 0 is not a whole"),
+    (["--device", "cuda:77"], "no device cuda:77"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, said, capsys):
-    flags = flags if flags[0] == "overhead" else ["--pair", "tiny", "--device", "cpu", *flags]
+    flags = flags if flags[0] == "overhead" else ["--pair", "tiny", *(["--device", "cpu"] * ("--device" not in flags)), *flags]
     assert bench.main(flags) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_models_that_do_not_fit_are_named(monkeypatch, capsys):
+    monkeypatch.setattr("checkpoint.available_bytes", lambda device: 1 << 30)
+    assert bench.main(["--device", "cpu", "--settings", "1x16+8"]) == 2
+    assert "does not fit on cpu: 30.21 GiB needed (LLM weights 28.37, SLM weights 1.84)" in capsys.readouterr().err
 
 
 # ---- Appendix A ------------------------------------------------------------------------------------------------------
