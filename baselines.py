@@ -25,7 +25,7 @@ Shapes follow the legend in model.py; N, the slots of a layer, may differ betwee
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -302,6 +302,22 @@ class Lengths:
         return recent, due
 
 
+@lru_cache(maxsize=1)  # a session asks several times, and a long answer has many steps
+def schedule(
+    kept: tuple[int, ...], lengths: tuple[int, ...], steps: int, layers: int
+) -> tuple[list[Lengths], list[list], list[int]]:
+    """Of prompts of these lengths: the counts after the prompt, each step's (recent, due), and every layer's slots."""
+    starts = [Lengths(count, n, layers) for count, n in zip(kept, lengths)]
+    slots, every = [1] * layers, []
+    for count in (Lengths(count, n, layers) for count, n in zip(kept, lengths)):
+        own, slots = [], [max(pair) for pair in zip(slots, count.held)]
+        for _ in range(steps):
+            own.append(count.step())
+            slots = [max(pair) for pair in zip(slots, count.held)]
+        every.append(own)
+    return starts, every, slots
+
+
 class PyramidPrompt(Cache):
     """PyramidInfer's prefill of one whole prompt: after a layer's attention, the context that matters least leaves.
 
@@ -370,18 +386,8 @@ class PyramidInfer(Evicting):
     name, whole_prompt = "pyramidinfer", True
 
     def _schedule(self, lengths: list[int], capacity: int) -> tuple[list[Lengths], list[list], list[int]]:
-        """Each sequence's counts after the prompt, its steps' (recent, due), and the slots of every layer."""
-        layers = self.llm.config.layers
-        starts = [Lengths(self.kept(n), n, layers) for n in lengths]
-        slots, steps = [1] * layers, []
-        for n in lengths:
-            count, own = Lengths(self.kept(n), n, layers), []
-            slots = [max(pair) for pair in zip(slots, count.held)]
-            for _ in range(capacity - max(lengths)):
-                own.append(count.step())
-                slots = [max(pair) for pair in zip(slots, count.held)]
-            steps.append(own)
-        return starts, steps, slots
+        kept = tuple(self.kept(n) for n in lengths)
+        return schedule(kept, tuple(lengths), capacity - max(lengths), self.llm.config.layers)
 
     def make_caches(self, lengths: list[int], capacity: int, device) -> dict[str, Cache]:
         _, steps, slots = self._schedule(lengths, capacity)
