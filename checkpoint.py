@@ -82,7 +82,13 @@ def read_config(folder: Path, layers: int | None = None) -> Config:
 def checkpoint_dtype(folder: Path) -> torch.dtype:
     """The dtype the checkpoint says it is stored in; float32 if it does not say."""
     raw = read_json(folder, "config.json")
-    return DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch."), torch.float32)
+    found = raw["dtype"] if raw.get("dtype") is not None else raw.get("torch_dtype")
+    if found is None:
+        return torch.float32
+    name = found.removeprefix("torch.") if isinstance(found, str) else found
+    if not isinstance(name, str) or name not in DTYPES:
+        raise CheckpointError(f"{folder}: config.json's dtype is {found!r:.60}; supported: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def read_scheme(folder: Path, quantize: bool = False) -> Scheme | None:

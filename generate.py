@@ -77,8 +77,8 @@ def load_pair(
     texts = [Text.load(folder) for folder in folders]
     if slm:
         check_same_tokenizer(*texts)
-    stored = checkpoint.checkpoint_dtype(folders[0]) if where.type == "cuda" else torch.float32
-    kind = checkpoint.DTYPES.get(dtype, stored)
+    stored = checkpoint.checkpoint_dtype(folders[0])
+    kind = checkpoint.DTYPES.get(dtype, stored if where.type == "cuda" else torch.float32)
     top, needed = max(texts[0].tokenizer.get_vocab(with_added_tokens=True).values()), {}
     hows = (None, bool(quantize), team), (slm_layers, quantize == "int4-both", parallel.Team())
     for role, folder, (layers, rounded, ranks) in zip(("LLM", "SLM"), folders, hows):

@@ -75,9 +75,10 @@ class Config:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {raw['hidden_act']!r:.40} is not supported; supported: silu")
-        listed = raw.get("layer_types") or []
-        if not isinstance(listed, list):
-            raise ValueError(f"config.json: layer_types is {listed!r:.40}; expected a list")
+        layers = _count(raw, "num_hidden_layers", most=1 << 12)
+        listed = ["full_attention"] * layers if raw.get("layer_types") is None else raw["layer_types"]
+        if not isinstance(listed, list) or len(listed) != layers:
+            raise ValueError(f"config.json: layer_types is {listed!r:.60}; expected a list of {layers}")
         if _flag(raw, "use_sliding_window", False) or any(found != "full_attention" for found in listed):
             raise ValueError(
                 f"sliding-window attention is in use (sliding_window={raw.get('sliding_window')!r:.40}); "
@@ -99,7 +100,7 @@ class Config:
             vocab_size=_count(raw, "vocab_size", most=1 << 24),
             hidden_size=hidden,
             intermediate_size=_count(raw, "intermediate_size"),
-            layers=_count(raw, "num_hidden_layers", most=1 << 12),
+            layers=layers,
             query_heads=query_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -131,11 +132,12 @@ def _count(raw: dict, key: str, default: int | None = None, null: bool = False, 
     return _checked(raw, key, fits, f"a whole number from 1 to {most:,}", default, null)
 
 
-def _number(raw: dict, key: str, default: float | None = None, null: bool = False) -> float:
+def _number(raw: dict, key: str, default: float | None = None, null: bool = False) -> float | None:
     def fits(x):
         return type(x) in (int, float) and 0 < x < 1e30
 
-    return _checked(raw, key, fits, "a number above 0", default, null)
+    found = _checked(raw, key, fits, "a number above 0", default, null)
+    return found if found is None else float(found)
 
 
 def _flag(raw: dict, key: str, default: bool) -> bool:
@@ -145,10 +147,12 @@ def _flag(raw: dict, key: str, default: bool) -> bool:
 def _rope(raw: dict) -> dict:
     """One dict of RoPE's parameters. As in Transformers `rope_scaling`, which model cards say to add, wins as a whole
     over `rope_parameters`, and `original_max_position_embeddings` beside them over the one in them."""
+    for name in ("rope_scaling", "rope_parameters"):
+        found = {} if raw.get(name) is None else raw[name]
+        if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+            raise ValueError(f"config.json: {name} is {found!r:.60}; expected an object of rope_type and numbers")
     found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"config.json: rope_scaling is {found!r:.60}; expected an object of rope_type and numbers")
-    kind = found.get("rope_type") or found.get("type") or "default"
+    kind = next((found[name] for name in ("rope_type", "type") if found.get(name) is not None), "default")
     if not isinstance(kind, str) or kind not in SUPPORTED_ROPE:
         raise ValueError(f"unknown rope type {kind!r:.40} in config.json; supported: {', '.join(SUPPORTED_ROPE)}")
     for part in (raw, found):
@@ -164,7 +168,7 @@ def _rope(raw: dict) -> dict:
         raise ValueError(f"config.json: low_freq_factor and high_freq_factor are both {rope['low_freq_factor']}")
     if kind == "yarn":
         optional = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
-        given = {name: value for name, value in found.items() if value or name == "attention_factor"}  # 0 means none
+        given = {name: value for name, value in found.items() if value != 0 or name == "attention_factor"}  # 0: none
         rope |= {name: _number(given, name, default, null=True) for name, default in optional.items()}
         rope["truncate"] = _flag(found, "truncate", True)
         if rope["rope_theta"] == 1:

@@ -326,11 +326,15 @@ class Scheme:
             if value not in supported:
                 raise ValueError(f"quantization_config: {name} {value!r} is not supported with {method}; supported: "
                                  + ", ".join(map(str, supported)))  # fmt: skip
-        inside = raw.get("modules_in_block_to_quantize") or []
-        only = [name for names in inside for name in ([names] if isinstance(names, str) else names)]
+        named = {name: raw.get(name) or [] for name in ("modules_in_block_to_quantize", "modules_to_not_convert")}
+        for name, found in named.items():
+            flat = [x for part in found for x in (part if isinstance(part, list) else [part])] * isinstance(found, list)
+            if not isinstance(found, list) or not all(isinstance(part, str) for part in flat):
+                raise ValueError(f"quantization_config: {name} is {found!r:.60}; expected a list of names")
+            named[name] = tuple(flat)
         symmetric = method == "gptq" and raw.get("sym") is True
         return cls(method, group, layout == "gptq", symmetric, method == "gptq" and bool(raw.get("desc_act")),
-                   tuple(only), tuple(raw.get("modules_to_not_convert") or ()))  # fmt: skip
+                   *named.values())  # fmt: skip
 
     @property
     def inner(self) -> int:

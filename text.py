@@ -194,8 +194,9 @@ def _stop_tokens(folder: Path) -> frozenset[int]:
         stop = read_json(folder, name, required=False).get("eos_token_id")
         if stop is not None:
             ids = stop if isinstance(stop, list) else [stop]
-            if not all(type(index) is int for index in ids):
-                raise CheckpointError(f"{folder / name}: eos_token_id is {stop}, not a token id or a list of them")
+            if not all(type(index) is int and -1 <= index < 1 << 24 for index in ids):  # -1 is written for none
+                shown = f"eos_token_id is {stop!r:.60}, not a token id or a list of them"
+                raise CheckpointError(f"{folder / name}: {shown}")
             return frozenset(ids)
     return frozenset()
 

@@ -168,6 +168,7 @@ DAMAGE = {
     "unknown rope type 'longrope'.*yarn": lambda f: edit_config(f, rope_parameters={"rope_type": "longrope"}),
     "sliding-window.*4096": lambda f: edit_config(f, use_sliding_window=True, sliding_window=4096),
     "sliding-window": lambda f: edit_config(f, layer_types=["full_attention", "sliding_attention"]),
+    "dtype is 'float8'; supported: float32, bfloat16, float16": lambda f: edit_config(f, dtype="float8"),
     "hidden_act 'gelu'": lambda f: edit_config(f, hidden_act="gelu"),
     "not valid JSON": lambda f: (f / "config.json").write_text("{"),
     r"should hold a JSON object, not \[\]": lambda f: (f / "config.json").write_text("[]"),
@@ -352,7 +353,8 @@ def test_streamed_pieces_make_the_text_even_across_characters(tmp_path):
     ("tokenizer.json", WITHOUT_UNKNOWN, "tokenizer cannot encode the prompt: .*UNK"),
     ("tokenizer.json", {**WITHOUT_UNKNOWN, "model": {**WITHOUT_UNKNOWN["model"], "vocab": {}}}, "an empty vocab"),
     ("generation_config.json", {"eos_token_id": True}, "eos_token_id is True, not a token id"),
-    ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id is <end>, not a token id"),
+    ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id is '<end>', not a token id"),
+    ("generation_config.json", {"eos_token_id": [1, 10**30]}, "eos_token_id is .*, not a token id"),
     ("tokenizer.json", {"model": 1}, "tokenizer.json is not a readable tokenizer"),
 ])  # fmt: skip
 def test_odd_files_are_named(file, content, message, tmp_path):
