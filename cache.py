@@ -452,7 +452,6 @@ class TieredCache(Cache):
             for tier, table in tables.items()
         }
 
-    def moved_bytes(self) -> int:
-        """Bytes brought from the offloaded tier so far: K and V of critical rows, V of marginal ones."""
-        critical, marginal = self.moved.sum(0).tolist()
+    def row_bytes(self, critical: int, marginal: int) -> int:
+        """Bytes of rows brought from the offloaded tier: K and V of critical ones, V of marginal ones."""
         return (2 * critical + marginal) * self.config.head_dim * self.offloaded.itemsize

@@ -48,8 +48,8 @@ def make_report(session: Session, timing: Timing) -> dict:
         critical, _, marginal = policy.sizes[[n + 1 for n in prompts]].sum(0).tolist()
         first = [config.layers * config.kv_heads * count for count in (critical - len(prompts), marginal)]
         critical, marginal = (max(0, n - filled) for n, filled in zip(cache.moved.sum(0).tolist(), first))
-        size = (2 * critical + marginal) * config.head_dim * session.llm.dtype.itemsize
-        moved = {"critical": critical, "marginal": marginal, "bytes": size, "steps": max(0, session.steps - 1)}
+        size, steps = cache.row_bytes(critical, marginal), max(0, session.steps - 1)
+        moved = {"critical": critical, "marginal": marginal, "bytes": size, "steps": steps}
     if isinstance(session, RoundSession):
         counts = session.counts
         speculation = {"drafts": policy.drafts, "drafted": counts.drafted, "accepted": counts.accepted,

@@ -177,18 +177,18 @@ def test_prompts_reach_the_offloaded_tier_as_they_were_made(offload, device):
 def test_bytes_that_came_are_k_and_v_of_critical_rows_and_v_of_marginal_ones(dtype):
     pair = tiny_decoder().to(dtype), slm().to(dtype)
     policy = SmallKV(*pair, Settings())
-    session = Session(policy, random_prompts(150, 120), 5)
+    session, moved = Session(policy, random_prompts(150, 120), 5), lambda: policy.cache.moved.sum(0).tolist()
     session.prefill()
-    assert policy.cache.moved_bytes() == 0
+    assert moved() == [0, 0]
     session.step([1, 2])  # the first plan brings whole tiers, but for the newest token
     sizes = [Settings().sizes(n) for n in (151, 121)]
     rows = sum(2 * (size.critical - 1) + size.marginal for size in sizes)
-    assert policy.cache.moved_bytes() == 2 * 2 * rows * 16 * dtype.itemsize  # layers, KV heads, head dim
+    brought = policy.cache.row_bytes(*moved())
+    assert brought == 2 * 2 * rows * 16 * dtype.itemsize  # layers, KV heads, head dim
     held = [{"critical": size.critical, "marginal": size.marginal} for size in sizes]
     assert [policy.cache.tokens(b) for b in (0, 1)] == held
-    before = policy.cache.moved_bytes()
     session.step([3, 4])
-    assert before < policy.cache.moved_bytes() < 2 * before
+    assert brought < policy.cache.row_bytes(*moved()) < 2 * brought
 
 
 def test_the_kernels_give_the_naive_loop(monkeypatch):
