@@ -158,6 +158,7 @@ def open_run(args, pair: Pair) -> Path:
         if made != {now} or now.endswith("+"):
             print(f"note: {out} holds lines of commit {', '.join(sorted(made))}, this is {now}", file=sys.stderr)
         about["runs"] = before["runs"] + about["runs"]
+        about["token_bytes"] = before["token_bytes"] | about["token_bytes"]  # a call for baselines loads no SLM
     elif (out / "results.jsonl").is_file():
         raise ValueError(f"{out} has results but no run.json; give another --out")
     command.write_json(command.check_folder(out) / "run.json.part", about)
@@ -218,7 +219,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
 def scores_of(line: dict) -> list[tuple[str, float]]:
     """(group, score) pairs that a line stands for: recall has one a question, MT-Bench none."""
     if "turns" in line:
-        return [(turn["kind"], float(turn["right"])) for turn in line["turns"]]
+        return [(turn["kind"], float(turn["exact"])) for turn in line["turns"]]
     return [(line["group"], line["score"])] if "score" in line else []
 
 
@@ -318,6 +319,11 @@ def make_parser() -> command.Parser:
 def run(args) -> int:
     if args.task == "table":
         return show_tables(args.runs, args.markdown)
+    if args.task == "lm-eval":
+        try:
+            import harness
+        except ImportError as error:
+            raise ValueError(f"lm-eval needs more packages ({error}): pip install -r requirements-eval.txt") from None
     needed = any([needs_slm(spec) for spec in args.method])  # a list: every method is looked at
     args.slm = args.slm or (None if args.llm else str(PAIR / "slm"))
     args.llm = args.llm or str(PAIR / "llm")
@@ -326,20 +332,17 @@ def run(args) -> int:
     how = str(args.device), args.dtype, args.slm_layers, args.quantize
     pair = load_pair(args.llm, args.slm if needed else None, *how)
     cells = make_cells(args, pair)
+    samples = load_samples(args.task, pair, args) if args.task in TASKS else []
+    out = open_run(args, pair)
+    for line in dict.fromkeys(run_line(pair.llm, make_policy_from(spec, pair, own)) for spec, _, own in cells):
+        print(line, file=sys.stderr)
     if args.task == "lm-eval":
-        import harness  # it needs lm_eval, which nothing else does
-
-        open_run(args, pair)
         harness.run(args, pair)
     else:
-        samples = load_samples(args.task, pair, args)
-        path = open_run(args, pair) / "results.jsonl"
-        for line in dict.fromkeys(run_line(pair.llm, make_policy_from(spec, pair, own)) for spec, _, own in cells):
-            print(line, file=sys.stderr)
-        run_cells(args.task, pair, samples, args.batch, cells, path)
+        run_cells(args.task, pair, samples, args.batch, cells, out / "results.jsonl")
     if args.task == "mtbench":
-        write_answers(args.out)
-    return show_tables([args.out], args.markdown)
+        write_answers(out)
+    return show_tables([out], args.markdown)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -106,10 +106,12 @@ def mtbench_samples(args, text) -> list[Sample]:
     """FastChat's question.jsonl: a question, and the next one after its answer."""
     samples = []
     for row in read_lines(args.file, ("question_id", "category", "turns"))[: args.limit]:
-        first, *more = row["turns"]
-        turns, facts = [[], *map(text.next_turn, more)], {"questions": row["turns"]}
-        name = f"{row['question_id']}"
-        samples.append(Sample(name, row["category"], text.chat(first), turns, args.max_new_tokens, facts))
+        name, asked = row["question_id"], row["turns"]
+        if not isinstance(name, int) or not isinstance(asked, list) or not asked or {*map(type, asked)} != {str}:
+            raise ValueError(f"{args.file}: question {name!r} needs a number and turns of text, not {asked!r:.40}")
+        turns = [[], *map(text.next_turn, asked[1:])]
+        facts = {"questions": asked}
+        samples.append(Sample(f"{name}", row["category"], text.chat(asked[0]), turns, args.max_new_tokens, facts))
     return samples
 
 
@@ -199,9 +201,9 @@ def teacher_force(session: Session, samples: list[Sample]) -> list[dict]:
 def score(task: str, sample: Sample, answers: list[str]) -> dict:
     """Figures of one sample as JSON types; MT-Bench's answers have no score here, a judge rates them."""
     if task == "recall":
-        turns = [{**turn, "given": given, "right": exact(turn["answer"], given, turn["kind"])}
+        turns = [{**turn, "given": given, "exact": exact(turn["answer"], given, turn["kind"])}
                  for turn, given in zip(sample.facts["turns"], answers, strict=True)]  # fmt: skip
-        return {"score": sum(turn["right"] for turn in turns) / len(turns), "turns": turns}
+        return {"score": sum(turn["exact"] for turn in turns) / len(turns), "turns": turns}
     found = {"score": float(sample.facts["value"] in answers[0])} if task == "needle" else {}
     return {**found, **sample.facts, "given": answers}
 
