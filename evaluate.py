@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -257,8 +258,12 @@ def show_tables(folders: list[Path], markdown: bool) -> int:
         if markdown or not sys.stdout.isatty():
             print(f"\n{markdown_table(header, rows)}\n")
             continue
-        table = Table(*header)
-        for row in rows:
+        grid = [header, *rows]
+        grid = list(zip(*grid)) if len(header) > len(grid) else grid  # the way that is less wide
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for i, heading in enumerate(grid[0]):
+            table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
+        for row in grid[1:]:
             table.add_row(*row)
         Console().print(table)
     return 0
