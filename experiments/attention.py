@@ -203,6 +203,9 @@ def turn_similarity(pair: Pair, ids: list[int], ends: list[int]) -> list[float]:
 
 def table9(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
     ids, ends = dialogue(pair, pieces, args.answer_tokens)
+    if len(ids) < WINDOW_MIN:
+        print(f"left out: a dialogue of {len(ids)} tokens, too few to match heads on", file=sys.stderr)
+        return
     names = ["global", "prompt", *(f"turn {i}" for i in range(1, len(ends)))]
     yield dict(zip(names, turn_similarity(pair, ids, ends)))
 
@@ -211,8 +214,8 @@ def table9(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
 
 
 def texts(args, pair: Pair) -> list[list[list[int]]]:
-    """Each text as its pieces, token ids: of table9 a prompt and its turns, else one of at most --tokens. Those too
-    short to match heads on are left out, with a line on standard error; ValueError if none is left."""
+    """Each text as its pieces, token ids: of table9 a prompt and its turns, else one of at most --tokens. Of the
+    latter those too short to match heads on are left out, with a line on standard error."""
     encode = pair.text.encode
     if args.prompts:
         found = []
@@ -232,16 +235,11 @@ def texts(args, pair: Pair) -> list[list[list[int]]]:
         ids = encode(read_text(args.file))
         found = [[ids[at : at + args.tokens]] for at in range(0, len(ids), args.tokens)][: args.limit]
     if args.task == "table9":  # the answer to a chat's first message is a turn too
-        found = [[pieces[0], *[[]] * args.chat, *pieces[1:]] for pieces in found]
-    else:
-        window = min(model.config.max_positions for model in (pair.llm, pair.slm))
-        found = [[sum(pieces, [])[: min(args.tokens, window)]] for pieces in found]
-    fit = [pieces for pieces in found if sum(map(len, pieces)) >= WINDOW_MIN]
+        return [[pieces[0], *[[]] * args.chat, *pieces[1:]] for pieces in found]
+    window = min(args.tokens, *(model.config.max_positions for model in (pair.llm, pair.slm)))
+    fit = [[ids] for ids in (sum(pieces, [])[:window] for pieces in found) if len(ids) >= WINDOW_MIN]
     if len(fit) < len(found):
-        print(f"left out: {len(found) - len(fit)} of {len(found)} texts, of fewer than {WINDOW_MIN} tokens, on which "
-              "heads are not matched", file=sys.stderr)  # fmt: skip
-    if not fit:
-        raise ValueError(f"no text of at least {WINDOW_MIN} tokens; give a longer --file, or other --prompts")
+        print(f"left out: {len(found) - len(fit)} of {len(found)} texts, too short to match heads on", file=sys.stderr)
     return fit
 
 
@@ -349,6 +347,8 @@ def run(args) -> int:
                     rows.append({"SLM": slm, "text": place, **row})
                     file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
                 file.flush()
+    if not rows:
+        raise ValueError(f"no text of at least {WINDOW_MIN} tokens, on which heads are matched; give longer ones")
     print(markdown_table(*summary(rows)))
     if args.task.startswith("fig"):
         try:

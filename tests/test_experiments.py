@@ -3,13 +3,18 @@
 import itertools
 import json
 import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import evaluate
 from cache import kept_tokens
 from conftest import random_prompts, tiny_decoder
-from experiments import attention
+from experiments import attention, curve
 from generate import PAIR, Pair
 from match import MATCHERS, SINKS, match_heads, seen_window
 from ops import rotate
@@ -214,6 +219,9 @@ def test_several_slms_prompts_and_short_texts(command, tmp_path):
     rows = rows_of(tmp_path / "out")
     assert [row["SLM"] for row in rows] == [str(slms[0])] * 6 + [str(slms[1])] * 6
     assert rows[6]["mean"] == pytest.approx(1) and out.count(str(slms[1])) == 3  # the LLM as its own SLM
+    file.write_text(json.dumps({"prompt": "too short"}) + "\n")
+    code, _, err = command("table9", "--prompts", file, "--device", "cpu")
+    assert code == 2 and "left out: a dialogue" in err and "error: no text of at least 100 tokens" in err
 
 
 MISTAKES = {
@@ -233,3 +241,50 @@ def test_a_mistake_is_one_line(command, capsys, words):
     except SystemExit as exit:
         code, err = exit.code, capsys.readouterr().err
     assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+# ---- README.md -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """Every command line of experiments/README.md as bash calls it, loops and variables expanded."""
+    text = (Path(attention.__file__).parent / "README.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    shown = 'python() { printf "%q " "$@"; echo; }; lm_eval() { :; }; cat() { :; } > /dev/null\n'
+    script = shown + code.replace("> bbh.jsonl", "")
+    done = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_every_line_of_the_readme_is_understood(lines):
+    parsers = {"attention": attention.make_parser(), "evaluate.py": evaluate.make_parser()}
+    seen = set()
+    for line in lines:
+        module, *flags = line if line[0] != "-m" else [line[1].rpartition(".")[2], *line[2:]]
+        if module == "curve":
+            continue
+        args = parsers[module].parse_args(flags)  # exits at what it does not know
+        seen.add(args.task if module == "attention" else module)
+        for spec in getattr(args, "method", []):
+            evaluate.parse_spec(spec)
+    assert seen == {"evaluate.py", *attention.STUDIES}
+
+
+def test_grids_on_the_embedded_pair_run(lines, tmp_path, capsys, monkeypatch):
+    """Two samples each, short ones, at one budget; and a curve's points are the means of its run's lines."""
+    monkeypatch.chdir(PAIR.parent)
+    own = [line for line in lines if line[0] == "evaluate.py" and line[1] in ("recall", "kl")]
+    small = {"recall": ["--length", "220", "--turns", "1"], "kl": ["--prompt", "110", "--steps", "3"]}
+    for number, (_, task, *flags) in enumerate(own):
+        more = [*small[task], *"--budget 0.3 --limit 2 --device cpu --out".split(), str(tmp_path / f"{number}")]
+        if "Qwen" not in " ".join(flags):
+            assert evaluate.main([task, *flags, *more]) == 0, capsys.readouterr().err
+    runs = [folder for folder in tmp_path.iterdir() if evaluate.read_run(folder)[0]["task"] == "recall"]
+    assert curve.main([*map(str, runs), "--out", str(tmp_path / "curve.png")]) == 0
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    for folder in tmp_path.glob("[0-9]*"):
+        for method, points in curve.curves(found := evaluate.read_run(folder)[1], "budget").items():
+            for budget, score in points:
+                scores = [line["score"] for line in found if (line["method"], line["budget"]) == (method, budget)]
+                assert len(scores) == 2 and score == pytest.approx(sum(scores) / 2)
