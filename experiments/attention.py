@@ -28,6 +28,7 @@ from checkpoint import DTYPES
 from command import Parser, check_folder, device, ended, number, read_json, read_lines, read_text, whole, write_json
 from decode import Policy, generate
 from evaluate import describe, markdown_table
+from experiments.curve import pyplot
 from generate import PAIR, Pair, load_pair
 from match import MATCHERS, SINKS, WINDOW_MAX, WINDOW_MIN, head_scores, match_heads, score_similarity
 from model import Config, Decoder, Span
@@ -115,6 +116,7 @@ def saliency_shift(pair: Pair, ids: list[int], budget: float) -> dict:
 
 
 def fig1b(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
+    """Important tokens of a cache that drops twice, and those that the SLM names, beside those of a whole cache."""
     for budget in args.budget:
         yield {"budget": budget, **saliency_shift(pair, pieces[0], budget)}
 
@@ -123,7 +125,7 @@ def fig1b(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
 
 
 def fig1c(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
-    """Mean cosine of matched heads; and scores by token of the LLM head of median cosine and of its match."""
+    """Mean cosine of matched heads; and attention by token of the LLM head of median cosine and of its match."""
     llm, slm, ids = pair.llm, pair.slm, pieces[0]
     scores, others = scores_of(llm, ids), scores_of(slm, ids).to(llm.device)
     for matcher in MATCHERS:
@@ -137,7 +139,7 @@ def fig1c(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
 
 
 def fig8(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
-    """Similarity of every LLM head to the best SLM head, and to the one that each matcher picks; also Tables 7, 8."""
+    """Similarity of every LLM head to the best SLM head, and to the one that each matcher picks."""
     best, picked = score_similarity(pair.llm, pair.slm, pieces[0], "jaccard")  # (L, H) each
     found = {"best": best, "jaccard": picked, "cosine": score_similarity(pair.llm, pair.slm, pieces[0], "cosine")[1]}
     for kind, heads in found.items():
@@ -148,7 +150,7 @@ def fig8(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
 
 
 def fig9(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
-    """The score of every token across all heads (their mean, so that models of any size compare)."""
+    """Attention of each token, the mean over all heads, of the LLM and of the SLM."""
     llm, slm = (scores_of(model, pieces[0]).mean(0).cpu() for model in (pair.llm, pair.slm))
     yield {"cosine": cosine(llm, slm).item(), "curves": {"LLM": llm.tolist(), "SLM": slm.tolist()}}
 
@@ -157,7 +159,7 @@ def fig9(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
 
 
 def fig2(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
-    """Shares of all accumulated attention that the tokens of BANDS have, by rank.
+    """Shares of all attention that the first, second and third 5 % of the tokens have, by rank.
 
     all heads: tokens ranked by their score summed over all heads and layers, as in the paper. each head: ranked in
     every head by itself, mean over heads, which is what a method sees that keeps tokens per head.
@@ -202,6 +204,7 @@ def turn_similarity(pair: Pair, ids: list[int], ends: list[int]) -> list[float]:
 
 
 def table9(pair: Pair, pieces: list[list[int]], args) -> Iterator[dict]:
+    """Similarity of matched heads over the turns of a dialogue."""
     ids, ends = dialogue(pair, pieces, args.answer_tokens)
     if len(ids) < WINDOW_MIN:
         print(f"left out: a dialogue of {len(ids)} tokens, too few to match heads on", file=sys.stderr)
@@ -260,28 +263,23 @@ def summary(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 def draw(name: str, rows: list[dict], path: Path) -> None:
     """The first SLM's picture: means by budget (1b), the first text's curves (1c, 2, 9), similarity by head (8)."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # for a file and not for a window
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in rows if row["SLM"] == rows[0]["SLM"]]
+    plt, rows = pyplot(), [row for row in rows if row["SLM"] == rows[0]["SLM"]]
     if name == "fig8":
         kinds = list(dict.fromkeys(row["head"] for row in rows))
         figure, panels = plt.subplots(1, len(kinds), figsize=(10, 4), sharey=True, layout="constrained")
         for axes, kind in zip(panels, kinds):
             heads = torch.tensor([row["heads"] for row in rows if row["head"] == kind]).mean(0)  # (L, H)
             image = axes.imshow(heads.tolist(), vmin=0, vmax=1, aspect="auto")
-            axes.set(title=f"{kind}: mean {heads.mean():.3f}", xlabel="LLM head")
-        panels[0].set_ylabel("LLM layer")
+            axes.set(title=f"{kind}: mean {heads.mean():.3f}", xlabel="LLM head", ylabel="LLM layer")
         figure.colorbar(image, ax=panels, label="cosine of accumulated attention")
     else:
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         if name == "fig1b":
-            header, lines = summary(rows)
-            columns = dict(zip(header, zip(*lines)))
-            for view in header[-2:]:
-                axes.plot([float(x) for x in columns["budget"]], [float(y) for y in columns[view]], "o-", label=view)
+            for view in ("real drop", "matched heads"):
+                means = {row["budget"]: [] for row in rows}
+                for row in rows:
+                    means[row["budget"]].append(row[view])
+                axes.plot(list(means), [sum(found) / len(found) for found in means.values()], "o-", label=view)
             axes.set(xlabel="budget", ylabel="Jaccard with the global view")
         else:
             for label, curve in rows[0]["curves"].items():
@@ -294,22 +292,17 @@ def draw(name: str, rows: list[dict], path: Path) -> None:
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
-STUDIES: dict[str, tuple[str, Callable]] = {
-    "fig1b": ("important tokens of a cache that drops twice, beside those of a whole one", fig1b),
-    "fig1c": ("accumulated attention of one head and of its match, token by token", fig1c),
-    "fig2": ("how much attention goes to the first, second and third 5 % of the tokens", fig2),
-    "fig8": ("similarity of every LLM head to SLM heads, as a heatmap", fig8),
-    "fig9": ("attention of each token across all heads, LLM beside SLM", fig9),
-    "table7": ("mean similarity of matched heads, by benchmark and SLM", fig8),
-    "table8": ("the same for larger SLMs and other series", fig8),
-    "table9": ("similarity over the turns of a dialogue", table9),
-}
+STUDIES: dict[str, Callable[[Pair, list[list[int]], argparse.Namespace], Iterator[dict]]] = {
+    "fig1b": fig1b, "fig1c": fig1c, "fig2": fig2, "fig8": fig8, "fig9": fig9,
+    "table7": fig8, "table8": fig8, "table9": table9,
+}  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="task", required=True, metavar="EXPERIMENT")
-    for name, (what, _) in STUDIES.items():
+    for name, study in STUDIES.items():
+        what = study.__doc__.partition("\n")[0].replace("%", "%%")
         own = commands.add_parser(name, help=what, description=what)
         own.add_argument("--llm", default=str(PAIR / "llm"), help="folder or hub id (default: pair/llm)")
         own.add_argument("--slm", nargs="+", default=[str(PAIR / "slm")], help="one or more (default: pair/slm)")
@@ -343,7 +336,7 @@ def run(args) -> int:
             write_json(out / "run.json", describe(args, pair))
         with (out / "rows.jsonl").open("a" if rows else "w", encoding="utf-8") as file:
             for place, pieces in enumerate(tqdm(found, desc=args.task, unit="text", disable=None)):
-                for row in STUDIES[args.task][1](pair, pieces, args):
+                for row in STUDIES[args.task](pair, pieces, args):
                     rows.append({"SLM": slm, "text": place, **row})
                     file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
                 file.flush()
@@ -353,8 +346,8 @@ def run(args) -> int:
     if args.task.startswith("fig"):
         try:
             draw(args.task, rows, out / f"{args.task}.png")
-        except ImportError:
-            print("note: no picture, it needs the package matplotlib: pip install matplotlib", file=sys.stderr)
+        except ValueError as error:
+            print(f"note: {error}", file=sys.stderr)
     return 0
 
 

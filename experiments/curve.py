@@ -3,8 +3,8 @@
     python -m experiments.curve runs/fig5-gsm8k --out fig5.png
     python -m experiments.curve runs/fig7-0.5B runs/fig7-7B --out fig7.png      # a line for each run and method
 
-Where it sits: after evaluate.py, whose folders it reads; the curves of Fig. 5, 6 and 7. Runs in one
-picture are of one task.
+Where it sits: after evaluate.py, whose folders it reads; the curves of Fig. 5, 6 and 7. Runs in one picture are of one
+task; a point is the mean of all its lines.
 """
 
 import sys
@@ -14,9 +14,20 @@ from command import Parser, check_folder, ended
 from evaluate import read_run
 
 
+def pyplot():
+    """matplotlib, for files and not for windows; ValueError if it is not there."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("a picture needs the package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def curves(lines: list[dict], x: str) -> dict[str, list[tuple[float, float]]]:
-    """(x, mean score) of each method at each of its budgets, by x; x is a figure of the lines. A method none of whose
-    lines has the figure has no curve."""
+    """(x, mean score) of each method at each of its budgets, by x, a figure of the lines that not every method has."""
     cells: dict[tuple[str, float], list[dict]] = {}
     for line in lines:
         if x in line and "score" in line:
@@ -30,16 +41,10 @@ def curves(lines: list[dict], x: str) -> dict[str, list[tuple[float, float]]]:
 
 def draw(task: str, runs: dict[str, list[dict]]):
     """A figure: runs by name, the lines of each; a second panel where rows came from the offloaded tier."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("a picture needs the package matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # for a file and not for a window
-    from matplotlib import pyplot as plt
-
     xs = {"budget": "share of the full cache's bytes", "moved_bytes": "bytes that came, a step and sequence"}
     known = [x for x in xs if any(x in line for lines in runs.values() for line in lines)]
-    figure, panels = plt.subplots(1, len(known), figsize=(5.5 * len(known), 4), squeeze=False, layout="constrained")
+    size = (5.5 * len(known), 4)
+    figure, panels = pyplot().subplots(1, len(known), figsize=size, squeeze=False, layout="constrained")
     for axes, x in zip(panels[0], known):
         for name, lines in runs.items():
             for method, points in curves(lines, x).items():
