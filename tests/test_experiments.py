@@ -251,7 +251,7 @@ def lines():
     """Every command line of experiments/README.md as bash calls it, loops and variables expanded."""
     text = (Path(attention.__file__).parent / "README.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
-    shown = 'python() { printf "%q " "$@"; echo; }; lm_eval() { :; }; cat() { :; } > /dev/null\n'
+    shown = 'python() { printf "%q " "$@"; echo; }; find() { :; }; lm-eval() { :; }\n'
     script = shown + code.replace("> bbh.jsonl", "")
     done = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True)
     return [shlex.split(line) for line in done.stdout.splitlines()]
