@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,17 +150,9 @@ def test_bands_equal_sorting_by_hand(pair, ids):
     assert [apart[name] for name in attention.BANDS] == pytest.approx(each, abs=1e-5)
 
 
-class Letters:
-    """A text's letters as token ids; one of them ends an answer."""
-
-    stop = frozenset({7})
-
-    def encode(self, text):
-        return [ord(letter) % 97 for letter in text]
-
-
 def test_a_dialogue_holds_the_full_cache_s_answers(pair):
-    talk = Pair(pair.llm, None, Letters())
+    letters = SimpleNamespace(stop={7}, encode=lambda words: [ord(letter) % 97 for letter in words])
+    talk = Pair(pair.llm, None, letters)
     pieces = [talk.text.encode(words) for words in ("a prompt of some words", "and a turn", "one more")]
     expected, ends = list(pieces[0]), [len(pieces[0])]
     for turn in pieces[1:]:
