@@ -77,7 +77,7 @@ class TwoDrops:
     """
 
     def __init__(self, config: Config, half: int, budget: float):
-        self.config, self.half, self.kept = config, half, kept_tokens(budget, half)
+        self.config, self.half, self.kept = config, half, int(kept_tokens(budget, torch.tensor(half)))
         self.scores: list[Tensor] = []
 
     def attend(self, layer: int, qkv: Tensor, rope: Rope, span: Span) -> Tensor:
@@ -106,7 +106,7 @@ def saliency_shift(pair: Pair, ids: list[int], budget: float) -> dict:
     real drop: the second of two drops, each to the budget, chooses among what the first one left. matched heads: the
     tokens that the SLM names, which drops nothing (Section 4).
     """
-    llm, kept = pair.llm, kept_tokens(budget, len(ids))
+    llm, kept = pair.llm, int(kept_tokens(budget, torch.tensor(len(ids))))
     drops = TwoDrops(llm.config, len(ids) // 2, budget)
     llm(torch.tensor([ids], device=llm.device), cache=drops, logits="none")
     important = top_mask(by_kv_head(scores_of(llm, ids), llm.config), kept)

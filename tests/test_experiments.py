@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import evaluate
-from cache import kept_tokens
 from conftest import random_prompts, tiny_decoder
 from experiments import attention, curve
 from generate import PAIR, Pair
@@ -80,7 +79,7 @@ def mean_jaccard(sets, others):
 @pytest.mark.parametrize("budget", [0.445, 0.16])  # 53 and 19 tokens, 26 and 9 of the first half
 def test_saliency_shift_equals_a_loop_over_queries(pair, ids, budget):
     llm, slm = pair.llm, pair.slm
-    kept, rows = kept_tokens(budget, N), llm.config.layers * llm.config.kv_heads
+    kept, rows = int(budget * N), llm.config.layers * llm.config.kv_heads
     naive = NaiveDrops(llm.config, N // 2, budget)
     llm(torch.tensor([ids]), cache=naive)
     chosen = match_heads(llm, slm, ids, "jaccard").index.flatten()
