@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from argparse import Namespace
 
 import pytest
@@ -343,3 +344,9 @@ def test_files_that_are_no_questions_or_no_haystack_are_named(call, tmp_path):
         code, _, err = call(task, "--method", "full", "--file", file, *more)
         assert code == 2 and message in err and err.count("\n") == 1
     assert main(["table", str(tmp_path / "none")]) == 2
+
+
+def test_lm_eval_names_the_packages_that_are_missing(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "harness", None)
+    code, _, err = call("lm-eval", "--tasks", "gsm8k_cot")
+    assert code == 2 and "pip install -r requirements-eval.txt" in err and err.count("\n") == 1
