@@ -13,11 +13,10 @@ from command import read_lines
 from conftest import random_prompts, tiny_decoder
 from decode import Policy, Session
 from evaluate import main, make_cells, make_policy_from, make_table, parse_spec, read_run
-from generate import Pair, load_pair
+from generate import PAIR, Pair, load_pair
 from samples import Sample, converse, load_samples, open_session, run_batch, score
 from smallkv import Settings, SmallKV
 from test_checkpoint import write_checkpoint
-from test_recall import TEXT
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +121,8 @@ def test_a_newline_that_ends_an_answer_is_not_fed(pair):
 # ---- Samples and scores ----------------------------------------------------------------------------------------------
 
 
-def test_recall_is_scored_question_by_question(pair, tmp_path):
-    (tmp_path / "prose.txt").write_text(TEXT)
-    args = Namespace(limit=2, file=str(tmp_path / "prose.txt"), length=700, turns=3, seed=0)
+def test_recall_is_scored_question_by_question(pair):
+    args = Namespace(limit=2, file=str(PAIR / "prose.txt"), length=700, turns=3, seed=0)
     samples = load_samples("recall", pair, args)
     assert [sample.id for sample in samples] == ["evaluation-0", "evaluation-1"]
     for sample in samples:
