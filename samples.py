@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from command import read_json, read_lines, read_text
-from corpus import Recall
 from decode import Policy, Session, Timing
 from generate import Pair, check_caches_fit
-from recall import exact
 from report import make_report
+from training.recall import Recall, exact
 
 RECALL_TOKENS = 32  # of an answer; the longest right ones have about 25
 STOP_TAIL = 8  # newest tokens of an answer in which a stop string is looked for

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import evaluate
-from command import read_lines
-from corpus import Recall, read_text
+from command import read_lines, read_text
 from decode import Policy, Session, generate
-from distill import figures_of, similarity
 from generate import PAIR, load_pair
-from recall import document_ids
 from smallkv import Settings, SmallKV
+from training.distill import figures_of, similarity
+from training.recall import Recall, document_ids
 
 
 @pytest.fixture(scope="module")

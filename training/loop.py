@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from checkpoint import checkpoint_weights
-from corpus import END
 from generate import pick_device
 from model import Block, Config, Decoder
+from training.data import END
 
 STATE, LOG = "state.pt", "log.jsonl"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
