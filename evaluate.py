@@ -1,394 +1,358 @@
-"""What a method costs in quality: one harness for every task, method and budget.
+"""Quality: what a method's answers lose against the full cache, for any method at any budget.
 
     python evaluate.py recall --method full smallkv window --budget 0.2 0.1 --out runs/recall
-    python evaluate.py wikitext --llm DIR --slm DIR --data DIR --method smallkv smallkv-paper smallkv:marginal=no \
-        smallkv-paper:marginal=no,saliency_shift=no --budget 0.2 0.1 --out runs/wikitext
-    python evaluate.py table runs/recall runs/wikitext --markdown
+    python evaluate.py kl --llm DIR --slm DIR --file test.txt --method smallkv smallkv-paper smallkv:marginal=no h2o
+    python evaluate.py table runs/recall runs/kl --markdown
 
-Where it sits: above everything, like generate.py. tasks.py and benchmarks.py make the samples and score the answers,
-tables.py reads what is written here: DIR/results.jsonl, one line a sample, method and budget, and DIR/run.json. A run
-that was killed goes on where it was; the same arguments give the same lines.
+Where it sits: above the flow, like generate.py. samples.py has the tasks that are ours (kl, recall, needle, mtbench);
+the paper's other benchmarks (Section 5) run in lm-evaluation-harness (lm-eval; harness.py). Here are methods and
+budgets, runs and tables.
+
+A run is a folder: results.jsonl has a line a sample, method and budget; run.json says what made them. The same command
+goes on with a run that was killed, and the lines are the same.
 """
 
-import argparse
-import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import fields
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import product
+from json import dumps
 from pathlib import Path
+from typing import get_args
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
+import command
 from baselines import BASELINES
-from benchmarks import TASKS
-from checkpoint import DTYPES, CheckpointError
+from checkpoint import DTYPES
+from command import number, read_lines, whole
 from decode import Policy
 from generate import PAIR, Pair, load_pair
-from hub import fetch
-from model import Config
-from overhead import cache_bytes
+from match import WINDOW_MIN
 from report import run_line
+from samples import TASKS, Sample, load_samples, run_batch
 from smallkv import Settings, SmallKV
-from tables import CELLS, print_tables, read_about
-from tasks import Sample, Task, read_results
 
-HOME = Path(__file__).parent
-FREE = (*CELLS, "limit")  # a run may go on with other values of these
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a policy is made. needs_slm: it keeps a second model's cache. budgets: it compresses at all."""
-
-    make: Callable  # (pair, budget, **options) -> policy
-    needs_slm: bool = False
-    budgets: bool = True
-
-
-# A method is one line. What follows a colon in --method (name:option=value,option=value) are its options.
-METHODS = {
-    "full": Method(lambda pair, budget, **options: Policy(pair.llm, **options), budgets=False),
-    **{
-        name: Method(lambda pair, budget, kind=kind, **options: kind(pair.llm, budget, **options))
-        for name, kind in BASELINES.items()
-    },
-    "smallkv": Method(lambda pair, budget, **o: SmallKV(pair.llm, pair.slm, Settings(budget=budget, **o)), True),
-    "smallkv-paper": Method(
-        lambda pair, budget, **o: SmallKV(pair.llm, pair.slm, Settings.paper(budget=budget, **o)), True
-    ),
+METHODS = ("full", *BASELINES, "smallkv", "smallkv-paper")
+FREE = ("out", "method", "budget", "markdown")  # flags in which the calls that fill one folder may differ
+RESULT = ("method", "budget", "sample", "group")  # what every line of results has
+FIGURES = {  # of a line of results: what a table calls their mean, and how it shows it
+    "loss": ("perplexity", lambda loss: f"{math.exp(loss):.2f}"),
+    "agreement": ("agreement", "{:.1%}".format),
+    "similarity": ("similarity", "{:.3f}".format),
+    "moved_bytes": ("KB moved a step", lambda size: f"{size / 1e3:,.0f}"),
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A method at a budget. budget: as asked for. own: the share of tokens that is left of it for the LLM's cache."""
-
-    method: str
-    budget: float
-    own: float
-
-    def policy(self, pair: Pair):
-        method, options = parse_method(self.method)
-        try:
-            return method.make(pair, self.own, **options)
-        except TypeError as error:
-            raise ValueError(f"method {self.method!r}: {error}") from None
+# ---- Methods and budgets ---------------------------------------------------------------------------------------------
 
 
-# ---- methods and budgets ---------------------------------------------------------------------------------------------
-
-
-def parse_method(text: str) -> tuple[Method, dict]:
-    """'smallkv:score_decay=0.5,marginal=no' -> the method and its options."""
-    name, _, rest = text.partition(":")
+def parse_spec(spec: str) -> tuple[str, dict]:
+    """A method's name and its options: smallkv:score_decay=0.9,marginal=no. ValueError names what is wrong."""
+    (name, _, rest), options, kinds = spec.partition(":"), {}, {}
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; supported: {', '.join(METHODS)}")
-    options = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"method {text!r}: {part!r} should look like option=value")
-        options[key] = _value(value)
-    return METHODS[name], options
-
-
-def _value(text: str) -> bool | int | float | str:
-    if text in ("yes", "no"):
-        return text == "yes"
-    for kind in (int, float):
+    if name.startswith("smallkv"):
+        kinds = {f.name: next(iter(get_args(f.type)), f.type) for f in fields(Settings) if f.name[:6] != "budget"}
+    for key, _, value in (part.partition("=") for part in rest.split(",") if part):
+        if key not in kinds:
+            raise ValueError(f"method {spec!r} has no option {key!r}; supported: {', '.join(kinds) or 'none'}")
         try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+            options[key] = {"yes": True, "no": False}[value] if kinds[key] is bool else kinds[key](value)
+        except (KeyError, ValueError):
+            wanted = "yes or no" if kinds[key] is bool else "a number"
+            raise ValueError(f"method {spec!r}: {key} should be {wanted}, not {value!r}") from None
+    return name, options
 
 
-def token_bytes(config: Config, dtype: torch.dtype) -> int:
+def needs_slm(spec: str) -> bool:
+    return parse_spec(spec)[0].startswith("smallkv")
+
+
+def make_policy_from(spec: str, pair: Pair, budget: float) -> Policy:
+    """The policy of a method, keeping this share of the full cache's bytes."""
+    name, options = parse_spec(spec)
+    if name == "full":
+        return Policy(pair.llm)
+    if name in BASELINES:
+        return BASELINES[name](pair.llm, budget)
+    settings = (Settings.paper if name == "smallkv-paper" else Settings)(budget=budget, **options)
+    return SmallKV(pair.llm, pair.slm, settings)
+
+
+def token_bytes(model) -> int:
     """Bytes of K and V of one token in all layers."""
-    return cache_bytes(config, 1, 1, dtype.itemsize)
+    config = model.config
+    return 2 * config.layers * config.kv_heads * config.head_dim * model.dtype.itemsize
 
 
-def make_cells(methods: list[str], budgets: list[float], equal: str, pair: Pair) -> list[Cell]:
-    """Every method at every budget.
+def make_cells(args, pair: Pair) -> list[tuple[str, float, float]]:
+    """Every method at every budget, and the share of the full cache that the budget leaves the LLM. ValueError for what
+    cannot be, before anything runs.
 
-    equal "bytes": LLM's cache and SLM's own K and V together take the budget's share of the full LLM cache, so that
-    much is taken off the budget of a method with an SLM. The scores (fp32) are not counted for any method.
+    --equal bytes: the LLM's cache and the SLM's own K and V together take the budget's share of the LLM's full cache,
+    so that much is taken off the budget of a method with an SLM. Scores (fp32) are not counted for any method.
     """
-    full = token_bytes(pair.llm.config, pair.llm.dtype)
     cells = []
-    for text in methods:
-        method, options = parse_method(text)
-        for budget in budgets if method.budgets else [1.0]:
-            own = budget
-            if equal == "bytes" and method.needs_slm:
-                slm = token_bytes(pair.slm.config, pair.slm.dtype)
-                share = options.get("slm_budget", 1.0) * slm / full  # of its own cache that the SLM keeps
-                own = budget - share
-                if own <= 0:
-                    raise ValueError(
-                        f"--equal bytes: the SLM's own cache is {share:.1%} of the LLM's full cache, so a budget of "
-                        f"{budget:g} leaves {text} nothing; ask for more than {share:.4g}, or --equal budget"
-                    )
-            cell = Cell(text, budget, own)
-            cell.policy(pair)  # for its errors, before anything is run
-            cells.append(cell)
+    for spec, budget in product(args.method, args.budget):
+        budget = 1.0 if parse_spec(spec)[0] == "full" else budget
+        policy, taken = make_policy_from(spec, pair, budget), 0.0
+        if args.equal == "bytes" and isinstance(policy, SmallKV):
+            taken = policy.settings.slm_budget * token_bytes(pair.slm) / token_bytes(pair.llm)
+        if taken >= budget:
+            raise ValueError(f"--equal bytes: the SLM's own cache is {taken:.1%} of the LLM's full cache, so a budget "
+                             f"of {budget:g} leaves {spec} nothing; give more, or --equal budget")  # fmt: skip
+        cells.append((spec, budget, budget - taken))
     return list(dict.fromkeys(cells))
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-
-def make_batches(samples: list[Sample], size: int, window: int) -> list[list[Sample]]:
-    """At most `size` samples each, in order; cut where the longest prompt and the longest answer would not fit."""
-    batches: list[list[Sample]] = []
-    for sample in samples:
-        wider = [*batches[-1], sample] if batches else []
-        room = max((len(s.prompt) for s in wider), default=0) + max((s.new_tokens for s in wider), default=0)
-        if wider and len(wider) <= size and room <= window:
-            batches[-1] = wider
-        else:
-            batches.append([sample])
-    return batches
-
-
-def positions(pair: Pair) -> int:
-    """The window: what all models in use can address."""
-    return min(model.config.max_positions for model in (pair.llm, pair.slm) if model is not None)
-
-
-def too_long(sample: Sample, window: int) -> str | None:
-    total = len(sample.prompt) + sample.new_tokens
-    if total <= window:
-        return None
-    return f"{len(sample.prompt)} tokens and up to {sample.new_tokens} new ones are more than the {window} positions"
-
-
-class Results:
-    """results.jsonl: what is there already, and more at its end, a batch at a time."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        rows = read_results(path)
-        self.done = {(row["method"], row["budget"], row["sample"]) for row in rows}
-        if path.is_file():  # cut off what a killed run left of its last line
-            whole = path.read_bytes().rfind(b"\n") + 1
-            os.truncate(path, whole)
-
-    def missing(self, cell: Cell, samples: list[Sample]) -> list[Sample]:
-        return [sample for sample in samples if (cell.method, cell.budget, sample.id) not in self.done]
-
-    def add(self, cell: Cell, sample: Sample, figures: dict) -> None:
-        head = {"method": cell.method, "budget": cell.budget, "llm_budget": cell.own}
-        line = {**head, "sample": sample.id, "group": sample.group, **figures}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.done.add((cell.method, cell.budget, sample.id))
-
-
-def evaluate(
-    pair: Pair, task: Task, samples: list[Sample], cells: list[Cell], batch: int, results: Results
-) -> dict:  # fmt: skip
-    """Run what is missing, batch by batch with all cells; returns the seconds of every cell."""
-    window = positions(pair)
-    unfit = [sample for sample in samples if too_long(sample, window)]
-    for sample in unfit:
-        for cell in cells:
-            if results.missing(cell, [sample]):
-                results.add(cell, sample, {"error": too_long(sample, window)})
-    if unfit:
-        print(f"{len(unfit)} of {len(samples)} samples are longer than the window and left out; the first, "
-              f"{unfit[0].id}: {too_long(unfit[0], window)}", file=sys.stderr)  # fmt: skip
-    batches = make_batches([sample for sample in samples if not too_long(sample, window)], batch, window)
-    todo = sum(len(results.missing(cell, samples)) for cell in cells)
-    seconds = {f"{cell.method} {cell.budget:g}": 0.0 for cell in cells}
-    with tqdm(total=todo, desc=task.name, unit="sample", disable=None) as bar:
-        for group in batches:
-            for cell in cells:
-                missing = {sample.id for sample in results.missing(cell, group)}
-                if not missing:
-                    continue
-                begin = time.perf_counter()
-                # The whole batch once more, where a killed run wrote a part: the same batch gives the same numbers.
-                for sample, figures in zip(group, task.run(pair, cell.policy(pair), group), strict=True):
-                    if sample.id in missing:
-                        results.add(cell, sample, figures)
-                seconds[f"{cell.method} {cell.budget:g}"] += time.perf_counter() - begin
-                bar.update(len(missing))
-    return seconds
-
-
-# ---- run.json --------------------------------------------------------------------------------------------------------
+# ---- A run -----------------------------------------------------------------------------------------------------------
 
 
 def commit() -> str:
     """The commit this code stands at, with a + where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        git = ["git", "-C", str(HOME)]
-        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-        return found + "+" * bool(changed.stdout.strip())
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def hardware(device: torch.device) -> dict:
-    cpu = platform.processor() or platform.machine()
-    names = Path("/proc/cpuinfo")
-    if names.is_file():
-        found = [line.partition(":")[2].strip() for line in names.read_text().splitlines() if "model name" in line]
-        cpu = found[0] if found else cpu
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {"device": device.type, "name": name, "cpu": cpu, "threads": torch.get_num_threads()}
-
-
 def describe(args, pair: Pair) -> dict:
-    """run.json: all that a figure needs beside it."""
-    about = {
+    """run.json: what a figure needs beside it; runs has an entry for each call that filled the folder."""
+    where, models, cpus = pair.llm.device, {"LLM": pair.llm, "SLM": pair.slm}, Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.is_file() else None
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu[1] if cpu else platform.machine()
+    plain, date = (bool, int, float, list, type(None)), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {
         "task": args.task,
-        "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "task"},
-        "commit": commit(),
+        "arguments": {k: v if isinstance(v, plain) else str(v) for k, v in vars(args).items() if k != "task"},
         "dtype": str(pair.llm.dtype).removeprefix("torch."),
-        "versions": {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")},
-        "hardware": hardware(pair.llm.device),
-        "token_bytes": {"LLM": token_bytes(pair.llm.config, pair.llm.dtype)},
-        "invocations": [],
+        "versions": {"python": platform.python_version(), **{n: metadata.version(n) for n in ("torch", "tokenizers")}},
+        "machine": {"device": where.type, "name": name, "threads": torch.get_num_threads()},
+        "token_bytes": {role: token_bytes(model) for role, model in models.items() if model is not None},
+        "runs": [{"command": sys.argv, "commit": commit(), "date": date}],
     }
-    about["versions"]["python"] = platform.python_version()
-    if pair.slm is not None:
-        about["token_bytes"]["SLM"] = token_bytes(pair.slm.config, pair.slm.dtype)
+
+
+def open_run(args, pair: Pair) -> Path:
+    """The folder of the run, with its run.json. ValueError if it holds a run of other arguments; a note if only the
+    code is another."""
+    out, about = args.out, describe(args, pair)
+    if (out / "run.json").is_file():
+        before, given = read_about(out), {"task": args.task, **about["arguments"]}
+        for name, old in {"task": before["task"], **before["arguments"]}.items():
+            if name not in FREE and given.get(name) != old:
+                raise ValueError(f"{out} was run with {name} {old}, not {given.get(name)}; give another --out")
+        made, now = {entry["commit"] for entry in before["runs"]}, about["runs"][0]["commit"]
+        if made != {now} or now.endswith("+"):
+            print(f"note: {out} holds lines of commit {', '.join(sorted(made))}, this is {now}", file=sys.stderr)
+        about["runs"] = before["runs"] + about["runs"]
+        about["token_bytes"] = before["token_bytes"] | about["token_bytes"]  # a call for baselines loads no SLM
+    elif (out / "results.jsonl").is_file():
+        raise ValueError(f"{out} has results but no run.json; give another --out")
+    command.write_json(command.check_folder(out) / "run.json.part", about)
+    return (out / "run.json.part").replace(out / "run.json").parent  # a call that is killed here leaves the old one
+
+
+def run_cells(task: str, pair: Pair, samples: list[Sample], size: int, cells: list[tuple], path: Path) -> None:
+    """What is missing, batch by batch with all cells, a line a sample at the file's end. A batch of which a killed run
+    wrote a part runs whole again: the same batch gives the same numbers."""
+    done = {(row["method"], row["budget"], row["sample"]) for row in read_lines(path, RESULT, torn=True)}
+    if path.is_file():  # cut off what a killed run left of its last line
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    left = sum((spec, budget, sample.id) not in done for sample in samples for spec, budget, _ in cells)
+    with tqdm(total=left, desc=task, unit="sample", disable=None) as bar, path.open("a", encoding="utf-8") as file:
+        for start, (spec, budget, own) in product(range(0, len(samples), size), cells):
+            batch = samples[start : start + size]
+            missing = [(spec, budget, sample.id) not in done for sample in batch]
+            found = run_batch(task, pair, make_policy_from(spec, pair, own), batch) if any(missing) else []
+            for sample, figures, lacking in zip(batch, found, missing):
+                line = {"method": spec, "budget": budget, "llm_budget": own, "sample": sample.id, "group": sample.group}
+                if lacking:
+                    file.write(dumps({**line, **figures}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(sum(missing))
+
+
+def write_answers(folder: Path) -> None:
+    """model_answer/NAME.jsonl for each method and budget, as FastChat writes them: beside its own in data/mt_bench its
+    judge rates them (gen_judgment.py --model-list NAME)."""
+    files: dict[str, str] = {}
+    for line in read_run(folder)[1]:
+        name = re.sub(r"[^\w.@-]+", "-", f"{line['method']}@{line['budget']:g}")
+        row = {"question_id": int(line["sample"]), "answer_id": f"{name}-{line['sample']}", "model_id": name,
+               "choices": [{"index": 0, "turns": line["given"]}], "tstamp": time.time()}  # fmt: skip
+        files[name] = files.get(name, "") + dumps(row, ensure_ascii=False) + "\n"
+    for name, text in files.items():
+        command.write_text(command.check_folder(folder / "model_answer") / f"{name}.jsonl", text)
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def read_about(folder: Path) -> dict:
+    about = command.read_json(folder / "run.json")
+    if not {"task", "arguments", "dtype", "machine", "token_bytes", "runs"} <= about.keys():
+        raise ValueError(f"{folder / 'run.json'} is not of a run of evaluate.py; give another folder")
     return about
 
 
-def check_same(out: Path, task: Task, before: dict, now: dict) -> None:
-    """ValueError if the folder holds a run of other arguments; a note if only the code is another."""
-    if before["task"] != now["task"]:
-        raise ValueError(f"{out} is a run of {before['task']}, not {now['task']}; give another --out")
-    free = [name for name in FREE if not (name == "limit" and task.fixed_limit)]
-    for name, value in now["arguments"].items():
-        if name not in free and before["arguments"].get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{out} was run with {flag} {before['arguments'].get(name)}, not {value}; give another --out"
-            )
-    if now["commit"] not in before["commit"].split(", ") or now["commit"].endswith("+"):  # +: files differ from it
-        print(f"note: {out} holds lines of commit {before['commit']}, this is {now['commit']}", file=sys.stderr)
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """run.json and the lines of results of a run's folder; ValueError if there are none."""
+    about, lines = read_about(Path(folder)), read_lines(Path(folder) / "results.jsonl", RESULT, torn=True)
+    if not lines:
+        raise ValueError(f"{folder} has no results yet; give its command once more")
+    return about, lines
 
 
-def write_about(out: Path, about: dict) -> None:
-    part = out / "run.json.part"
-    part.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(out / "run.json")  # a run that is killed here keeps the old one
+def scores_of(line: dict) -> list[tuple[str, float]]:
+    """(group, score) pairs that a line stands for: recall has one a question, MT-Bench none."""
+    if "turns" in line:
+        return [(turn["kind"], float(turn["exact"])) for turn in line["turns"]]
+    return [(line["group"], line["score"])] if "score" in line else []
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+def make_table(task: str, lines: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a method at a budget a row, n scores; their mean, those of further figures and of each group."""
+    form, cells, rows = ("{:.4f}" if task == "kl" else "{:.1%}").format, {}, []
+    for line in lines:
+        cells.setdefault((line["method"], line["budget"]), []).append(line)
+    groups = {group for line in lines for group, _ in scores_of(line) if group}
+    groups = sorted(groups, key=lambda group: ([int(n) for n in re.findall(r"\d+", group)], group))
+    # A column: heading, how a mean is shown, the values of a line. Over different benchmarks no mean is taken.
+    columns = [(TASKS[task][1], form, lambda line: [x for _, x in scores_of(line)])] if task in TASKS else []
+    columns += [(*how, lambda line, n=name: [line[n]] if n in line else []) for name, how in FIGURES.items()]
+    columns += [(g, form, lambda line, g=g: [x for own, x in scores_of(line) if own == g]) for g in groups]
+    columns = [column for column in columns if any(map(column[2], lines))]
+    for (spec, budget), own in cells.items():
+        found = [(show, [x for line in own for x in values(line)]) for _, show, values in columns]
+        means = [show(sum(values) / len(values)) if values else "-" for show, values in found]
+        rows.append([spec, f"{budget:.4g}", f"{sum(len(scores_of(line)) or 1 for line in own)}", *means])
+    return ["method", "budget", "n", *(heading for heading, *_ in columns)], rows
 
 
-def run_task(args) -> None:
-    task, out = TASKS[args.task], args.out
-    if args.limit is not None and args.limit < 1 or args.batch < 1:
-        raise ValueError(f"--limit {args.limit} and --batch {args.batch} should both be at least 1")
-    needs_slm = any([parse_method(text)[0].needs_slm for text in args.method])
-    if needs_slm and not args.slm:
-        raise ValueError("--slm is missing: one of the methods needs a small model of the same series")
-    before = read_about(out) if (out / "run.json").is_file() else None
-    if before is None and (out / "results.jsonl").is_file():
-        raise ValueError(f"{out} has results but no run.json; give another --out")
-    data = fetch(args.data, task.name)
-    slm = args.slm if needs_slm else None
-    pair = load_pair(args.llm, slm, args.device, args.dtype, args.slm_layers, args.quantize)
-    about = describe(args, pair)
-    if before:
-        check_same(out, task, before, about)
-        about["invocations"] = before["invocations"]
-        about["commit"] = ", ".join(dict.fromkeys([*before["commit"].split(", "), about["commit"]]))
-    cells = make_cells(args.method, args.budget, args.equal, pair)
-    args.data = data
-    samples = task.samples(args, pair.text, pair.llm.config.max_positions)
-    if not samples:
-        raise ValueError(f"{args.task}: no samples; look at --limit and --data")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        results = Results(out / "results.jsonl")
-        this = {"command": sys.argv, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": None}
-        about["invocations"].append(this)
-        write_about(out, about)
-        for line in dict.fromkeys(run_line(pair.llm, cell.policy(pair)) for cell in cells):
-            print(line, file=sys.stderr)
-        this["seconds"] = evaluate(pair, task, samples, cells, args.batch, results)
-        task.finish(args, samples, out)
-        write_about(out, about)
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror}; give another --out") from None
-    print_tables([out], args.markdown)
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def add_common(parser: argparse.ArgumentParser, task: Task) -> None:
-    models = parser.add_argument_group("models")
-    models.add_argument("--llm", default=str(PAIR / "llm"), help="folder or hub id, @revision too (default: pair/llm)")
-    models.add_argument("--slm", default=str(PAIR / "slm"), help="the same (default: pair/slm)")
-    models.add_argument("--slm-layers", type=int, metavar="N", help="run the SLM's first N layers alone (default: all)")
-    models.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    dtypes = ("auto", *DTYPES)
-    models.add_argument("--dtype", default="auto", choices=dtypes, help="auto: as stored, or float32 on CPU")
-    models.add_argument("--quantize", choices=("int4", "int4-both"), help="round the LLM's weights to INT4 while "
-                        "loading (int4), or both models' (int4-both)")  # fmt: skip
-    what = parser.add_argument_group("methods")
-    names = ", ".join(METHODS)
-    what.add_argument("--method", nargs="+", default=["full", "smallkv"], help=f"of {names}; with options after a "
-                      "colon, as in smallkv:score_decay=0.5,marginal=no (default: full smallkv)")  # fmt: skip
-    what.add_argument("--budget", nargs="+", type=float, default=[0.2], help="shares of the full cache's bytes")
-    what.add_argument("--equal", choices=("budget", "bytes"), default="budget",
-                      help="bytes: the SLM's own cache is part of the budget")  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, default=Path("runs") / task.name, help=f"folder (default: runs/{task.name})")
-    limit = "all" if task.default_limit is None else task.default_limit
-    run.add_argument("--limit", type=int, default=task.default_limit, help=f"samples, of each sub-task where there are "
-                     f"any (default: {limit})")  # fmt: skip
-    run.add_argument("--batch", type=int, default=task.default_batch, help="samples that run together (default: "
-                     f"{task.default_batch})")  # fmt: skip
-    run.add_argument("--seed", type=int, default=0, help="another choice of samples (default: 0)")
-    run.add_argument("--data", help="folder of the data sets; or hub, or a hub data set that is such a folder: see "
-                     "hub.py (recall needs none)")  # fmt: skip
-    run.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+def show_tables(folders: list[Path], markdown: bool) -> int:
+    """A table for each run: drawn on a terminal, else in markdown."""
+    for about, lines in map(read_run, folders):
+        given, commits = about["arguments"], dict.fromkeys(entry["commit"] for entry in about["runs"])
+        models = [f"{role} {Path(given[role.lower()]).name}" for role in about["token_bytes"]]
+        where = [about["machine"]["name"], about["dtype"], "commit " + ", ".join(c[:7] + c[40:] for c in commits)]
+        print(", ".join([f"{about['task']} at equal {given['equal']}", *models, *where]))
+        header, rows = make_table(about["task"], lines)
+        if markdown or not sys.stdout.isatty():
+            print(f"\n{markdown_table(header, rows)}\n")
+            continue
+        grid = [header, *rows]
+        grid = list(zip(*grid)) if len(header) > len(grid) else grid  # the way that is less wide
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for i, heading in enumerate(grid[0]):
+            table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
+        for row in grid[1:]:
+            table.add_row(*row)
+        Console().print(table)
+    return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> command.Parser:
+    parser = command.Parser(description=__doc__.partition("\n")[0] + " [Defaults in brackets.]")
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for task in TASKS.values():
-        own = commands.add_parser(task.name, help=task.help, description=task.help, allow_abbrev=False)
-        add_common(own, task)
-        task.add_arguments(own.add_argument_group(task.name))
-    table = commands.add_parser("table", help="tables of runs that are there", allow_abbrev=False)
-    table.add_argument("runs", nargs="+", type=Path)
-    table.add_argument("--markdown", action="store_true", help="as Markdown")
+    for task, (*_, help) in {**TASKS, "lm-eval": ("tasks of lm-evaluation-harness",)}.items():
+        limit, batch = {"kl": 8, "recall": 50}.get(task), 25 if task == "recall" else 8
+        add = commands.add_parser(task, help=help, description=help).add_argument
+        add("--llm", metavar="NAME", help="folder or hub id (@revision too) of the large model [the embedded]")
+        add("--slm", metavar="NAME", help="the same of the small model, of the same series")
+        add("--slm-layers", type=whole(1), metavar="N", help="load and run the SLM's first N layers alone")
+        add("--device", type=command.device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 [auto]")
+        add("--dtype", default="auto", choices=("auto", *DTYPES), help="[auto: as stored, on a CPU float32]")
+        add("--quantize", choices=("int4", "int4-both"), help="round weights to INT4: the LLM's, or both models'")
+        text = ", ".join(METHODS) + "; with settings as in smallkv:score_decay=0.9,marginal=no [full smallkv]"
+        add("--method", nargs="+", default=["full", "smallkv"], metavar="NAME", help=text)
+        text, above = "shares of the full cache's bytes [0.2]", number(0, 1, above=True)
+        add("--budget", nargs="+", type=above, default=[0.2], metavar="X", help=text)
+        add("--equal", choices=("budget", "bytes"), default="budget", help="bytes: the SLM's K and V are in a budget")
+        add("--out", type=Path, default=Path("runs", task), metavar="DIR", help=f"folder of the run [runs/{task}]")
+        add("--limit", type=whole(1), default=limit, metavar="N", help=f"samples [{limit or 'all'}]")
+        add("--batch", type=whole(1), default=batch, metavar="N", help=f"how many samples run together [{batch}]")
+        add("--markdown", action="store_true", help="print the table in markdown")
+        if task in ("recall", "needle"):
+            add("--seed", type=command.seed, default=0, metavar="N", help="other samples [0]")
+        if task in ("kl", "recall", "needle"):
+            add("--file", default=str(PAIR / "prose.txt"), help="a text [a book that the embedded pair has not seen]")
+        if task == "kl":
+            add("--prompt", type=whole(WINDOW_MIN), default=512, metavar="N", help="tokens that are prefilled [512]")
+            add("--steps", type=whole(2), default=128, metavar="N", help="tokens that are fed one by one [128]")
+        if task == "recall":
+            add("--length", type=whole(1), default=1000, metavar="N", help="tokens of a document [1000]")
+            add("--turns", type=whole(1), default=4, metavar="N", help="questions a document [4]")
+        if task == "needle":
+            add("--lengths", type=whole(1), nargs="+", default=[512, 1024, 1536], metavar="N", help="in tokens")
+            add("--depths", type=whole(0, 100), nargs="+", default=[0, 25, 50, 75, 100], metavar="N", help="in percent")
+            add("--repeats", type=whole(1), default=1, metavar="N", help="samples of each depth and length [1]")
+            add("--max-new-tokens", type=whole(1), default=32, metavar="N", help="of an answer, at most [32]")
+        if task == "mtbench":
+            add("--file", required=True, help="FastChat's question.jsonl")
+            add("--max-new-tokens", type=whole(1), default=1024, metavar="N", help="of an answer, at most [1024]")
+        if task == "lm-eval":
+            add("--tasks", nargs="+", required=True, metavar="NAME", help="the harness's, or groups of lm_tasks/")
+        if task in ("needle", "lm-eval"):
+            add("--chat", action="store_true", help="prompts in the checkpoint's chat template")
+    add = commands.add_parser("table", help="tables of runs that are there").add_argument
+    add("runs", nargs="+", type=Path)
+    add("--markdown", action="store_true", help="in markdown")
     return parser
+
+
+def run(args) -> int:
+    if args.task == "table":
+        return show_tables(args.runs, args.markdown)
+    if args.task == "lm-eval":
+        try:
+            import harness
+        except ImportError as error:
+            raise ValueError(f"lm-eval needs more packages ({error}): pip install -r requirements-eval.txt") from None
+    needed = any([needs_slm(spec) for spec in args.method])  # a list: every method is looked at
+    args.slm = args.slm or (None if args.llm else str(PAIR / "slm"))
+    args.llm = args.llm or str(PAIR / "llm")
+    if needed and not args.slm:
+        raise ValueError("--slm is missing: one of the methods needs a small model of the same series")
+    how = str(args.device), args.dtype, args.slm_layers, args.quantize
+    pair = load_pair(args.llm, args.slm if needed else None, *how)
+    cells = make_cells(args, pair)
+    samples = load_samples(args.task, pair, args) if args.task in TASKS else []
+    out = open_run(args, pair)
+    for line in dict.fromkeys(run_line(pair.llm, make_policy_from(spec, pair, own)) for spec, _, own in cells):
+        print(line, file=sys.stderr)
+    if args.task == "lm-eval":
+        harness.run(args, pair)
+    else:
+        run_cells(args.task, pair, samples, args.batch, cells, out / "results.jsonl")
+    if args.task == "mtbench":
+        write_answers(out)
+    return show_tables([out], args.markdown)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    try:
-        if args.task == "table":
-            print_tables(args.runs, args.markdown)
-        else:
-            run_task(args)
-    except (CheckpointError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory, lower --batch: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return command.ended(lambda: run(args))
 
 
 if __name__ == "__main__":

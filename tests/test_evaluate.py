@@ -1,31 +1,184 @@
-"""evaluate.py and tables.py: runs that resume, equal bytes, tables, and one clear line for every mistake."""
+"""evaluate.py and samples.py: figures against naive loops, runs that go on, equal bytes, one line for every mistake."""
 
 import json
-import shutil
-from importlib import metadata
+import random
+import sys
+from argparse import Namespace
 
 import pytest
 import torch
 
-import evaluate
-from benchmarks import TASKS
-from conftest import tiny_decoder
-from decode import Policy
-from evaluate import main, make_batches, make_cells, parse_method
-from generate import Pair
-from tables import by_budget, by_group, read_run, show
-from tasks import Sample, Wikitext, read_results
-from test_tasks import TEMPLATE, write_data, write_lines, write_pair
+import samples as tasks
+from command import read_lines
+from conftest import random_prompts, tiny_decoder
+from decode import Policy, Session
+from evaluate import main, make_cells, make_policy_from, make_table, parse_spec, read_run
+from generate import PAIR, Pair, load_pair
+from samples import Sample, converse, load_samples, open_session, run_batch, score
+from smallkv import Settings, SmallKV
+from test_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return write_pair(tmp_path_factory.mktemp("pair"))
+    """A tiny random LLM and SLM."""
+    base, length = tmp_path_factory.mktemp("pair"), {"max_position_embeddings": 2048}
+    slm = write_checkpoint(base / "slm", heads=4, head_dim=8, seed=1, **length)
+    return write_checkpoint(base / "llm", **length), slm
 
 
 @pytest.fixture
-def data(tmp_path):
-    return write_data(tmp_path)
+def pair(folders):
+    return load_pair(*map(str, folders), "cpu")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    words = "the quick brown fox jumps over the lazy dog and runs. Far away from the old house? No! By the sea".split()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices(words, k=1500)))
+    return path
+
+
+# ---- KL --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method,budget", [("full", 1.0), ("smallkv", 0.3), ("smallkv-paper", 0.2), ("window", 0.2)])
+def test_kl_equals_a_naive_teacher_forced_loop(pair, text, method, budget):
+    args = Namespace(file=str(text), prompt=110, steps=5, limit=2)
+    samples, ids = load_samples("kl", pair, args), pair.text.encode(text.read_text())
+    assert [sample.prompt + sample.turns[0] for sample in samples] == [ids[:115], ids[-116:-1]]
+    found = run_batch("kl", pair, make_policy_from(method, pair, budget), samples)
+    for sample, figures in zip(samples, found):
+        whole = sample.prompt + sample.turns[0] + sample.facts["targets"][-1:]
+        session = Session(make_policy_from(method, pair, budget), [whole[:110]], 5)  # one sequence, not two
+        session.prefill()
+        kl = loss = same = 0.0
+        for i in range(110, 115):
+            p = pair.llm(torch.tensor([whole[: i + 1]]))[0, -1].double().softmax(-1)
+            q = session.step([whole[i]])[0].double().softmax(-1)
+            kl += sum((a * (a.log() - b.log())).item() for a, b in zip(p, q)) / 5
+            loss -= q[whole[i + 1]].log().item() / 5
+            same += float(p.argmax() == q.argmax()) / 5
+        expected = {"score": kl, "loss": loss, "agreement": same}
+        assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=2e-5)
+        ours = {"moved_bytes", "similarity"} if method.startswith("smallkv") else set()
+        assert (kl < 1e-5) == (method == "full") and figures.keys() - expected.keys() == ours
+
+
+# ---- Conversations ---------------------------------------------------------------------------------------------------
+
+
+def naive_conversation(pair: Pair, sample: Sample, stops: tuple[str, ...], seen: set) -> list[str]:
+    """A whole forward pass for every token, no cache."""
+    ids, answers = list(sample.prompt), []
+    for feed in sample.turns:
+        ids += feed
+        answer = []
+        while True:
+            token = pair.llm(torch.tensor([ids]))[0, -1].argmax().item()
+            if token in pair.text.stop:
+                seen.add("stop token")
+                break
+            answer.append(token)
+            ended = any(stop in pair.text.decode(answer) for stop in stops)
+            seen.update({"stop text"} if ended else {"limit"} if len(answer) == sample.answer_tokens else ())
+            ended = ended or len(answer) == sample.answer_tokens
+            if not ended or "\n" not in pair.text.decode([token]):
+                ids.append(token)
+            else:
+                seen.add("newline")
+            if ended:
+                break
+        told = pair.text.decode(answer)
+        answers.append(told[: min([told.find(stop) for stop in stops if stop in told], default=len(told))])
+    return answers
+
+
+def test_conversations_equal_full_forward_passes(pair):
+    """Prompts and turns of different lengths in one batch; every way for an answer to end occurs."""
+    rng, stops, seen = random.Random(4), ("\n", *"aeiou"), set()
+    pair.text.stop = frozenset(range(120, 150))
+    prompts = random_prompts(40, 71, 103, 64, vocab=280)
+    turns = [[random_prompts(rng.randint(1, 9), seed=i * 9 + j, vocab=280)[0] for j in range(4)] for i in range(4)]
+    turns[2][0] = []
+    samples = [Sample(str(i), "", p, t, 6) for i, (p, t) in enumerate(zip(prompts, turns))]
+    expected = [naive_conversation(pair, sample, stops, seen) for sample in samples]
+    assert seen >= {"stop token", "stop text", "limit"}
+    for policy in (Policy(pair.llm), SmallKV(pair.llm, pair.slm, Settings(budget=1.0))):
+        assert converse(open_session(policy, samples), samples, pair.text, stops) == expected
+
+
+def test_a_newline_that_ends_an_answer_is_not_fed(pair):
+    pair.text.stop, seen = frozenset(), set()
+    pair.llm.lm_head.weight[pair.text.encode("\n")[0]] *= 3  # likely enough to be met
+    samples = [Sample(str(i), "", *random_prompts(30 + i, seed=i, vocab=280), [[5], [6, 7]], 30) for i in range(12)]
+    expected = [naive_conversation(pair, sample, ("\n",), seen) for sample in samples]
+    assert "newline" in seen
+    assert converse(open_session(Policy(pair.llm), samples), samples, pair.text, ("\n",)) == expected
+
+
+# ---- Samples and scores ----------------------------------------------------------------------------------------------
+
+
+def test_recall_is_scored_question_by_question(pair):
+    args = Namespace(limit=2, file=str(PAIR / "prose.txt"), length=700, turns=3, seed=0)
+    samples = load_samples("recall", pair, args)
+    assert [sample.id for sample in samples] == ["evaluation-0", "evaluation-1"]
+    for sample in samples:
+        facts = sample.facts["turns"]
+        assert 600 < len(sample.prompt) <= 700 and len(sample.turns) == len(facts)
+        asked = [pair.text.decode(turn) for turn in sample.turns]
+        assert all(words.startswith("\nQuestion:") and words.endswith("Answer:") for words in asked)
+        answers = [turn["answer"].rstrip(".") for turn in facts]
+        assert score("recall", sample, answers)["score"] == 1.0
+        wrong = score("recall", sample, [answers[0] + " too", *answers[1:]])
+        assert wrong["score"] == (len(answers) - 1) / len(answers)
+        assert [turn["exact"] for turn in wrong["turns"]] == [False, *[True] * (len(answers) - 1)]
+    args.seed = 1
+    assert load_samples("recall", pair, args)[0].prompt != samples[0].prompt
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_needle_lies_where_it_should_and_its_number_is_the_score(pair, tmp_path, chat):
+    (file := tmp_path / "hay.txt").write_text("One two.\n Three? Four! " * 30)
+    args = Namespace(file=str(file), lengths=[400, 700], depths=[0, 50, 100], repeats=2, seed=0, limit=None, chat=chat,
+                     max_new_tokens=20)  # fmt: skip
+    samples = load_samples("needle", pair, args)
+    assert len(samples) == 12 == len({sample.id for sample in samples})
+    for sample in samples:
+        words, facts = pair.text.decode(sample.prompt), sample.facts
+        key = words.split("The secret number of the ")[1].split(" is")[0]
+        assert words.startswith("<user>A secret" if chat else "A secret")
+        assert words.endswith(("?</><bot>" if chat else "? ") + f"The secret number of the {key} is")
+        hay, _, after = words.split("\n\n")[1].partition(f"The secret number of the {key} is {facts['value']}.")
+        assert abs(len(hay) / (len(hay) + len(after)) - facts["depth"] / 100) < 0.1
+        assert facts["length"] - 10 < len(sample.prompt) + sample.answer_tokens <= facts["length"]
+        assert score("needle", sample, [f" {facts['value']}."])["score"] == 1.0
+        assert score("needle", sample, [f" {int(facts['value']) + 1}."])["score"] == 0.0
+    (tmp_path / "hay.json").write_text(json.dumps({"text": file.read_text()}))
+    args.file = str(tmp_path / "hay.json")
+    assert load_samples("needle", pair, args) == samples
+
+
+def test_mtbench_turns_make_the_whole_conversation_and_the_lines_are_fastchat_s(call, pair, tmp_path):
+    turns = ["Write.", "Again.", "Once more."]
+    questions = [{"question_id": number, "category": "writing", "turns": turns} for number in (81, 9)]
+    file = tmp_path / "question.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    sample = load_samples("mtbench", pair, Namespace(file=str(file), max_new_tokens=4, limit=None))[0]
+    kept = [sample.prompt, pair.text.encode("An answer."), sample.turns[1], pair.text.encode("So."), sample.turns[2]]
+    whole = "<user>Write.</><bot>An answer.</><user>Again.</><bot>So.</><user>Once more.</><bot>"
+    assert pair.text.decode(sum(kept, [])) == whole and sample.turns[0] == []
+    code, out, _ = call("mtbench", "--file", file, "--max-new-tokens", 4, "--method", "full", "smallkv:marginal=no")
+    assert code == 0 and "| smallkv:marginal=no | 0.2 | 2 |" in out
+    given = [line["given"] for line in read_run(tmp_path / "run")[1] if line["method"] == "full"]
+    names = {path.stem: read_lines(path) for path in (tmp_path / "run" / "model_answer").iterdir()}
+    assert names.keys() == {"full@1", "smallkv-marginal-no@0.2"}
+    for row, question, turns in zip(names["full@1"], questions, given, strict=True):
+        assert row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+        assert (row["question_id"], row["model_id"]) == (question["question_id"], "full@1") and len(turns) == 3
+        assert row["choices"] == [{"index": 0, "turns": turns}]
 
 
 # ---- Equal bytes -----------------------------------------------------------------------------------------------------
@@ -33,198 +186,165 @@ def data(tmp_path):
 
 def test_equal_bytes_leave_the_llm_what_the_slm_does_not_take():
     shape = {"heads": 6, "kv_heads": 2}
-    llm, slm = tiny_decoder(layers=10, head_dim=16, **shape), tiny_decoder(layers=2, head_dim=8, **shape)
-    pair = Pair(llm, slm, None)
-    cells = make_cells(["full", "window", "smallkv"], [0.5, 0.3], "bytes", pair)
-    assert [(c.method, c.budget, round(c.own, 9)) for c in cells] == [
+    pair = Pair(tiny_decoder(layers=10, head_dim=16, **shape), tiny_decoder(layers=2, head_dim=8, **shape), None)
+    args = Namespace(method=["full", "window", "smallkv"], budget=[0.5, 0.3], equal="bytes")
+    cells = make_cells(args, pair)
+    assert [(spec, budget, round(own, 9)) for spec, budget, own in cells] == [
         ("full", 1.0, 1.0), ("window", 0.5, 0.5), ("window", 0.3, 0.3), ("smallkv", 0.5, 0.4), ("smallkv", 0.3, 0.2),
     ]  # fmt: skip
-    assert [c.own for c in make_cells(["smallkv"], [0.3], "budget", pair)] == [0.3]
-    length = 1000  # against the caches' own ledgers
-    ledgers = cells[-1].policy(pair).ledgers([length], length)
-    full = Policy(llm).ledgers([length], length)["LLM"][0].size
+    ledgers = make_policy_from("smallkv", pair, cells[-1][2]).ledgers([1000], 1000)  # against the caches' own figures
+    full = Policy(pair.llm).ledgers([1000], 1000)["LLM"][0].size
     taken = sum(e.size for e in ledgers["LLM"] if e.what in ("critical K, V", "marginal V")) + ledgers["SLM"][0].size
     assert taken == 0.3 * full
+    args.method, args.budget = ["smallkv:slm_budget=0.5"], [0.1]
+    assert make_cells(args, pair)[0][2] == pytest.approx(0.05)
+    args.method = ["smallkv"]
     with pytest.raises(ValueError, match=r"SLM's own cache is 10.0% .* leaves smallkv nothing"):
-        make_cells(["smallkv"], [0.1], "bytes", pair)
-    assert make_cells(["window"], [0.1], "bytes", pair)[0].own == 0.1
+        make_cells(args, pair)
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def run(folders, data, capsys):
-    """Call the command on wikitext; returns (exit code, standard output, standard error)."""
+def call(folders, text, tmp_path, capsys):
+    """The command on the tiny pair, into tmp_path / "run": (exit code, standard output, standard error)."""
 
-    def call(out, *more, task="wikitext", llm=folders[0]):
-        small = ["--prompt", 100, "--steps", 3, "--limit", 5, "--batch", 2] if task == "wikitext" else []
-        models = ["--llm", llm, "--slm", folders[1], "--device", "cpu", "--data", data]
-        code = main([str(a) for a in (task, *models, *small, "--out", out, *more)])
+    def run(task, *more, out=tmp_path / "run"):
+        small = ["--file", text, "--prompt", 100, "--steps", 3, "--limit", 5, "--batch", 2] if task == "kl" else []
+        models = ["--llm", folders[0], "--slm", folders[1], "--device", "cpu", "--out", out]
+        try:
+            code = main([str(a) for a in (task, *models, *small, *more)])
+        except SystemExit as error:  # argparse
+            code = error.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return call
+    return run
 
 
 METHODS = ("--method", "full", "smallkv:marginal=no", "--budget", 0.3, 0.2)
 
 
-def test_same_arguments_same_files_and_a_killed_run_goes_on(run, tmp_path, monkeypatch):
-    code, out, _ = run(tmp_path / "a", *METHODS)
-    assert code == 0 and "5 samples" in out and "smallkv:marginal=no" in out
-    whole = (tmp_path / "a" / "results.jsonl").read_bytes()
+def test_a_killed_run_goes_on_and_its_lines_are_those_of_an_uninterrupted_one(call, tmp_path, monkeypatch):
+    assert call("kl", *METHODS, out=tmp_path / "a")[0] == 0
+    whole, path = (tmp_path / "a" / "results.jsonl").read_bytes(), tmp_path / "b" / "results.jsonl"
     assert whole.count(b"\n") == 15
-    run(tmp_path / "b", *METHODS)
-    assert (tmp_path / "b" / "results.jsonl").read_bytes() == whole
-    real, calls = Wikitext.run, []
+    calls, real = [], tasks.teacher_force
 
-    def killed(self, *arguments):
+    def killed(*arguments):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(Wikitext, "run", killed)
-    assert run(tmp_path / "c", *METHODS)[0] == 130
-    part = (tmp_path / "c" / "results.jsonl").read_bytes()
-    assert 0 < len(part) < len(whole)
-    (tmp_path / "c" / "results.jsonl").write_bytes(part + whole[len(part) :][:25])  # a line that was being written
-    monkeypatch.setattr(Wikitext, "run", real)
-    assert run(tmp_path / "c", *METHODS)[0] == 0
-    assert (tmp_path / "c" / "results.jsonl").read_bytes() == whole
-    one_missing = whole.split(b"\n")
-    (tmp_path / "c" / "results.jsonl").write_bytes(b"\n".join(one_missing[:3] + one_missing[4:]))  # within a batch
-    assert run(tmp_path / "c", *METHODS)[0] == 0
-    assert sorted((tmp_path / "c" / "results.jsonl").read_bytes().split(b"\n")) == sorted(one_missing)
-    about = json.loads((tmp_path / "c" / "run.json").read_text())
-    assert len(about["invocations"]) == 3 and about["invocations"][0]["seconds"] is None
-    assert about["versions"]["torch"] == metadata.version("torch") and about["token_bytes"]["LLM"] == 2 * 2 * 2 * 16 * 4
+    monkeypatch.setattr(tasks, "teacher_force", killed)
+    assert call("kl", *METHODS, out=tmp_path / "b")[0] == 130
+    part = path.read_bytes()
+    assert 0 < len(part) < len(whole) and whole.startswith(part)
+    path.write_bytes(whole[: len(part) + 25])  # with a line that was being written
+    assert call("kl", *METHODS, out=tmp_path / "b")[0] == 0 and path.read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3] + lines[4:]))  # one is missing within a batch
+    assert call("kl", *METHODS, out=tmp_path / "b")[0] == 0
+    assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    about = json.loads((tmp_path / "b" / "run.json").read_text())
+    assert len(about["runs"]) == 3 and about["token_bytes"] == {"LLM": 2 * 2 * 2 * 16 * 4, "SLM": 2 * 2 * 2 * 8 * 4}
 
 
-def test_more_methods_and_budgets_join_a_run(run, tmp_path):
-    run(tmp_path / "a", "--method", "full")
-    assert run(tmp_path / "a", "--method", "window", "--budget", 0.5)[0] == 0
-    cells = read_run(tmp_path / "a").cells
-    assert {cell: len(lines) for cell, lines in cells.items()} == {("full", 1.0): 5, ("window", 0.5): 5}
-
-
-def test_the_table_shows_the_means(run, tmp_path):
-    run(tmp_path / "a", *METHODS)
-    lines = read_results(tmp_path / "a" / "results.jsonl")
-    heading, full, smallkv = by_budget(read_run(tmp_path / "a"))
-    assert heading == ["method", "1", "0.3", "0.2"] and full[2:] == ["-", "-"] and smallkv[1] == "-"
+def test_more_methods_join_a_run_and_the_table_has_the_means(call, tmp_path):
+    call("kl", *METHODS)
+    code, out, _ = call("kl", "--method", "window", "--budget", 0.5)
+    lines = read_run(tmp_path / "run")[1]
     ours = [line for line in lines if (line["method"], line["budget"]) == ("smallkv:marginal=no", 0.2)]
-    kl, loss = (sum(line[name] for line in ours) / 5 for name in ("score", "loss"))
-    assert smallkv[3].startswith(f"{kl:.3f} ({torch.tensor(loss).exp():.2f}, ")
-    code, out, _ = run(tmp_path / "a", *METHODS, "--markdown")
-    assert code == 0 and "| method | 1 | 0.3 | 0.2 |\n| --- | --- | --- | --- |" in out
-    assert show("exact", 0.125) == "12.5%" and show("rating", 7.125) == "7.12"
+    kl, loss, same = (sum(line[name] for line in ours) / 5 for name in ("score", "loss", "agreement"))
+    assert code == 0 and "SLM slm" in out
+    assert f"| smallkv:marginal=no | 0.2 | 5 | {kl:.4f} | {torch.tensor(loss).exp():.2f} | {same:.1%} |" in out
+    assert "| window | 0.5 | 5 |" in out and "| method | budget | n | KL | perplexity | agreement |" in out
+    assert main(["table", str(tmp_path / "run"), "--markdown"]) == 0
 
 
-def test_bbh_is_the_mean_over_tasks():
-    task = TASKS["bbh"]
-    lines = [{"group": "a", "score": 1.0}, {"group": "b", "score": 0.0}, {"group": "b", "score": 1.0}]
-    assert task.summary(lines) == {"exact match": 0.75}
-    assert TASKS["needle"].summary(lines) == {"found": pytest.approx(2 / 3)}
+def test_a_table_has_a_column_a_group_and_of_recall_the_mean_over_questions():
+    head = {"method": "full", "budget": 1.0, "group": ""}
+    turns = [{"kind": "b", "exact": True}, {"kind": "b", "exact": False}, {"kind": "a", "exact": True}]
+    lines = [{**head, "turns": turns, "score": 2 / 3}, {**head, "turns": turns[:1], "score": 1.0}]
+    header, rows = make_table("recall", lines)
+    assert header == ["method", "budget", "n", "right", "a", "b"]
+    assert rows == [["full", "1", "4", "75.0%", "100.0%", "66.7%"]]
+    lines = [{**head, "group": f"{n} {d}%", "score": float(n < 1000)} for n in (1024, 512) for d in (100, 50)]
+    header, rows = make_table("needle", lines)
+    assert header[3:] == ["found", "512 50%", "512 100%", "1024 50%", "1024 100%"]
+    assert rows[0][3:] == ["50.0%", "100.0%", "100.0%", "0.0%", "0.0%"]
 
 
-def test_mtbench_writes_judge_prompts_and_reads_replies(run, folders, data, tmp_path):
-    llm = tmp_path / "chat"
-    shutil.copytree(folders[0], llm)
-    (llm / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    out = tmp_path / "a"
-    code, shown, _ = run(out, "--method", "full", "--max-new-tokens", 4, task="mtbench", llm=llm)
-    assert code == 0 and "│ full   │ - │" in shown
-    line = read_results(out / "results.jsonl")[1]
-    prompts = [json.loads(row) for row in (out / "judge_prompts.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in prompts] == [f"full 1 {q} turn {t}" for q in (81, 101) for t in (1, 2)]
-    first, second = line["given"]
-    assert (prompts[2]["system"], prompts[2]["prompt"]) == ("sys single-math-v1", f"[Why?|{first}|because]")
-    assert prompts[3]["prompt"] == f"[Why?|{first}|And?|{second}|so]"
-    assert prompts[1]["system"] == "sys single-v1-multi-turn"
-    replies = [(prompts[0], "Good. [[8]]"), (prompts[2], "[[5]]"), (prompts[3], "[[6.5]]"), (prompts[1], "no rating")]
-    write_lines(out / "judge_replies.jsonl", *({"id": row["id"], "reply": reply} for row, reply in replies))
-    assert by_budget(read_run(out)) == [["method", "1"], ["full", "6.50"]]
-    assert by_group(read_run(out))[1:] == [["reasoning", "5.75", "2"], ["writing", "8.00", "1"]]
+# ---- What cannot be used is one line ---------------------------------------------------------------------------------
 
 
-def test_batches_and_samples_that_are_too_long(run, data, tmp_path):
-    def sample(prompt, new):
-        return Sample(f"{prompt}+{new}", "", [0] * prompt, answer_tokens=new)
-
-    long, wide = sample(90, 10), sample(10, 80)  # each fits 100 positions, both together do not
-    assert make_batches([long, long, long, wide], 2, 100) == [[long, long], [long], [wide]]
-    write_lines(data / "gsm8k" / "test.jsonl", *({"question": q, "answer": "#### 1"} for q in ("1", "2 " * 999, "3")))
-    code, out, err = run(tmp_path / "a", "--method", "full", "--max-new-tokens", 3, task="gsm8k")
-    assert code == 0 and "1 of 3 samples are longer than the window and left out" in err and "2 samples" in out
-    lines = read_results(tmp_path / "a" / "results.jsonl")
-    assert sorted((line["sample"], "error" in line) for line in lines) == [("0", False), ("1", True), ("2", False)]
-    assert run(tmp_path / "a", "--method", "full", "--max-new-tokens", 3, task="gsm8k")[0] == 0
-    assert read_results(tmp_path / "a" / "results.jsonl") == lines
-
-
-# ---- What cannot be used is one clear line ---------------------------------------------------------------------------
-
-
-def test_method_options():
-    method, given = parse_method("smallkv:score_decay=0.5,marginal=no,matcher=jaccard,budget_tokens=3")
-    assert method is evaluate.METHODS["smallkv"]
-    assert given == {"score_decay": 0.5, "marginal": False, "matcher": "jaccard", "budget_tokens": 3}
-    assert parse_method("full")[1] == {}
+def test_methods_have_options():
+    options = {"score_decay": 0.5, "marginal": False, "reach": float("inf"), "scores": "slm"}
+    assert parse_spec("smallkv:score_decay=0.5,marginal=no,reach=inf,scores=slm") == ("smallkv", options)
+    assert parse_spec("full") == ("full", {})
 
 
 @pytest.mark.parametrize(
     "more,message",
     [
         (["--method", "h3o"], "unknown method 'h3o'; supported: full"),
-        (["--method", "smallkv:decay=1"], "method 'smallkv:decay=1': "),
+        (["--method", "smallkv:decay=1"], "method 'smallkv:decay=1' has no option 'decay'; supported: scores"),
+        (["--method", "h2o:marginal=no"], "method 'h2o:marginal=no' has no option 'marginal'; supported: none"),
+        (["--method", "smallkv:marginal"], "method 'smallkv:marginal': marginal should be yes or no, not ''"),
+        (["--method", "smallkv:score_decay=x"], "score_decay should be a number, not 'x'"),
         (["--method", "smallkv:scores=both"], "unknown scores 'both'; supported: slm, fused"),
-        (["--method", "fused"], "unknown method 'fused'; supported: full"),
-        (["--method", "smallkv:marginal"], "'marginal' should look like option=value"),
-        (["--method", "smallkv", "--budget", "1.5"], "budget 1.5 is outside (0, 1]"),
-        (["--limit", "0"], "--limit 0 and --batch 2 should both be at least 1"),
-        (["--prompt", "3"], "--prompt should be at least 100"),
-        (["--data", "/nowhere"], "cannot read /nowhere/wikitext-2/test.txt: No such file"),
-        (["--steps", "9999"], "too few for 5 samples"),
+        (["--budget", "1.5"], "argument --budget: 1.5 is not a number above 0 and at most 1"),
+        (["--budget", "0"], "argument --budget: 0 is not a number above 0"),
+        (["--limit", "0"], "argument --limit: 0 is not a whole number of at least 1"),
+        (["--prompt", "3"], "argument --prompt: 3 is not a whole number of at least 100"),
+        (["--steps", "9999"], "too few for --limit 5 samples of"),
+        (["--prompt", "2046", "--limit", "1"], "sample 0 of kl needs 2049 positions, and the models have 2048"),
+        (["--file", "/nowhere"], "cannot read /nowhere: No such file or directory"),
         (["--slm", ""], "--slm is missing"),
-        (["--equal", "bytes", "--budget", "0.3"], "leaves smallkv nothing"),
-        (["--method", "h2o", "--budget", "0"], "budget 0.0 is outside (0, 1]"),
+        (["--equal", "bytes"], "leaves smallkv nothing"),
     ],
 )
-def test_mistakes_are_one_line(run, tmp_path, more, message):
-    code, _, err = run(tmp_path / "a", *more)
+def test_mistakes_are_one_line_and_leave_no_folder(call, tmp_path, more, message):
+    code, _, err = call("kl", *more)
     assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
-def test_files_are_asked_for_where_a_task_reads_them(folders, tmp_path, capsys):
-    for task, folder in (("wikitext", "wikitext-2/*"), ("bbh", "bbh/*")):
-        assert main([task, "--llm", str(folders[0]), "--method", "full", "--out", str(tmp_path / "a")]) == 2
-        assert capsys.readouterr().err == (
-            f"error: --data is missing: {task} reads files; name a folder with {folder}, or hub to fetch them\n"
-        )
+def test_a_run_does_not_go_on_with_other_arguments(call, tmp_path, monkeypatch):
+    call("kl", "--method", "full")
+    before = (tmp_path / "run" / "results.jsonl").read_text()
+    for task, more, message in (("kl", ["--steps", 2], "was run with steps 3, not 2; give another --out"),
+                                ("recall", [], "was run with task kl, not recall")):  # fmt: skip
+        code, _, err = call(task, "--method", "full", *more)
+        assert code == 2 and message in err and err.count("\n") == 1
+    monkeypatch.setattr("evaluate.commit", lambda: "f" * 40)
+    assert "this is ffff" in call("kl", "--method", "full")[2]
+    assert (tmp_path / "run" / "results.jsonl").read_text() == before
+    (tmp_path / "run" / "results.jsonl").write_text("{}x\n" + before)
+    assert "results.jsonl, line 1, is not valid JSON" in call("kl", "--method", "full")[2]
+    (tmp_path / "run" / "run.json").unlink()
+    assert "has results but no run.json" in call("kl", "--method", "full")[2]
 
 
-def test_a_run_does_not_go_on_with_other_arguments(run, tmp_path):
-    out = tmp_path / "a"
-    run(out, "--method", "full")
-    for more, message in ((["--steps", 2], "was run with --steps 3, not 2"), (["--limit", 4], "with --limit 5, not 4")):
-        code, _, err = run(out, "--method", "full", *more)
-        assert code == 2 and message in err
-    code, _, err = run(out, "--method", "full", task="gsm8k")
-    assert code == 2 and "is a run of wikitext, not gsm8k" in err
-    assert len(read_results(out / "results.jsonl")) == 5  # nothing lost of what was done
-    (out / "results.jsonl").write_text("{}x\n" + (out / "results.jsonl").read_text())
-    code, _, err = run(out, "--method", "full")
-    assert code == 2 and "results.jsonl, line 1: not JSON" in err
-
-
-def test_malformed_data_names_its_line(run, data, tmp_path):
-    path = data / "gsm8k" / "test.jsonl"
-    for line, message in (('{"question": 1', "line 2: not JSON"), ('{"question": "x"}', "line 2: no 'answer'")):
-        path.write_text('{"question": "x", "answer": "#### 1"}\n' + line)
-        code, _, err = run(tmp_path / "a", "--method", "full", task="gsm8k")
-        assert code == 2 and f"{path}, {message}" in err and err.count("\n") == 1
+def test_files_that_are_no_questions_or_no_haystack_are_named(call, tmp_path):
+    file = tmp_path / "q.json"
+    for content, task, message in (
+        ('{"question_id": 1', "mtbench", "q.json, line 1, is not valid JSON"),
+        ('{"question_id": 1, "category": "x"}', "mtbench", "q.json, line 1, has no 'turns'"),
+        ('{"question_id": 1, "category": "x", "turns": []}', "mtbench", "question 1 needs a number and turns of text"),
+        ('{"words": "x"}', "needle", "has no text to hide a number in"),
+        ('{"text": "One."}', "needle", "--lengths 40 leaves 8 tokens for a prompt"),
+    ):
+        file.write_text(content)
+        more = ["--lengths", 40] if task == "needle" else []
+        code, _, err = call(task, "--method", "full", "--file", file, *more)
+        assert code == 2 and message in err and err.count("\n") == 1
     assert main(["table", str(tmp_path / "none")]) == 2
-    with pytest.raises(SystemExit):  # argparse: exit 2 and the list of tasks
-        main(["nothing"])
+
+
+def test_lm_eval_names_the_packages_that_are_missing(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "harness", None)
+    code, _, err = call("lm-eval", "--tasks", "gsm8k_cot")
+    assert code == 2 and "pip install -r requirements-eval.txt" in err and err.count("\n") == 1

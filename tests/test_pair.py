@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import evaluate
-from corpus import Recall, read_text
+from command import read_lines, read_text
 from decode import Policy, Session, generate
-from distill import figures_of, similarity
 from generate import PAIR, load_pair
-from recall import document_ids
 from smallkv import Settings, SmallKV
-from tasks import read_results
+from training.distill import figures_of, similarity
+from training.recall import Recall, document_ids
 
 
 @pytest.fixture(scope="module")
@@ -79,5 +78,5 @@ def test_recall_of_a_batch_of_documents(tmp_path):
     give or take one."""
     flags = ["--limit", "25", "--turns", "2", "--method", "smallkv", "--device", "cpu", "--out", str(tmp_path)]
     assert evaluate.main(["recall", *flags]) == 0
-    answers = [turn["exact"] for line in read_results(tmp_path / "results.jsonl") for turn in line["turns"]]
+    answers = [turn["exact"] for line in read_lines(tmp_path / "results.jsonl") for turn in line["turns"]]
     assert len(answers) == 50 and abs(sum(answers) - 46) <= 1, sum(answers)

@@ -24,7 +24,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint import load_decoder
-from corpus import (
+from model import Decoder
+from training.data import (
     END,
     Mixture,
     Recall,
@@ -34,9 +35,7 @@ from corpus import (
     read_books,
     train_tokenizer,
 )
-from model import Decoder
-from recall import Document, document_ids
-from training import (
+from training.loop import (
     STATE,
     Report,
     add_arguments,
@@ -50,6 +49,7 @@ from training import (
     train,
     write_tokenizer,
 )
+from training.recall import Document, document_ids
 
 TINY = dict(hidden=32, layers=2, query_heads=4, kv_heads=2, head_dim=8, intermediate=64, vocab=800, steps=20)
 TINY |= dict(max_positions=512, stages="256:0.5,384:0.5", batch_tokens=768, log_every=5, eval_every=10, workers=0)

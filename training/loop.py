@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import command
 from checkpoint import checkpoint_weights
-from corpus import END
 from model import Block, Config, Decoder
+from training.data import END
 
 STATE, LOG = "state.pt", "log.jsonl"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")

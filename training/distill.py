@@ -23,7 +23,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from align import (
+from checkpoint import CheckpointError, load_decoder, resolve
+from match import SINKS, WINDOW_MIN, score_similarity
+from model import Config, Decoder
+from overhead import cache_ratio
+from training.align import (
     Alignment,
     capture,
     layer_targets,
@@ -33,13 +37,8 @@ from align import (
     row_losses,
     target_rows,
 )
-from checkpoint import CheckpointError, load_decoder, resolve
-from corpus import Mixture, Recall, Stage, encode_books, freeze_for_workers, load_tokenizer, read_books, windows
-from match import SINKS, WINDOW_MIN, score_similarity
-from model import Config, Decoder
-from overhead import cache_ratio
-from recall import document_ids
-from training import (
+from training.data import Mixture, Recall, Stage, encode_books, freeze_for_workers, load_tokenizer, read_books, windows
+from training.loop import (
     STATE,
     Report,
     add_arguments,
@@ -53,6 +52,7 @@ from training import (
     shape_from,
     train,
 )
+from training.recall import document_ids
 
 HEADS, SIMILARITY = "heads.json", "similarity.json"
 KINDS = ("best", "jaccard", "cosine")  # of an LLM head's similarity: the best SLM head, or the one a matcher picks

@@ -1,7 +1,7 @@
 """Recall tasks in plain English, hidden in real prose: the text on which dropping cache entries hurts.
 
-Where it sits: text -> **recall** -> training data (pretrain.py, distill.py) and the recall task of evaluate.py. The
-words and wordings, and which of them only tests use, are in recall_words.py.
+Where it sits: text -> **training.recall** -> training.data, and the recall task of evaluate.py. The words and wordings,
+and which of them only tests use, are in training.words.
 
 A document is consecutive prose with facts ("Margaret keeps the brass key in the tall cupboard.") scattered over it,
 then turns: one question with its short answer after the other. Every turn needs another fact, so what matters shifts
@@ -14,18 +14,17 @@ Every segment of a document begins with a space or a newline, save the first. A 
 never merges across such a border, so the segments encoded one by one are the encoding of the whole text.
 """
 
-import argparse
+import math
 import random
 import re
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
-from recall_words import (
+from training.words import (
     ANSWERS,
     ANY_ORDER,
     DEEDS,
@@ -49,6 +48,8 @@ SLACK = 40  # a prompt may fall this many tokens short of the length asked for
 ATTEMPTS = 50  # draws before giving up
 MAX_PIECE = 160  # tokens; longer pieces of prose are left out, as facts stand between pieces
 CHUNK = 10_000  # pieces encoded at a time: the tokenizer's own records are far larger than the ids kept
+RECALL_CHARS = 12_000_000  # of prose between facts; cutting books into sentences takes a second per 2 MB
+TOKENS_A_TURN = 36  # of prompt that a question needs, so that the facts fit in
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -70,6 +71,7 @@ class Limits:
 
 
 LIMITS = Limits()
+DENSE = Limits(fact_share=0.95)  # training documents may be nearly all facts: the more questions, the sooner learnt
 
 
 class Fact(NamedTuple):
@@ -365,18 +367,29 @@ def exact(answer: str, generated: str, kind: str) -> bool:
     return first == second
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print one document. Lengths are counted in words and marks here.")
-    parser.add_argument("--length", type=int, default=300)
-    parser.add_argument("--split", choices=tuple(VOCABULARIES), default="train")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", type=Path, required=True, help="a file of prose, paragraphs between blank lines")
-    args = parser.parse_args()
-    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    prose = Prose.from_text(args.text.read_text(encoding="utf-8"), tokenizer)
-    print(make_document(random.Random(args.seed), args.split, prose, encoder(tokenizer), args.length).text)
+@dataclass(frozen=True)
+class Recall:
+    """A source of recall documents of one split, on its own prose."""
 
+    prose: Prose
+    tokenizer: Tokenizer
+    split: str
+    turns: int = 16  # at most
 
-if __name__ == "__main__":
-    main()
+    @classmethod
+    def from_books(cls, books: list[str], tokenizer: Tokenizer, split: str, turns: int = 16) -> "Recall":
+        stride = math.ceil(sum(map(len, books)) / RECALL_CHARS)
+        return cls(Prose.from_text("\n\n".join(books[::stride]), tokenizer), tokenizer, split, turns)
+
+    def document(self, rng: random.Random, length: int) -> Document:
+        """One document with a prompt of `length` tokens; in training of any number of turns that it has room for."""
+        turns, limits = max(1, min(self.turns, length // TOKENS_A_TURN)), Limits()
+        if self.split == "train":
+            turns, limits = rng.randint((turns + 1) // 2, turns), DENSE
+        while True:
+            try:
+                return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns, limits=limits)
+            except ValueError:  # the facts of so many turns are longer than the prompt
+                if turns == 1:
+                    raise
+                turns -= 1

@@ -24,13 +24,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from checkpoint import read_json
-from recall import Document, Limits, Prose, document_ids, encoder, make_document
+from training.recall import TOKENS_A_TURN, Recall, document_ids
 
 END = "<|endoftext|>"  # divides books in the text files; the only special token of our own tokenizer
-RECALL_CHARS = 12_000_000  # of prose between facts; cutting books into sentences takes a second per 2 MB
 SHORTEST = 120  # tokens of a recall document's prompt
-TOKENS_A_TURN = 36  # of prompt that a question needs, so that the facts fit in
-DENSE = Limits(fact_share=0.95)  # training documents may be nearly all facts: the more questions, the sooner learnt
 TURN_ROOM = 44  # tokens that a question and its answer may take
 TOKENIZER_DOCUMENTS = 200  # recall documents that a tokenizer is trained on, beside the books
 ECHO_SHARE = 0.05  # sequences that are random tokens said again and again: copying is learnt from them first
@@ -118,34 +115,6 @@ def windows(tokens: np.ndarray, length: int, count: int) -> list[list[int]]:
         raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {length}; give more text")
     starts = np.linspace(0, len(tokens) - length, count).astype(int)
     return [tokens[start : start + length].tolist() for start in starts]
-
-
-@dataclass(frozen=True)
-class Recall:
-    """A source of recall documents of one split, on its own prose."""
-
-    prose: Prose
-    tokenizer: Tokenizer
-    split: str
-    turns: int = 16  # at most
-
-    @classmethod
-    def from_books(cls, books: list[str], tokenizer: Tokenizer, split: str, turns: int = 16) -> "Recall":
-        stride = math.ceil(sum(map(len, books)) / RECALL_CHARS)
-        return cls(Prose.from_text("\n\n".join(books[::stride]), tokenizer), tokenizer, split, turns)
-
-    def document(self, rng: random.Random, length: int) -> Document:
-        """One document with a prompt of `length` tokens; in training of any number of turns that it has room for."""
-        turns, limits = max(1, min(self.turns, length // TOKENS_A_TURN)), Limits()
-        if self.split == "train":
-            turns, limits = rng.randint((turns + 1) // 2, turns), DENSE
-        while True:
-            try:
-                return make_document(rng, self.split, self.prose, encoder(self.tokenizer), length, turns, limits=limits)
-            except ValueError:  # the facts of so many turns are longer than the prompt
-                if turns == 1:
-                    raise
-                turns -= 1
 
 
 # ---- training data ---------------------------------------------------------------------------------------------------
