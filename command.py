@@ -195,6 +195,10 @@ def write_json(path: str | Path, content) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_lines(path: str | Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 # ---- How a command ends ----------------------------------------------------------------------------------------------
 
 

@@ -312,7 +312,8 @@ def make_parser() -> command.Parser:
             add("--file", required=True, help="FastChat's question.jsonl")
             add("--max-new-tokens", type=whole(1), default=1024, metavar="N", help="of an answer, at most [1024]")
         if task == "lm-eval":
-            add("--tasks", nargs="+", required=True, metavar="NAME", help="the harness's, or groups of lm_tasks/")
+            add("--tasks", nargs="+", required=True, metavar="NAME", help="the harness's tasks, groups and tags")
+            add("--data", type=Path, metavar="DIR", help="local files of GSM8K, BBH, LongBench [downloaded]")
         if task in ("needle", "lm-eval"):
             add("--chat", action="store_true", help="prompts in the checkpoint's chat template")
     add = commands.add_parser("table", help="tables of runs that are there").add_argument

@@ -139,20 +139,22 @@ def load_samples(task: str, pair: Pair, args) -> list[Sample]:
 def _voice(sample: Sample, text, stops: tuple[str, ...], answers: list[str]):
     """One sequence of a conversation: is sent the token that the model finds the most likely, yields the one to feed;
     its answers go into `answers`, without what ended them."""
-    likeliest, ended_by_mark = (yield), True
+    marks = {*text.stop, *map(text.tokenizer.token_to_id, stops)}  # a stop string can be a special token
+    likeliest, fed = (yield), True
     for turn in sample.turns:
-        if not ended_by_mark:  # a turn brings its own newline and end-of-turn marks; all else of the answer is kept
+        if not fed:  # what is recorded of an answer is in the context of the next turn
             likeliest = yield likeliest
         for token in turn:
             likeliest = yield token
         ids: list[int] = []
-        while likeliest not in text.stop:
+        while likeliest not in marks:
             ids.append(likeliest)
             tail = text.decode(ids[-STOP_TAIL:])
             if len(ids) == sample.answer_tokens or any(stop in tail for stop in stops):
                 break
             likeliest = yield likeliest
-        ended_by_mark = likeliest in text.stop or "\n" in text.decode([likeliest])
+        # A turn brings its own end-of-turn marks, and the newline that is a stop string.
+        fed = likeliest in marks or "\n" in stops and text.decode([likeliest]).lstrip(" ").startswith("\n")
         answer = text.decode(ids)
         answers.append(answer[: min((answer.find(stop) for stop in stops if stop in answer), default=len(answer))])
     while True:  # it keeps its place in the batch, and its tokens go nowhere

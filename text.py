@@ -54,7 +54,7 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """Raw text, with the special tokens the tokenizer itself adds (LLaMA 3: its begin-of-text)."""
-        return self._words(text, special=True)
+        return self.words(text, special=True)
 
     def check_length(self, text: str, positions: int) -> None:
         """ValueError for a text of more tokens than a model has positions; a long one is not tokenised as a whole."""
@@ -71,28 +71,29 @@ class Text:
 
     def chat(self, message: str) -> list[int]:
         """One user message in the checkpoint's chat template, up to where the answer begins."""
-        return self._words(self._render([{"role": "user", "content": message}]))
+        return self.words(self.render([{"role": "user", "content": message}]))
 
     def next_turn(self, message: str) -> list[int]:
         """What comes between an answer and the next one: the end of the answer's turn, and another user message. For a
         cache that is kept between turns: the answer's own tokens are in it, so they are not written again."""
         answer = "(the answer stands here)"
         turns = (("user", "?"), ("assistant", answer), ("user", message))
-        rendered = self._render([{"role": role, "content": content} for role, content in turns])
+        rendered = self.render([{"role": role, "content": content} for role, content in turns])
         before, found, after = rendered.partition(answer)
         if not found:
             raise ValueError("the checkpoint's chat template leaves answers out, so a second turn cannot follow one")
-        return self._words(after)
+        return self.words(after)
 
-    def _words(self, text: str, special: bool = False) -> list[int]:
+    def words(self, text: str, special: bool = False) -> list[int]:
         """special: with the tokens that the tokenizer adds; a chat template has written its own."""
         try:
             return self.tokenizer.encode(text, add_special_tokens=special).ids
         except Exception as error:  # the Rust library raises plain Exception: no unknown token, for one
             raise ValueError(f"the checkpoint's tokenizer cannot encode the prompt: {_line(error)}") from None
 
-    def _render(self, messages: list[dict]) -> str:
-        """As Transformers renders it: the same names are defined, `{% generation %}` is a block like any other."""
+    def render(self, messages: list[dict], prompt: bool = True) -> str:
+        """Messages in the chat template and, with prompt, what an answer begins with. As Transformers renders it: the
+        same names are defined, `{% generation %}` is a block like any other."""
         if self.template is None:
             raise ValueError("this checkpoint has no chat template; leave --chat out, or use an instruct checkpoint")
         environment = ImmutableSandboxedEnvironment(
@@ -100,7 +101,7 @@ class Text:
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals.update(raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form))
-        known = {"tools": None, "documents": None, "add_generation_prompt": True, **self.special}
+        known = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self.special}
         try:
             template = environment.from_string(self.template)
             return _within(TEMPLATE_SECONDS, lambda: template.render(messages=messages, **known))

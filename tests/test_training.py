@@ -1,8 +1,10 @@
-"""Tests of corpus.py, training.py, pretrain.py, align.py and distill.py: tiny shapes, text made here, CPU."""
+"""Tests of training/: recall documents, data, the loop, pretraining, alignment, distillation. Tiny shapes, CPU."""
 
+import hashlib
 import json
 import lzma
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,30 +16,30 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
-import align
-import corpus
-import distill
-import pretrain
 from checkpoint import checkpoint_weights, load_decoder
+from command import read_json, read_lines
 from conftest import tiny_decoder
-from corpus import END, Mixture, Recall, Stage, encode_books, parse_stages, read_books
 from kernels import attention_rows
 from match import SINKS
 from model import Config, Decoder
-from recall import document_ids
-from training import copy_decoder, initialise, learning_rate, save_hf
+from training import align, data, distill, pretrain, words
+from training.data import END, Mixture, Stage, encode_books, parse_stages, read_books
+from training.loop import copy_decoder, initialise, learning_rate, save_hf
+from training.recall import SLACK, Prose, Recall, document_ids, encoder, exact, make_document
 
-WORDS = """river mountain window letter garden evening silence winter village summer morning shadow forest kitchen
+PAIR = Path(__file__).parents[1] / "pair"
+PLAIN = """river mountain window letter garden evening silence winter village summer morning shadow forest kitchen
 captain journey harbour silver question candle weather corner distance narrow ancient gentle strange heavy quiet
 crossed watched carried followed remembered opened reached forgot wandered listened beyond beneath toward without
 """.split()
+NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 
 def make_book(seed: int, paragraphs: int = 60) -> str:
     rng = random.Random(seed)
 
     def sentence() -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(6, 12))).capitalize() + "."
+        return " ".join(rng.choices(PLAIN, k=rng.randint(6, 12))).capitalize() + "."
 
     return "\n\n".join(" ".join(sentence() for _ in range(5)) for _ in range(paragraphs))
 
@@ -50,7 +52,10 @@ def text(tmp_path_factory) -> str:
 
 
 def pretrain_args(text: str, out: Path, *more: str):
-    return pretrain.parse(["--text", text, "--out", str(out), "--tiny", "--device", "cpu", "--vocab", "600", *more])
+    shape = "--hidden 32 --layers 2 --query-heads 4 --kv-heads 2 --head-dim 8 --intermediate 64 --vocab 600"
+    size = "--max-positions 512 --stages 256:0.5,384:0.5 --batch-tokens 768 --steps 20 --log-every 5 --eval-every 10"
+    flags = f"{shape} {size} --eval-documents 2 --eval-length 300 --device cpu --workers 0".split()
+    return pretrain.parse(["--text", text, "--out", str(out), *flags, *more])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def llm_run(text, tmp_path_factory):
     """A tiny LLM: its folder, and the trained decoder that was saved there."""
     out = tmp_path_factory.mktemp("pair") / "llm"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "TOKENIZER_DOCUMENTS", 20)
+        patch.setattr(data, "TOKENIZER_DOCUMENTS", 20)
         decoder, _ = pretrain.run(pretrain_args(text, out))
     return out, decoder
 
@@ -71,19 +76,14 @@ def distill_args(llm: Path, text: str, out: Path, *more: str):
 
 
 def losses(folder: Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
-
-
-def tiny_config(**changes) -> Config:
-    raw = dict(model_type="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
-    raw |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
-    return Config.from_hf(raw | changes)
+    return [record["loss"] for record in read_lines(folder / "log.jsonl") if "loss" in record]
 
 
 def sharp_decoder(seed: int, **changes) -> Decoder:
     """Random weights large enough that attention is far from uniform."""
-    decoder = initialise(Decoder(tiny_config(**changes)), seed)
+    raw = dict(model_type="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    raw |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
+    decoder = initialise(Decoder(Config.from_hf(raw | changes)), seed)
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.dim() == 2:
@@ -91,44 +91,167 @@ def sharp_decoder(seed: int, **changes) -> Decoder:
     return decoder
 
 
-# ---- corpus ----------------------------------------------------------------------------------------------------------
+# ---- recall documents ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, Recall]:
+    tokenizer, books = Tokenizer.from_file(str(PAIR / "llm" / "tokenizer.json")), [make_book(seed) for seed in range(3)]
+    return {split: Recall.from_books(books, tokenizer, split, 4) for split in words.VOCABULARIES}
+
+
+@pytest.fixture(scope="module")
+def documents(sources):
+    return {split: [source.document(random.Random(n), 900) for n in range(40)] for split, source in sources.items()}
+
+
+def said(document) -> list[str]:
+    """Facts, questions and answers: the document without its prose."""
+    return [fact.text for fact in document.facts] + [part for turn in document.turns for part in turn[:2]]
+
+
+def words_of(text: str) -> set[str]:
+    return {"".join(c for c in word if c.isalpha()) for word in text.replace("'s", " ").split()}
+
+
+@pytest.mark.parametrize("split, seed, length, digest", [
+    ("train", 0, 200, "ceccd232121b1368"),
+    ("train", 7, 1000, "57e924bbb9f53026"),
+    ("test", 0, 200, "2d31772fa57457cb"),
+    ("test", 1, 400, "9d98e5202f98c1da"),
+    ("test", 7, 1000, "8c72d4ecd6fc53cc"),
+])  # fmt: skip
+def test_a_seed_gives_the_document_that_it_always_gave(sources, split, seed, length, digest):
+    """The pair was trained on such documents, and docs/RESULTS.md measured on them: other words would change both."""
+    document = replace(sources[split], turns=16).document(random.Random(seed), length)
+    content = json.dumps([document.text, *document_ids(document), document.turns])
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("name", words.VOCABULARIES["test"].pools)
+def test_train_and_test_words_are_disjoint(name):
+    train, test = ({w for row in words.VOCABULARIES[s].pools[name] for w in row} for s in ("train", "test"))
+    assert train and test and not train & test
+    if name in words.SINGLES:
+        assert train | test == set(words.POOLS[words.SINGLES[name]]) and 0.15 < len(test) / len(train | test) < 0.25
+    else:  # combinations are new, but mostly of words that training has seen
+        seen = {word for phrase in train for word in phrase.split()}
+        assert sum(all(word in seen for word in phrase.split()) for phrase in test) > 0.5 * len(test)
+
+
+@pytest.mark.parametrize("kind", words.KINDS)
+def test_train_and_test_wordings_are_disjoint(kind):
+    for table, name in ((words.STATEMENTS, "statements"), (words.QUESTIONS, "questions")):
+        train, test = (set(getattr(words.VOCABULARIES[s], name)[kind]) for s in ("train", "test"))
+        assert not train & test and train | test == set(table[kind])
+        assert len(set(table[kind])) == len(table[kind]) == 5 * len(test)
+
+
+def test_documents_say_nothing_of_the_other_split(documents):
+    known = {name for (name,) in words.VOCABULARIES["train"].pools["who"]}
+    for split, others in (("train", words.unseen_words()), ("test", known)):
+        assert not [t for document in documents[split] for t in said(document) if words_of(t) & others]
+
+
+def test_every_answer_follows_from_the_facts(documents):
+    for document in documents["train"] + documents["test"]:
+        at = 0
+        for fact in document.facts:  # they stand in the prompt, in their order
+            at = document.prompt.index(fact.text, at) + len(fact.text)
+        per_key = Counter(fact.key for fact in document.facts)
+        assert all(n == 1 for key, n in per_key.items() if key[0] not in words.ANY_ORDER)
+        assert set(per_key) > {turn.key for turn in document.turns}  # more is told than asked
+        assert len({turn.key for turn in document.turns}) == len({turn.question for turn in document.turns})
+        for turn in document.turns:
+            values = [fact.value for fact in document.facts if fact.key == turn.key]
+            slots = dict(zip(words.KEYS[turn.kind], turn.key[1:], strict=True))
+            listed = {1: "{}", 2: "{} and {}", 3: "{}, {} and {}"}[len(values)].format(*values)
+            tail = {"count": f", in all {NUMBERS[len(values)]}"}.get(turn.kind, "")
+            tail = f", in all {sum(map(int, values))}" if turn.kind == "sum" else tail
+            forms = {"who": "", **slots, "did": slots.get("deed", ("", ""))[1], "value": listed + tail}
+            forms |= {"units": words.plural(slots.get("unit", "")), "fruits": words.plural(slots.get("fruit", ""))}
+            assert turn.answer == " " + words.ANSWERS[turn.kind].format(**forms)
+            assert listed + tail not in turn.question
+
+
+def test_segments_are_the_text_and_its_encoding(documents, sources):
+    tokenizer = sources["test"].tokenizer
+    for document in documents["train"][:10] + documents["test"][:10]:
+        ids, mask = document_ids(document)
+        assert ids == tokenizer.encode(document.text).ids and 900 - SLACK <= len(document.prompt_ids) <= 900
+        answers = tokenizer.decode([i for i, is_answer in zip(ids, mask, strict=True) if is_answer])
+        assert answers == "".join(turn.answer for turn in document.turns)
+        for turn in document.turns:  # depth: where the last fact that it needs begins
+            last = [fact for fact in document.facts if fact.key == turn.key][-1]
+            before = tokenizer.encode(document.prompt[: document.prompt.index(last.text)]).ids
+            assert turn.depth == len(before) / len(document.prompt_ids)
+
+
+def test_prose_leaves_out_what_could_be_taken_for_a_fact(sources):
+    tokenizer = sources["test"].tokenizer
+    text = (
+        "CHAPTER I.\n\nIt was a cold and windy night. The code of the door was lost. Then came 12 men on foot. "
+        "Mr. Smith sat down by the fire.\n\nTHE END OF THE STORY.\n\n"
+        "“Come in. Sit down here,” said he. It was already late."
+    )
+    prose = Prose.from_text(text, tokenizer)
+    assert [piece.text for piece in prose.pieces] == [
+        "\n\nIt was a cold and windy night.", " Mr. Smith sat down by the fire.",
+        "\n\n“Come in. Sit down here,” said he.", " It was already late.",
+    ]  # fmt: skip
+    for length, message in ((60, "too small"), (900, "too short")):
+        with pytest.raises(ValueError, match=message):
+            make_document(random.Random(0), "train", prose, encoder(tokenizer), length)
+    named = make_book(0) + "".join(f"\n\n{name} came home late and hungry." for name in words.PEOPLE)
+    prose = Prose.from_text(named, tokenizer)
+    for seed in range(5):
+        document = make_document(random.Random(seed), "train", prose, encoder(tokenizer), 900)
+        people = {name for part in said(document) for name in words_of(part)} & set(words.PEOPLE)
+        assert not [name for name in people if f"{name} came home" in document.prompt]
+
+
+@pytest.mark.parametrize("generated, right", [
+    (" in the tall cupboard.", True), ("In the  Tall cupboard", True), (" in the tall cupboard.\nQuestion: Who", True),
+    (" in the tall cupboard\nand more", True), (" in the tall cupboard and more.", False), (" in the tall", False),
+    ("", False), (".", False),
+])  # fmt: skip
+def test_exact(generated, right):
+    assert exact(" in the tall cupboard.", generated, "where") is right
+    for kind in ("count", "gift"):  # lists are right in any order
+        assert exact(" Ann lost a hat and a map.", "Ann lost a map and a hat.", kind) is (kind == "count")
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def test_books_from_plain_and_packed_text(text, tmp_path):
-    packed = tmp_path / "books.txt.xz"
+    packed, marked, one = tmp_path / "books.txt.xz", tmp_path / "marked.txt", tmp_path / "one.txt"
     packed.write_bytes(lzma.compress(Path(text).read_bytes()))
-    assert read_books([text]) == read_books([str(packed)])
-    kept, held_out = read_books([text])
-    assert (len(kept), len(held_out)) == (3, 1)
-    (tmp_path / "one.txt").write_text("a" * 100)
-    assert [len(part) for books in read_books([str(tmp_path / "one.txt")]) for part in books] == [90, 10]
+    marked.write_bytes(b"\xef\xbb\xbf" + Path(text).read_bytes())
+    assert read_books([text]) == read_books([str(packed)]) == read_books([str(marked)])
+    assert [len(books) for books in read_books([text])] == [3, 1]
+    one.write_text("a" * 100)
+    assert [len(part) for books in read_books([str(one)]) for part in books] == [90, 10]
 
 
-def test_tokenizer_splits_digits_and_returns_the_text(llm_run):
-    tokenizer = Tokenizer.from_file(str(llm_run[0] / "tokenizer.json"))
-    sample = "The code of the upper safe is 4711.\nQuestion: What?"
-    ids = tokenizer.encode(sample).ids
-    assert tokenizer.decode(ids) == sample
-    assert [tokenizer.decode([i]) for i in ids].count("1") == 2
-    assert tokenizer.token_to_id(END) == 0 and tokenizer.get_vocab_size() == 600
+def test_stages():
+    assert parse_stages("512:0.4,2048:0.6", 100) == [Stage(512, 40), Stage(2048, 100)]
+    for wrong in ("512", "512:0.5", "x:1", "512:nan", "512:-1,64:2"):
+        with pytest.raises(ValueError, match="--stages"):
+            parse_stages(wrong, 100)
 
 
 @pytest.fixture(scope="module")
 def mixture(llm_run, text) -> Mixture:
-    tokenizer = Tokenizer.from_file(str(llm_run[0] / "tokenizer.json"))
-    kept, _ = read_books([text])
-    recall = Recall.from_books(kept, tokenizer, "train")
-    stages = [Stage(256, 3), Stage(512, 6)]
+    tokenizer, (kept, _) = Tokenizer.from_file(str(llm_run[0] / "tokenizer.json")), read_books([text])
+    recall, stages = Recall.from_books(kept, tokenizer, "train"), [Stage(256, 3), Stage(512, 6)]
     return Mixture(encode_books(kept, tokenizer, 0), recall, stages, 1024, share=0.7, seed=5, end=0)
 
 
 def test_data_of_a_step_does_not_depend_on_workers_or_start(mixture):
     def steps(workers, start):
-        context = "fork" if workers else None
-        loader = DataLoader(
-            mixture, None, sampler=range(start, 6), num_workers=workers, multiprocessing_context=context
-        )
-        return list(loader)
+        how = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+        return list(DataLoader(mixture, None, sampler=range(start, 6), **how))
 
     plain, shared, late = steps(0, 0), steps(2, 0), steps(2, 4)
     assert [tokens.shape for tokens, _ in plain] == [(4, 257)] * 3 + [(2, 513)] * 3
@@ -136,44 +259,35 @@ def test_data_of_a_step_does_not_depend_on_workers_or_start(mixture):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
-def test_documents_fit_and_their_answers_are_marked(mixture, llm_run):
-    tokenizer = Tokenizer.from_file(str(llm_run[0] / "tokenizer.json"))
-    tokens, answers = mixture[4]
-    marked = 0
-    for row, mask in zip(tokens, answers, strict=True):
+def test_documents_fit_and_their_answers_are_marked(mixture):
+    tokenizer, marked = mixture.recall.tokenizer, 0
+    for row, mask in zip(*mixture[4], strict=True):
         starts = (mask & ~F.pad(mask, (1, 0))[:-1]).nonzero().flatten().tolist()
         marked += len(starts)
         for start in starts:  # every answer stands complete, after its question
-            assert tokenizer.decode(row[:start].tolist()).endswith("Answer:")
             end = start + int((~mask[start:]).nonzero()[0])
+            assert tokenizer.decode(row[:start].tolist()).endswith("Answer:")
             assert tokenizer.decode(row[start:end].tolist()).endswith(".")
     assert marked
+    sample = "The code of the upper safe is 4711.\nQuestion: What?"  # digits are tokens, the text comes back
+    ids = tokenizer.encode(sample).ids
+    assert tokenizer.decode(ids) == sample and [tokenizer.decode([i]) for i in ids].count("1") == 2
 
 
-def test_stages():
-    assert parse_stages("512:0.4,2048:0.6", 100) == [Stage(512, 40), Stage(2048, 100)]
-    for wrong in ("512", "512:0.5", "x:1"):
-        with pytest.raises(ValueError, match="--stages"):
-            parse_stages(wrong, 100)
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- pretraining and the loop ----------------------------------------------------------------------------------------
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth(text, tmp_path):
-    options = pretrain.options_from(pretrain_args(text, tmp_path, "--steps", "1000", "--warmup", "0.1", "--lr", "1"))
-    rates = [learning_rate(step, options) for step in range(1000)]
+    args = pretrain_args(text, tmp_path, "--steps", "1000", "--warmup", "0.1", "--lr", "1")
+    rates = [learning_rate(step, args) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and rates[99] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)
     assert rates == sorted(rates[:99]) + sorted(rates[99:], reverse=True)
 
 
-def test_pretraining_lowers_the_loss(llm_run):
-    found = losses(llm_run[0])
-    assert found[-1] < found[0] - 0.2, found
-
-
-def test_saved_folder_gives_the_trained_models_logits(llm_run):
+def test_pretraining_lowers_the_loss_and_its_folder_gives_the_trained_logits(llm_run):
     folder, decoder = llm_run
+    found = losses(folder)
+    assert found[-1] < found[0] - 0.2, found
     loaded, copy = load_decoder(folder), copy_decoder(decoder, torch.bfloat16)
     assert loaded.config == decoder.config and loaded.dtype == torch.bfloat16
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
@@ -183,30 +297,36 @@ def test_saved_folder_gives_the_trained_models_logits(llm_run):
 
 
 @pytest.mark.parametrize("trainer", ["pretrain", "distill"])
-def test_stop_and_resume_equals_not_stopping(trainer, llm_run, text, tmp_path):
+def test_stop_and_resume_equals_not_stopping(trainer, llm_run, text, tmp_path, capsys):
     def run(out, *more):
         if trainer == "distill":
             return distill.run(distill_args(llm_run[0], text, out, *more))
-        tokenizer = str(llm_run[0] / "tokenizer.json")
+        known = () if "--resume" in more else ("--tokenizer", str(llm_run[0] / "tokenizer.json"))
         few = ("--steps", "6", "--log-every", "1", "--eval-every", "2")
-        known = () if "--resume" in more else ("--tokenizer", tokenizer)
         return pretrain.run(pretrain_args(text, out, *few, *known, *more))
 
-    whole, report = run(tmp_path / "whole")
-    _, stopped = run(tmp_path / "parts", "--stop-after-minutes", "0")
-    assert (stopped.step, report.step) == (1, 6) and (tmp_path / "parts" / "state.pt").exists()
-    resumed, report = run(tmp_path / "parts", "--resume")
-    assert report.step == 6
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    for (name, ours), theirs in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    straight, report = run(whole)
+    _, stopped = run(parts, "--stop-after-minutes", "0")
+    assert (stopped.step, report.step) == (1, 6)
+    with (parts / "log.jsonl").open("a") as file:  # as a run that was killed leaves it
+        file.write('{"step": 2, "loss": 7}\n{"step": 3, "lo')
+    state = (parts / "state.pt").read_bytes()
+    for damaged in (b"", b"no state", state[:3000], state[:-3000]):
+        (parts / "state.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match="state.pt is damaged"):
+            run(parts, "--resume")
+    (parts / "state.pt").write_bytes(state)
+    resumed, report = run(parts, "--resume")
+    assert report.step == 6 and losses(parts) == losses(whole)
+    for (name, ours), theirs in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
 def test_the_mean_of_checkpoints(tmp_path, capsys):
     folders = [tmp_path / name for name in ("one", "two", "wide")]
     for seed, folder in enumerate(folders):
-        decoder = tiny_decoder(seed=seed, heads=8 if folder.name == "wide" else 4)
-        save_hf(decoder, folder, tmp_path, "card")
+        save_hf(tiny_decoder(seed=seed, heads=8 if folder.name == "wide" else 4), folder, tmp_path, "card")
     assert pretrain.main(["average", *map(str, folders[:2]), "--out", str(tmp_path / "mean")]) == 0
     one, two, mean = (load_file(folder / "model.safetensors") for folder in (*folders[:2], tmp_path / "mean"))
     for name in one:
@@ -226,20 +346,22 @@ def test_answer_rate_of_a_model_that_knows_the_text(mixture):
             following[2:] = (following[2:] + 1) % 600
             return F.one_hot(following, 600)
 
-    documents = [mixture.recall.document(random.Random(i), 400) for i in range(2)]
-    assert pretrain.answer_rates(Oracle(), documents)["exact"] == 1
-    assert pretrain.answer_rates(Oracle(), documents * 2)["exact"] == 0.5
+    known = [mixture.recall.document(random.Random(i), 400) for i in range(2)]
+    assert pretrain.answer_rates(Oracle(), known)["exact"] == 1
+    assert pretrain.answer_rates(Oracle(), known * 2)["exact"] == 0.5
 
 
-def test_weighted_loss_counts_answers(mixture):
+def test_weighted_loss_counts_answers():
     generator = torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(2, 5, 7, generator=generator), torch.randint(7, (2, 5), generator=generator)
+    logits = torch.randn(2, 5, 7, generator=generator, requires_grad=True)
+    targets = torch.randint(7, (2, 5), generator=generator)
     answers = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()
     each = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    naive = (8 * each[answers].sum() + each[~answers].sum()) / (8 * 2 + 8)
     loss, answer, prose = pretrain.weighted_loss(logits, targets, answers, 8.0)
-    torch.testing.assert_close(answer, each[answers].mean())
-    torch.testing.assert_close(prose, each[~answers].mean())
-    torch.testing.assert_close(loss, (8 * each[answers].sum() + each[~answers].sum()) / (8 * 2 + 8))
+    for ours, theirs in ((answer, each[answers].mean()), (prose, each[~answers].mean()), (loss, naive)):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, naive)))
 
 
 # ---- alignment -------------------------------------------------------------------------------------------------------
@@ -253,34 +375,37 @@ def all_rows(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("slm_heads", [6, 2], ids=["one-each", "clusters"])
-def test_losses_equal_the_naive_full_matrices(slm_heads):
+def test_losses_and_gradients_equal_those_of_the_naive_full_matrices(slm_heads):
     llm = sharp_decoder(1)  # 3 layers x 4 heads
     slm = sharp_decoder(2, num_hidden_layers=2, num_attention_heads=slm_heads, num_key_value_heads=2, head_dim=4)
     tokens = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(3))
     positions = torch.tensor([4, 9, 17, 38, 39])
     slots = align.plan_heads(llm, slm.config, tokens, positions)
-    pair = distill.make_pair(llm, slm, slots, compiled=False)
-    found = pair.losses(tokens, positions)
+    found = distill.make_losses(llm, slm, slots, compiled=False)(tokens, positions)
 
-    rows = all_rows(llm, tokens).flatten(1, 2)[:, :, positions].double()  # (B, L * H, R, T)
+    rows = all_rows(llm, tokens).flatten(1, 2)[:, :, positions].double().detach()  # (B, L * H, R, T)
     ours = all_rows(slm, tokens).flatten(1, 2)[:, :, positions].double()
-    whole, tails, sums = [], [], []
+    naive = {"rows": [], "tail": [], "sums": []}
+    seen = (torch.arange(40) <= positions[:, None]).double()
     for slot in slots.unique():
         members = (slots == slot).nonzero().flatten()
-        target, own = rows[:, members].mean(1), ours[:, slot]
-        whole.append((torch.xlogy(target, target) - torch.xlogy(target, own)).sum(-1).mean())
+        target, own = rows[:, members].mean(1), ours[:, slot] + 1e-300 * (1 - seen)  # the log of a future key
+        naive["rows"].append((torch.xlogy(target, target) - torch.xlogy(target, own)).sum(-1).mean())
         mass = target[..., SINKS:].sum(-1, keepdim=True)
         rest, own_rest = target[..., SINKS:] / mass, own[..., SINKS:] / own[..., SINKS:].sum(-1, keepdim=True)
         divergence = (torch.xlogy(rest, rest) - torch.xlogy(rest, own_rest)).sum(-1)
-        tails.append((mass[..., 0] * divergence).mean() / (mass.mean() + align.MASS_FLOOR))
+        naive["tail"].append((mass[..., 0] * divergence).mean() / (mass.mean() + align.MASS_FLOOR))
         for head in members:
             theirs = rows[:, head].sum(-2)[:, SINKS:]
-            sums.append((1 - F.cosine_similarity(theirs, own.sum(-2)[:, SINKS:], dim=-1)).mean())
-    for name, naive in (("rows", whole), ("tail", tails), ("sums", sums)):
-        torch.testing.assert_close(found[name].double(), torch.stack(naive).mean(), rtol=1e-4, atol=1e-5, msg=name)
+            naive["sums"].append((1 - F.cosine_similarity(theirs, own.sum(-2)[:, SINKS:], dim=-1)).mean())
     logits = [model(tokens)[:, positions].double().log_softmax(-1) for model in (llm, slm)]
-    kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
-    torch.testing.assert_close(found["logits"].double(), kl, rtol=1e-4, atol=1e-5)
+    naive["logits"] = [(logits[0].exp().detach() * (logits[0].detach() - logits[1])).sum(-1).mean()]
+    weight = slm.layers[0].self_attn.qkv_proj.weight
+    for name, values in naive.items():
+        expected = torch.stack(values).mean()
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-5, msg=name)
+        grads = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (found[name], expected)]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4 * grads[1].abs().max().item(), msg=name)
 
 
 def test_a_copy_of_the_llm_has_similarity_one_and_no_loss():
@@ -290,7 +415,7 @@ def test_a_copy_of_the_llm_has_similarity_one_and_no_loss():
     positions = torch.tensor([4, 20, 33, 59])
     slots = align.plan_heads(llm, slm.config, tokens, positions)
     assert slots.tolist() == list(range(12))
-    for name, value in distill.make_pair(llm, slm, slots, compiled=False).losses(tokens, positions).items():
+    for name, value in distill.make_losses(llm, slm, slots, compiled=False)(tokens, positions).items():
         assert abs(float(value)) < 1e-5, (name, value)
     sample = torch.randint(50, (128,), generator=torch.Generator().manual_seed(4)).tolist()
     found = distill.similarity(llm, slm, [sample])
@@ -307,7 +432,7 @@ def test_clusters_are_found():
 
 @pytest.mark.parametrize("heads", [270, 320, 300, 41])
 def test_slots_are_distinct_ordered_by_depth_and_even(heads):
-    slm = tiny_config(num_hidden_layers=10, num_attention_heads=32, num_key_value_heads=4)
+    slm = sharp_decoder(0, num_hidden_layers=10, num_attention_heads=32, num_key_value_heads=4).config
     slots = align.deal_slots(torch.arange(heads), slm)
     assert torch.equal(slots, slots.unique()) and int(slots.max()) < 320
     in_group = torch.bincount(slots // 8, minlength=40)
@@ -321,31 +446,29 @@ def test_principal_embedding_keeps_what_it_can():
     centred = flat - flat.mean(0)
     scale = small.norm() / centred.norm()
     torch.testing.assert_close(small @ small.T / scale**2, centred @ centred.T, rtol=1e-3, atol=1e-2)
-    wide = align.principal_embedding(flat, 48, 0.02, generator)
-    assert wide.shape == (90, 48) and small.std() == pytest.approx(0.02, rel=1e-3)
+    assert align.principal_embedding(flat, 48, 0.02, generator).shape == (90, 48)
 
 
-# ---- distill ---------------------------------------------------------------------------------------------------------
+# ---- distillation ----------------------------------------------------------------------------------------------------
 
 
 def test_distilling_raises_the_similarity(llm_run, text, tmp_path):
     llm = sharp_decoder(1, vocab_size=600, num_hidden_layers=1)  # the tiny trained one attends evenly: too easy
-    folder = tmp_path / "sharp"
-    distill.save_hf(llm, folder, llm_run[0], "")
+    folder, out = tmp_path / "sharp", tmp_path / "slm"
+    save_hf(llm, folder, llm_run[0], "")
     size = "--steps 80 --lr 1e-2 --batch 4 --rows 48 --hidden 32 --query-heads 8 --kv-heads 2 --recall-share 0.5"
-    args = distill_args(folder, text, tmp_path / "slm", *size.split())
-    _, report = distill.run(args)
-    found = losses(tmp_path / "slm")
+    _, report = distill.run(distill_args(folder, text, out, *size.split()))
+    found = losses(out)
     assert sum(found[-5:]) < 0.6 * sum(found[:5]), found
-    saved = json.loads((tmp_path / "slm" / "similarity.json").read_text())
-    assert np.shape(saved["best"]) == (1, 4) and np.mean(saved["best"]) > 0.9, saved["best"]
+    shown = read_json(out / "similarity.json")["best"]
+    assert np.shape(shown) == (1, 4) and np.mean(shown) > 0.9, shown
     assert report.figures["best"] <= 1 and report.figures["best_worst"] <= report.figures["best"]
 
-    once = ("--init", str(tmp_path / "slm"), "--lr", "1e-9", "--steps", "1")
-    slm_again, _ = distill.run(distill_args(folder, text, tmp_path / "more", *once))
-    name, saved = "model.layers.1.self_attn.q_proj.weight", load_file(tmp_path / "slm" / "model.safetensors")
-    torch.testing.assert_close(checkpoint_weights(slm_again)[name], saved[name].float(), atol=1e-6, rtol=0)
-    assert (tmp_path / "more" / "heads.json").read_text() == (tmp_path / "slm" / "heads.json").read_text()
+    once = ("--init", str(out), "--lr", "1e-9", "--steps", "1")
+    again, _ = distill.run(distill_args(folder, text, tmp_path / "more", *once))
+    name, saved = "model.layers.1.self_attn.q_proj.weight", load_file(out / "model.safetensors")
+    torch.testing.assert_close(checkpoint_weights(again)[name], saved[name].float(), atol=1e-6, rtol=0)
+    assert read_json(tmp_path / "more" / "heads.json") == read_json(out / "heads.json")
 
 
 def test_similarity_command_prints_json_last(llm_run, text, capsys):
@@ -355,33 +478,47 @@ def test_similarity_command_prints_json_last(llm_run, text, capsys):
     assert last["cache_ratio"] == 1 and last["best"] > 0.999 and last["jaccard_worst"] > 0.99
 
 
-@pytest.mark.parametrize(
-    "command, flags, message",
-    [
-        (pretrain, ["--text", "nowhere.txt"], "no text file nowhere.txt"),
-        (pretrain, ["--stages", "64:0.5"], "--stages"),
-        (pretrain, ["--resume"], "--resume: there is no"),
-        (pretrain, ["--steps", "0"], "--steps 0"),
-        (pretrain, ["--batch-tokens", "100"], "does not hold one sequence"),
-        (distill, ["--llm", "./nowhere"], "no folder ./nowhere"),
-        (distill, ["--rows", "95"], "--rows 95"),
-        (distill, ["--eval-length", "50"], "--eval-length 50"),
-        (distill, ["--query-heads", "3", "--kv-heads", "2"], "not a multiple"),
-        (distill, ["--seq-length", "4096"], "512 positions"),
-    ],
-)
-def test_what_a_user_gets_wrong_is_one_line(command, flags, message, llm_run, text, tmp_path, capsys):
-    common = ["--text", text, "--out", str(tmp_path), "--device", "cpu", "--workers", "0"]
-    if command is distill:
-        common += ["--llm", str(llm_run[0]), "--seq-length", "96"]
+# ---- what a user gets wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module, flags, message", [
+    (pretrain, "--text nowhere.txt", "cannot read nowhere.txt"),
+    (pretrain, "--stages 64:0.5", "--stages"),
+    (pretrain, "--resume", "--resume: there is no"),
+    (pretrain, "--steps 0", "--steps: 0 is not"),
+    (pretrain, "--batch-tokens 100", "does not hold one sequence"),
+    (pretrain, "--recall-share nan", "--recall-share: nan is not"),
+    (pretrain, "--head-dim 7", "--head-dim 7 is odd"),
+    (pretrain, "--tokenizer {text}", "not a readable tokenizer"),
+    (pretrain, "--max-positions 256", "longer than the 256 positions"),
+    (pretrain, "--out {text}", "cannot make the folder"),
+    (distill, "--out {text}", "cannot make the folder"),
+    (distill, "--llm ./nowhere", "no folder ./nowhere"),
+    (distill, "--resume", "--resume: there is no"),
+    (distill, "--rows 95", "--rows 95"),
+    (distill, "--rows 0", "--rows: 0 is not"),
+    (distill, "--head-dim 7", "--head-dim 7 is odd"),
+    (distill, f"--seed {2**70}", "--seed"),
+    (distill, "--eval-length 50", "--eval-length: 50 is not"),
+    (distill, "--query-heads 3 --kv-heads 2", "not a multiple"),
+    (distill, "--seq-length 1024", "512 positions"),
+    (distill, "similarity --length 0", "--length: 0 is not"),
+    (distill, "similarity --device cuda:99", "no device cuda:99"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(module, flags, message, llm_run, text, tmp_path, capsys):
+    flags, llm = flags.format(text=text).split(), str(llm_run[0])
+    common = ["--text", text, "--device", "cpu", "--llm", llm, "--slm", llm]
+    if flags[0] == "similarity":
+        flags = ["similarity", *common, *flags[1:]]
+    elif module is distill:
+        flags = [*common[:-2], "--out", str(tmp_path), "--workers", "0", "--seq-length", "96", *flags]
     else:
-        common += ["--tiny", "--tokenizer", str(llm_run[0] / "tokenizer.json")]
-    assert command.main(common + flags) == 2
+        known = ["--tokenizer", llm + "/tokenizer.json"] * ("--resume" not in flags)
+        small = "--stages 256:1 --batch-tokens 256 --eval-length 300 --max-positions 512 --workers 0".split()
+        flags = [*common[:4], "--out", str(tmp_path), *known, *small, *flags]
+    try:
+        code = module.main(flags)
+    except SystemExit as exit:
+        code = exit.code
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and message in error and "\n" not in error
-
-
-def test_recall_documents_are_of_the_split_asked_for(mixture):
-    test = replace(mixture.recall, split="test")
-    shared = mixture.recall.document(random.Random(1), 500), test.document(random.Random(1), 500)
-    assert document_ids(shared[0])[0] != document_ids(shared[1])[0]
+    assert code == 2 and error.startswith("error: ") and message in error and "\n" not in error

@@ -1,17 +1,15 @@
 """Text files to training sequences: books, the tokenizer, and the mixture of prose and recall documents.
 
-Where it sits: text -> **corpus** -> pretrain.py and distill.py. Books (.txt or .txt.xz) are divided by a line
-<|endoftext|>; the last book of every file is held out. `Mixture` makes the batch of a step when it is asked for:
+Where it sits: text -> **training.data** -> training.pretrain and training.distill. Books (.txt or .txt.xz) are divided
+by a line <|endoftext|>; the last book of every file is held out. `Mixture` makes the batch of a step when it is asked
+for:
 
     kept, held_out = read_books(["a.txt", "b.txt.xz"])
     data = Mixture(encode_books(kept, tokenizer, end), recall, stages, batch_tokens=131072, share=0.7, seed=1, end=end)
     tokens, answers = data[0]  # (B, T + 1) each
 """
 
-import gc
-import lzma
 import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from checkpoint import read_json
+from checkpoint import Text
+from command import read_text
 from training.recall import TOKENS_A_TURN, Recall, document_ids
 
 END = "<|endoftext|>"  # divides books in the text files; the only special token of our own tokenizer
@@ -34,16 +33,6 @@ ECHO_SHARE = 0.05  # sequences that are random tokens said again and again: copy
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def read_text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"no text file {path}")
-    try:
-        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
-            return file.read()
-    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not UTF-8 text (.txt or .txt.xz): {error}") from None
 
 
 def read_books(paths: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -95,18 +84,21 @@ def encode_books(books: list[str], tokenizer: Tokenizer, end: int) -> np.ndarray
     return np.concatenate(parts)
 
 
+def open_tokenizer(path: Path) -> Tokenizer:
+    read_text(path)  # for its errors
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise ValueError(f"{path} is not a readable tokenizer: {error}") from None
+
+
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
-    """A checkpoint's tokenizer, and the token that divides texts."""
-    read_json(folder, "tokenizer.json")  # for its errors
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    end = tokenizer.token_to_id(END)
-    if end is None:
-        end = read_json(folder, "generation_config.json", required=False).get("eos_token_id")
-        end = end or read_json(folder, "config.json").get("eos_token_id") or 0
-        end = end[0] if isinstance(end, list) else end
-    return tokenizer, end
+    """A checkpoint's tokenizer, and the token that divides texts: END, else the least that ends an answer, else 0."""
+    text = Text.load(folder)
+    text.tokenizer.no_truncation()
+    text.tokenizer.no_padding()
+    end = text.tokenizer.token_to_id(END)
+    return text.tokenizer, min(text.stop, default=0) if end is None else end
 
 
 def windows(tokens: np.ndarray, length: int, count: int) -> list[list[int]]:
@@ -132,6 +124,8 @@ def parse_stages(text: str, steps: int) -> list[Stage]:
     try:
         for part in text.split(","):
             length, share = part.split(":")
+            if not 0 < float(share) <= 1:
+                raise ValueError
             total += float(share)
             stages.append(Stage(int(length), round(total * steps)))
     except ValueError:
@@ -199,11 +193,3 @@ class Mixture(Dataset):
             end = filled + len(ids)
             tokens[filled:end], answers[filled:end], tokens[end] = ids, mask, self.end
             filled = end + 1
-
-
-def freeze_for_workers() -> None:
-    """Before data workers are forked: keep the garbage collector off what they share, and the tokenizer's threads off
-    a fork that they do not survive."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.collect()
-    gc.freeze()

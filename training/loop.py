@@ -1,9 +1,9 @@
 """What both trainers share: optimizer, schedule, the loop with stop and resume, the log, the checkpoint folder.
 
-Where it sits: pretrain.py (an LLM from scratch) and distill.py (an assistant for an LLM) bring data and a loss; `train`
-below does the rest and `save_hf` writes what checkpoint.load_decoder reads:
+Where it sits: training.pretrain (an LLM from scratch) and training.distill (an assistant for an LLM) bring data and a
+loss; `train` below does the rest and `save_hf` writes what checkpoint.load_decoder reads:
 
-    report = train(decoder, data, loss, evaluate, options, folder)   # folder/state.pt, folder/log.jsonl
+    report = train(decoder, data, loss_of, evaluate, args)   # --out/state.pt, --out/log.jsonl
     save_hf(decoder, folder, tokenizer, card)
 
 Nothing here draws random numbers while training: there is no dropout, and the data of a step is a pure function of
@@ -12,9 +12,11 @@ ends with the same bits.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -31,29 +33,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import command
-from checkpoint import checkpoint_weights
+from checkpoint import checkpoint_weights, read_json
+from command import number, read_lines, whole, write_json, write_text
 from model import Block, Config, Decoder
 from training.data import END
 
 STATE, LOG = "state.pt", "log.jsonl"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train, whatever is trained."""
-
-    steps: int
-    lr: float
-    warmup: float  # share of the steps
-    seed: int
-    device: torch.device
-    workers: int
-    log_every: int
-    eval_every: int
-    stop_after_minutes: float | None
-    resume: bool
-    compile: bool
 
 
 @dataclass(frozen=True)
@@ -63,68 +49,54 @@ class Report:
     step: int
     seconds: float
     tokens: int
-    figures: dict  # of the last log record with an evaluation
+    figures: dict[str, float]  # of the last evaluation
 
     @property
     def summary(self) -> str:
         return f"{self.step} steps, {self.tokens / 1e6:.1f}M tokens, {self.seconds / 60:.1f} minutes"
 
 
+def add_shape(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Flags of the model's shape, each with its default."""
+    group = parser.add_argument_group("model")
+    for name, default in defaults.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=whole(1), default=default, metavar="N")
+
+
 def add_arguments(parser: argparse.ArgumentParser, steps: int, lr: float) -> None:
-    """The flags behind `Options`, with this trainer's defaults."""
+    """The flags that `train` reads, with this trainer's defaults."""
     cuda = torch.cuda.is_available()
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=steps, help="steps of the whole run, which the schedule refers to")
-    group.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-    group.add_argument("--warmup", type=float, default=0.02, help="share of the steps in which the rate rises")
-    group.add_argument("--seed", type=int, default=1)
-    group.add_argument("--device", default="cuda" if cuda else "cpu")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=whole(1), default=steps, help="steps of the whole run, which the schedule refers to")
+    add("--lr", type=number(0, above=True), default=lr, help="peak learning rate")
+    add("--warmup", type=command.share, default=0.02, help="share of the steps in which the rate rises")
+    add("--seed", type=command.seed, default=1)
+    add("--device", type=command.device, default="auto")
     workers = max(1, min(14, (os.cpu_count() or 1) - 2)) if cuda else 0
-    group.add_argument("--workers", type=int, default=workers, help="processes that make the data")
-    group.add_argument("--log-every", type=int, default=20, metavar="STEPS")
-    group.add_argument("--eval-every", type=int, default=500, metavar="STEPS", help="evaluate and save the state")
-    group.add_argument("--stop-after-minutes", type=float, metavar="M", help="save the state and end; --resume goes on")
-    group.add_argument("--resume", action="store_true", help=f"go on from {STATE} in --out")
-    group.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster")
-
-
-def options_from(args: argparse.Namespace) -> Options:
-    """Check what the user typed. ValueError in one line."""
-    for name in ("steps", "log_every", "eval_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
-    device = command.device(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # the few fp32 products (attention rows) go to the tensor cores
-    names = Options.__dataclass_fields__
-    return Options(**{name: getattr(args, name) for name in names if name != "device"}, device=device)
+    add("--workers", type=whole(0, 256), default=workers, help="processes that make the data")
+    add("--log-every", type=whole(1), default=20, metavar="STEPS")
+    add("--eval-every", type=whole(1), default=500, metavar="STEPS", help="evaluate and save the state")
+    add("--stop-after-minutes", type=number(0), metavar="M", help="save the state and end; --resume goes on")
+    add("--resume", action="store_true", help=f"go on from {STATE} in --out")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster")
 
 
 # ---- model and optimizer ---------------------------------------------------------------------------------------------
 
 
-def shape_from(args: argparse.Namespace, vocab: int, max_positions: int, rope_theta: float) -> Config:
-    """The LLaMA-type, tied model that --layers, --hidden and the other shape flags ask for."""
-    return Config.from_hf(
-        dict(
-            model_type="llama",
-            vocab_size=vocab,
-            hidden_size=args.hidden,
-            intermediate_size=args.intermediate,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.query_heads,
-            num_key_value_heads=args.kv_heads,
-            head_dim=args.head_dim,
-            max_position_embeddings=max_positions,
-            rms_norm_eps=1e-5,
-            rope_theta=rope_theta,
-            tie_word_embeddings=True,
-        )
-    )
+def fresh_decoder(args: argparse.Namespace, vocab: int, max_positions: int, rope_theta: float) -> Decoder:
+    """The LLaMA-type, tied model of --layers, --hidden and the other shape flags, on the CPU: weights normal with std
+    0.02, what adds to the residual stream scaled by 1/sqrt(2L), norms 1, biases 0."""
+    if args.head_dim % 2:
+        raise ValueError(f"--head-dim {args.head_dim} is odd: RoPE turns pairs of dimensions; give an even one")
+    raw = dict(model_type="llama", vocab_size=vocab, max_position_embeddings=max_positions, rms_norm_eps=1e-5)
+    raw |= dict(rope_theta=rope_theta, tie_word_embeddings=True, head_dim=args.head_dim)
+    raw |= dict(hidden_size=args.hidden, intermediate_size=args.intermediate, num_hidden_layers=args.layers)
+    raw |= dict(num_attention_heads=args.query_heads, num_key_value_heads=args.kv_heads)
+    return initialise(Decoder(Config.from_hf(raw)), args.seed)
 
 
 def initialise(decoder: Decoder, seed: int) -> Decoder:
-    """Fresh weights: normal with std 0.02, what adds to the residual stream scaled by 1/sqrt(2L), norms 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts alike
     for name, parameter in decoder.named_parameters():
         if parameter.dim() < 2:
@@ -134,6 +106,10 @@ def initialise(decoder: Decoder, seed: int) -> Decoder:
             std = 0.02 / math.sqrt(2 * decoder.config.layers) if residual else 0.02
             nn.init.normal_(parameter, std=std, generator=generator)
     return decoder
+
+
+def parameter_count(decoder: Decoder) -> int:
+    return sum(parameter.numel() for parameter in decoder.parameters())
 
 
 def make_optimizer(decoder: Decoder, lr: float) -> torch.optim.AdamW:
@@ -146,13 +122,13 @@ def make_optimizer(decoder: Decoder, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=decoder.device.type == "cuda")
 
 
-def learning_rate(step: int, options: Options) -> float:
+def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine down to a tenth of the peak; a function of step / steps."""
-    done = (step + 1) / options.steps
-    if done < options.warmup:
-        return options.lr * done / options.warmup
-    part = (done - options.warmup) / max(1 - options.warmup, 1e-9)
-    return options.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)))
+    done = (step + 1) / args.steps
+    if done < args.warmup:
+        return args.lr * done / args.warmup
+    part = (done - args.warmup) / max(1 - args.warmup, 1e-9)
+    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)))
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -172,9 +148,9 @@ def compile_blocks(decoder: Decoder) -> None:
             module.compile(dynamic=False)
 
 
-def eager(options: Options) -> AbstractContextManager:
+def eager(args: argparse.Namespace) -> AbstractContextManager:
     """Leave out compiled code: the shapes of an evaluation would each be compiled."""
-    return torch.compiler.set_stance("force_eager") if options.compile else nullcontext()
+    return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
 
 
 def copy_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
@@ -199,31 +175,43 @@ def save_state(folder: Path, decoder: Decoder, optimizer, step: int, seconds: fl
 
 
 def load_state(folder: Path, decoder: Decoder, optimizer) -> tuple[int, float, int]:
+    """Fill both with what `save_state` wrote; the step, the seconds and the tokens so far. ValueError in one line."""
     path = folder / STATE
     if not path.is_file():
         raise ValueError(f"--resume: there is no {path}; leave --resume out to start from the beginning")
-    state = torch.load(path, map_location=decoder.device, weights_only=True)
     try:
-        decoder.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
+        state = torch.load(path, map_location=decoder.device, weights_only=True)
+        model, moments, *counts = (state[name] for name in ("model", "optimizer", "step", "seconds", "tokens"))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(f"--resume: {path} is damaged; remove it and start from the beginning") from None
+    try:
+        decoder.load_state_dict(model)
+        optimizer.load_state_dict(moments)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume: {path} is of another model: {str(error).splitlines()[0]}") from None
-    return state["step"], state["seconds"], state["tokens"]
+    return tuple(counts)
 
 
 class Log:
     """log.jsonl: one record every --log-every steps; an evaluation is a record of its own with `eval` in it."""
 
     def __init__(self, path: Path, start: int):
-        kept = []
-        if start and path.is_file():  # a run that was killed may have logged steps after the state it resumes from
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        # A run that was killed may have logged steps after the state it resumes from, the last of them in part.
+        kept = [line for line in read_lines(path, ("step",), torn=True) if line["step"] <= start] if start else []
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path
 
     def write(self, **record) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def freeze_for_workers() -> None:
+    """Before data workers are forked: keep the garbage collector off what they share, and the tokenizer's threads off
+    a fork that they do not survive."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.collect()
+    gc.freeze()
 
 
 Loss = Callable[[list[Tensor], int], tuple[Tensor, dict[str, Tensor]]]  # batch, step -> loss, its parts for the log
@@ -234,34 +222,35 @@ def train(
     data: Dataset,
     loss_of: Loss,
     evaluate: Callable[[], dict],
-    options: Options,
-    folder: Path,
+    args: argparse.Namespace,
 ) -> Report:
-    """Train `decoder` (fp32, on options.device) up to options.steps, or until the time is over.
+    """Train `decoder` (fp32, on args.device) up to args.steps, or until the time is over.
 
     data[step] is the whole batch of a step, a tuple of tensors, the first of them (B, T) tokens. evaluate() returns
     figures for the log; it runs every eval_every steps and at the end, with torch.compile out of the way.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    device, begin = options.device, time.monotonic()
-    optimizer = make_optimizer(decoder, options.lr)
-    start, before, tokens = load_state(folder, decoder, optimizer) if options.resume else (0, 0.0, 0)
+    folder, device, begin = command.check_folder(args.out), args.device, time.monotonic()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # the few fp32 products (attention rows) go to the tensor cores
+    optimizer = make_optimizer(decoder, args.lr)
+    start, before, tokens = load_state(folder, decoder, optimizer) if args.resume else (0, 0.0, 0)
+    freeze_for_workers()
     loader = DataLoader(
         data,
         batch_size=None,
-        sampler=range(start, options.steps),
-        num_workers=options.workers,
+        sampler=range(start, args.steps),
+        num_workers=args.workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if options.workers else None,
-        multiprocessing_context="fork" if options.workers else None,  # shares the text instead of sending it
+        prefetch_factor=4 if args.workers else None,
+        multiprocessing_context="fork" if args.workers else None,  # shares the text instead of sending it
     )
     log, figures, names, window = Log(folder / LOG, start), {}, [], []
     mark_time, mark_tokens, step = begin, tokens, start - 1
     decoder.train()
     pause = 1.0 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
-    bar = tqdm(total=options.steps, initial=start, unit="step", dynamic_ncols=True, mininterval=pause)
+    bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True, mininterval=pause)
     for step, batch in enumerate(loader, start):
-        lr = learning_rate(step, options)
+        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = [tensor.to(device, non_blocking=True) for tensor in batch]
@@ -274,22 +263,22 @@ def train(
         tokens += batch[0].numel()
         names = ["loss", *parts]
         window.append(torch.stack([loss.detach(), *(part.detach() for part in parts.values())]))  # no wait for the GPU
-        done = step + 1 == options.steps
-        over = options.stop_after_minutes is not None and time.monotonic() - begin > 60 * options.stop_after_minutes
+        done = step + 1 == args.steps
+        over = args.stop_after_minutes is not None and time.monotonic() - begin > 60 * args.stop_after_minutes
         bar.update()
-        if done or over or (step + 1) % options.log_every == 0:
+        if done or over or (step + 1) % args.log_every == 0:
             means = dict(zip(names, torch.stack(window).mean(0).tolist()))
             window = []
             if not math.isfinite(means["loss"]):
-                raise ValueError(f"the loss is {means['loss']} at step {step + 1}; try a lower --lr than {options.lr}")
+                raise ValueError(f"the loss is {means['loss']} at step {step + 1}; try a lower --lr than {args.lr}")
             now = time.monotonic()
             rate = (tokens - mark_tokens) / (now - mark_time)
             mark_time, mark_tokens = now, tokens
             speed = dict(tokens=tokens, tokens_per_s=round(rate), seconds=before + now - begin)
             log.write(step=step + 1, **means, lr=lr, **speed)
             bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{rate:.3g}", refresh=False)
-        if done or over or (step + 1) % options.eval_every == 0:
-            with eager(options):
+        if done or over or (step + 1) % args.eval_every == 0:
+            with eager(args):
                 figures = evaluate()
             seconds = before + time.monotonic() - begin
             log.write(step=step + 1, seconds=seconds, eval=figures)
@@ -342,23 +331,18 @@ def write_tokenizer(tokenizer: Tokenizer | Path, folder: Path) -> None:
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     names = {"bos_token": END, "eos_token": END, "pad_token": END}
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
-    _write_json(folder / "generation_config.json", ids)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    write_json(folder / "generation_config.json", ids)
 
 
 def save_hf(decoder: Decoder, folder: Path, tokenizer: Tokenizer | Path, card: str) -> None:
     """Write a Hugging Face folder: weights in bf16 under their usual names, a tied embedding once, the model card."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(tokenizer, folder)
-    generation = folder / "generation_config.json"
-    known = json.loads(generation.read_text()) if generation.is_file() else {}
+    known = read_json(folder, "generation_config.json", required=False)
     special = {name: known[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in known}
-    _write_json(folder / "config.json", config_to_hf(decoder.config, special))
+    write_json(folder / "config.json", config_to_hf(decoder.config, special))
     made = checkpoint_weights(decoder)
     weights = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in made.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", card)

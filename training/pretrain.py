@@ -1,13 +1,13 @@
 """Train the embedded LLM from scratch: a small decoder that recalls facts from a long text.
 
-Where it sits: text -> **pretrain** -> pair/llm -> distill.py -> pair/slm. Training data is plain prose mixed with the
-documents of recall.py (train split only), each sequence one or the other; `Mixture` makes both on the fly.
+Where it sits: text -> **training.pretrain** -> pair/llm -> training.distill -> pair/slm. Training data is plain prose
+mixed with recall documents (train split only), each sequence one or the other.
 
-    python pretrain.py --text books/*.txt --out pair/llm --compile
-    python pretrain.py average runs/stage-5 runs/stage-6 --out pair/llm
+    python -m training.pretrain --text books/*.txt --out pair/llm --compile
+    python -m training.pretrain average runs/stage-5 runs/stage-6 --out pair/llm
 
 Books (.txt or .txt.xz) are divided by a line <|endoftext|>. The last book of every file is held out. The first step is
-a byte-level BPE tokenizer, unless --tokenizer names one; --tokenizer-only stops after it, which needs no GPU.
+a byte-level BPE tokenizer, unless --tokenizer names one.
 """
 
 import argparse
@@ -23,38 +23,26 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoint import load_decoder
+import command
+from checkpoint import load_decoder, resolve
+from command import number, read_text, whole
 from model import Decoder
-from training.data import (
-    END,
-    Mixture,
-    Recall,
-    encode_books,
-    freeze_for_workers,
-    parse_stages,
-    read_books,
-    train_tokenizer,
-)
+from training.data import END, Mixture, encode_books, open_tokenizer, parse_stages, read_books, train_tokenizer
 from training.loop import (
     STATE,
     Report,
     add_arguments,
+    add_shape,
     autocast,
     compile_blocks,
     copy_decoder,
-    initialise,
-    options_from,
+    fresh_decoder,
+    parameter_count,
     save_hf,
-    shape_from,
     train,
     write_tokenizer,
 )
-from training.recall import Document, document_ids
-
-TINY = dict(hidden=32, layers=2, query_heads=4, kv_heads=2, head_dim=8, intermediate=64, vocab=800, steps=20)
-TINY |= dict(max_positions=512, stages="256:0.5,384:0.5", batch_tokens=768, log_every=5, eval_every=10, workers=0)
-TINY |= dict(eval_documents=2, eval_length=300)
-
+from training.recall import Document, Recall, document_ids
 
 # ---- loss and evaluation ---------------------------------------------------------------------------------------------
 
@@ -110,29 +98,28 @@ def prose_loss(decoder: Decoder, prose: np.ndarray, length: int, slices: int = 1
 
 
 def choose_tokenizer(args: argparse.Namespace, books: list[str]) -> Tokenizer:
-    """The one that --tokenizer names, or of the run that goes on, or a new one."""
+    """The one that --tokenizer names, or of the run that goes on, or of --init, or a new one."""
     folder = args.out if args.resume else args.init
     path = Path(args.tokenizer) if args.tokenizer else Path(folder) / "tokenizer.json" if folder else None
     if path is None:
         return train_tokenizer(books, args.vocab)
-    if not path.is_file():
-        raise ValueError(f"there is no {path}" + "; leave --resume out to start from the beginning" * args.resume)
-    tokenizer = Tokenizer.from_file(str(path))
+    if args.resume and not path.is_file():
+        raise ValueError(f"--resume: there is no {path}; leave --resume out to start from the beginning")
+    tokenizer = open_tokenizer(path)
     if tokenizer.token_to_id(END) is None:
-        raise ValueError(f"{path} has no token {END}; give one that pretrain.py made")
+        raise ValueError(f"{path} has no token {END}; give one that training.pretrain made")
     return tokenizer
 
 
 def model_card(args: argparse.Namespace, decoder: Decoder, report: Report) -> str:
-    parameters = sum(parameter.numel() for parameter in decoder.parameters())
     figures = "".join(f"| {name} | {value:.4f} |\n" for name, value in report.figures.items())
     return f"""# SmallKV's embedded LLM
 
-A demonstration model of {parameters / 1e6:.1f}M parameters that answers questions about the text before them, trained
-from scratch by `pretrain.py` of this repository. It is not good for anything else.
+A demonstration model of {parameter_count(decoder) / 1e6:.1f}M parameters that answers questions about the text before
+them, trained from scratch by `training.pretrain` of SmallKV. It is not good for anything else.
 
-- Data: public-domain English prose ({len(args.text)} files: {", ".join(sorted(Path(path).name for path in args.text))})
-  and recall documents made by `recall.py` (train split, {args.recall_share:.0%} of the sequences).
+- Data: English prose ({len(args.text)} files: {", ".join(sorted(Path(path).name for path in args.text))})
+  and recall documents made by `training.recall` (train split, {args.recall_share:.0%} of the sequences).
 - Training: {report.summary} on {args.device}, sequence lengths {args.stages}, {args.batch_tokens} tokens a step,
   seed {args.seed}, peak learning rate {args.lr}, answer tokens weighted {args.answer_weight:g} times.
 
@@ -145,116 +132,104 @@ token on held-out books.
 {figures}"""
 
 
-def run(args: argparse.Namespace) -> tuple[Decoder, Report] | None:
-    options, out = options_from(args), Path(args.out)
-    stages = parse_stages(args.stages, args.steps)
-    out.mkdir(parents=True, exist_ok=True)
+def run(args: argparse.Namespace) -> tuple[Decoder, Report]:
+    stages, device, out = parse_stages(args.stages, args.steps), args.device, command.check_folder(args.out)
     books, held_out = read_books(args.text)
     tokenizer = choose_tokenizer(args, books)
-    write_tokenizer(tokenizer, out)
-    if args.tokenizer_only:
-        return None
-    end = tokenizer.token_to_id(END)
+    end, vocab = tokenizer.token_to_id(END), tokenizer.get_vocab_size()
     recall = Recall.from_books(books, tokenizer, "train", args.turns)
+    prose, test_prose = encode_books(books, tokenizer, end), encode_books(held_out, tokenizer, end)
+    data = Mixture(prose, recall, stages, args.batch_tokens, args.recall_share, args.seed, end)
     test = replace(Recall.from_books(held_out, tokenizer, "test"), turns=4)
     documents = [test.document(random.Random(f"evaluation-{i}"), args.eval_length) for i in range(args.eval_documents)]
-    data = Mixture(
-        encode_books(books, tokenizer, end), recall, stages, args.batch_tokens, args.recall_share, args.seed, end
-    )
-    test_prose = encode_books(held_out, tokenizer, end)
-
     if args.init:
-        decoder = load_decoder(args.init, options.device, torch.float32).requires_grad_(True)
-        if decoder.config.vocab_size != tokenizer.get_vocab_size():
-            raise ValueError(f"--init {args.init} was trained with another tokenizer")
+        decoder = load_decoder(resolve(args.init), device, torch.float32).requires_grad_(True)
+        if decoder.config.vocab_size != vocab:
+            raise ValueError(f"--init {args.init} was trained with another tokenizer; give its tokenizer.json")
     else:
-        config = shape_from(args, tokenizer.get_vocab_size(), args.max_positions, args.rope_theta)
-        decoder = initialise(Decoder(config), args.seed).to(options.device)
-    parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    print(f"{parameters / 1e6:.2f}M parameters, {len(data.prose) / 1e6:.1f}M tokens of prose", flush=True)
+        decoder = fresh_decoder(args, vocab, args.max_positions, args.rope_theta).to(device)
+    longest = max(args.eval_length, *(stage.length for stage in stages))
+    if longest > decoder.config.max_positions:
+        raise ValueError(f"sequences of {longest} tokens are longer than the {decoder.config.max_positions} positions "
+                         "that the model has; see --stages, --eval-length and --max-positions")  # fmt: skip
+    write_tokenizer(tokenizer, out)
+    size = f"{parameter_count(decoder) / 1e6:.2f}M parameters, {len(prose) / 1e6:.1f}M tokens of prose"
+    print(size, file=sys.stderr, flush=True)
     criterion = weighted_loss
-    if options.compile:
+    if args.compile:
         compile_blocks(decoder)
         criterion = torch.compile(weighted_loss, dynamic=False)
 
     def loss_of(batch: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, answers = batch[0].long(), batch[1]
-        with autocast(options.device):
+        with autocast(device):
             logits = decoder(tokens[:, :-1])
             loss, answer, text = criterion(logits, tokens[:, 1:], answers[:, 1:], args.answer_weight)
         return loss, {"answer": answer, "text": text}
 
     def evaluate() -> dict[str, float]:
-        frozen = copy_decoder(decoder, torch.bfloat16 if options.device.type == "cuda" else torch.float32)
-        loss = prose_loss(frozen, test_prose, min(1024, args.max_positions))
+        frozen = copy_decoder(decoder, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        loss = prose_loss(frozen, test_prose, min(1024, decoder.config.max_positions))
         return {"prose_loss": loss, **answer_rates(frozen, documents)}
 
-    freeze_for_workers()
-    report = train(decoder, data, loss_of, evaluate, options, out)
+    report = train(decoder, data, loss_of, evaluate, args)
     save_hf(decoder, out, tokenizer, model_card(args, decoder, report))
-    if report.step == args.steps:
+    if report.step >= args.steps:
         (out / STATE).unlink(missing_ok=True)
-    print(f"{out}: {report.summary}", flush=True)
+    print(f"{out}: {report.summary}")
     return decoder, report
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help=".txt or .txt.xz")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json made here before; default: train one")
-    parser.add_argument("--tokenizer-only", action="store_true", help="write the tokenizer to --out and stop")
-    parser.add_argument("--init", metavar="DIR", help="start from this checkpoint's weights; its shape counts")
-    parser.add_argument("--tiny", action="store_true", help="a shape and a run of seconds on a CPU, for tests")
-    shape = parser.add_argument_group("model")
-    for name, default in dict(vocab=4096, hidden=320, layers=8, query_heads=10, kv_heads=5, head_dim=32,
-                              intermediate=896, max_positions=2048).items():  # fmt: skip
-        shape.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    shape.add_argument("--rope-theta", type=float, default=10000.0)
-    data = parser.add_argument_group("data")
-    data.add_argument("--stages", default="512:0.4,2048:0.6", help="sequence lengths and their share of the steps")
-    data.add_argument("--batch-tokens", type=int, default=131072, help="tokens of a step")
-    data.add_argument("--recall-share", type=float, default=0.7, help="share of sequences that are recall documents")
-    data.add_argument("--turns", type=int, default=16, help="questions of a recall document at most")
-    data.add_argument("--answer-weight", type=float, default=8.0)
-    data.add_argument("--eval-documents", type=int, default=128, help="held-out recall documents, of 4 questions each")
-    data.add_argument("--eval-length", type=int, default=1000)
-    add_arguments(parser, steps=4000, lr=2e-3)
-    args = parser.parse_args(argv)
-    if args.tiny:  # what the user typed stays
-        untouched = [name for name in TINY if getattr(args, name) == parser.get_default(name)]
-        vars(args).update({name: TINY[name] for name in untouched})
-    return args
-
-
-def average(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="pretrain.py average", description="The mean of checkpoints' weights: two "
-                                     "ends of one training miss different things.")  # fmt: skip
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="of one shape; the last one's other files are copied")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    args = parser.parse_args(argv)
-    decoders = [load_decoder(folder, "cpu", torch.float32) for folder in args.folders]
-    for folder, decoder in zip(args.folders, decoders):
+def average(args: argparse.Namespace) -> None:
+    """The mean of checkpoints' weights, and the other files of the last one."""
+    folders = [resolve(folder) for folder in args.folders]
+    decoders = [load_decoder(folder, "cpu", torch.float32) for folder in folders]
+    for folder, decoder in zip(folders, decoders):
         if decoder.config != decoders[0].config:
-            raise ValueError(f"{folder} has another shape than {args.folders[0]}: only one shape has a mean")
+            raise ValueError(f"{folder} has another shape than {folders[0]}: only one shape has a mean")
     states = [decoder.state_dict() for decoder in decoders]
     mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
     decoders[-1].load_state_dict(mean)
-    folder, out = Path(args.folders[-1]), Path(args.out)
-    save_hf(decoders[-1], out, folder, (folder / "README.md").read_text(encoding="utf-8"))
+    save_hf(decoders[-1], command.check_folder(args.out), folders[-1], read_text(folders[-1] / "README.md"))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    if argv[:1] == ["average"]:
+        parser = command.Parser(prog="training.pretrain average", description=average.__doc__)
+        parser.add_argument("folders", nargs="+", metavar="DIR", help="of one shape")
+        parser.add_argument("--out", required=True, metavar="DIR")
+        return parser.parse_args(argv[1:])
+    parser = command.Parser(prog="training.pretrain", description=__doc__.partition("\n")[0],
+                            epilog="'training.pretrain average --help': the mean of checkpoints.",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help=".txt or .txt.xz")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json made here before, else one is trained")
+    parser.add_argument("--init", metavar="DIR", help="start from this checkpoint's weights; its shape counts")
+    add_shape(parser, hidden=320, layers=8, query_heads=10, kv_heads=5, head_dim=32, intermediate=896,
+              max_positions=2048)  # fmt: skip
+    data = parser.add_argument_group("data")
+    data.add_argument("--vocab", type=whole(300, 1 << 20), default=4096, help="tokens of a new tokenizer")
+    data.add_argument("--rope-theta", type=number(1), default=10000.0)
+    data.add_argument("--stages", default="512:0.4,2048:0.6", help="sequence lengths and their share of the steps")
+    data.add_argument("--batch-tokens", type=whole(1), default=131072, help="tokens of a step")
+    data.add_argument("--recall-share", type=command.share, default=0.7, help="of the sequences: recall documents")
+    data.add_argument("--turns", type=whole(1), default=16, help="questions of a recall document at most")
+    data.add_argument("--answer-weight", type=number(0), default=8.0, help="of an answer's token; 1: as any other")
+    data.add_argument("--eval-documents", type=whole(1), default=128, help="held out, of at most 4 questions each")
+    data.add_argument("--eval-length", type=whole(1), default=1000)
+    add_arguments(parser, steps=4000, lr=2e-3)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv[:1] == ["average"]:
-            average(argv[1:])
-        else:
-            run(parse(argv))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parse(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int:
+        average(args) if "folders" in args else run(args)
+        return 0
+
+    return command.ended(work)
 
 
 if __name__ == "__main__":
