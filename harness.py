@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
 from tqdm import tqdm
 
 import command
@@ -117,14 +118,13 @@ def leaves(manager: TaskManager, names: list[str]) -> list[str]:
     found = []
     for name in names:
         entry = manager.task_index.get(name)
-        tagged = [other for other, known in manager.task_index.items() if name in known.tags]
-        if entry is None and not tagged:
-            raise ValueError(f"unknown task {name!r}; lm_eval ls tasks prints those that the harness has")
-        inner = entry.cfg.get("task") if entry is not None and entry.cfg else None
+        if entry is None:
+            raise ValueError(f"unknown task {name!r}; `lm_eval ls tasks` prints those that the harness has")
+        inner = sorted(entry.tags) if entry.kind is Kind.TAG else (entry.cfg or {}).get("task")
         if isinstance(inner, list):
             found += leaves(manager, [one if isinstance(one, str) else one["task"] for one in inner])
         else:
-            found += tagged or [name]
+            found.append(name)
     return list(dict.fromkeys(found))
 
 
@@ -170,7 +170,7 @@ def run(args, pair: Pair) -> None:
         for chat, tasks in specs.items():
             if tasks:
                 found = lm_eval.simple_evaluate(
-                    model, tasks=tasks, limit=args.limit, use_cache=str(args.out / "cache" / f"{name}-{int(chat)}"),
+                    model, tasks=[{"group": "asked", "task": tasks}], limit=args.limit, use_cache=str(args.out / "cache" / f"{name}-{int(chat)}"),
                     apply_chat_template=chat, task_manager=manager, bootstrap_iters=0,
                 )  # fmt: skip
                 figures |= found["results"]
