@@ -13,18 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from torch.utils.data import DataLoader
 
-from checkpoint import checkpoint_weights, load_decoder
+from checkpoint import Text, checkpoint_weights, load_decoder
 from command import read_json, read_lines
 from conftest import tiny_decoder
 from kernels import attention_rows
 from match import SINKS
 from model import Config, Decoder
-from training import align, data, distill, pretrain, words
+from training import align, data, distill, prepare_smollm2, pretrain, words
 from training.data import END, Mixture, Stage, encode_books, parse_stages, read_books
-from training.loop import copy_decoder, initialise, learning_rate, save_hf
+from training.loop import copy_decoder, initialise, learning_rate, parameter_count, save_hf
 from training.recall import SLACK, Prose, Recall, document_ids, encoder, exact, make_document
 
 PAIR = Path(__file__).parents[1] / "pair"
@@ -522,3 +522,47 @@ def test_a_mistake_is_one_line(module, flags, message, llm_run, text, tmp_path, 
         code = exit.code
     error = capsys.readouterr().err.strip()
     assert code == 2 and error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_of(tmp_path):
+    """Written here as llama.cpp does: rows of query and key interleaved for its RoPE."""
+    gguf, _ = pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    source, out = tmp_path / "tiny.gguf", tmp_path / "out"
+    out.mkdir()
+    tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "12"]
+    decoder = tiny_decoder(heads=4, head_dim=8, vocab=len(tokens), tie_word_embeddings=True, rms_norm_eps=1e-5)
+    config, writer = decoder.config, gguf.GGUFWriter(source, "llama")
+    for name, value in dict(context_length=config.max_positions, embedding_length=32, block_count=config.layers,
+                            feed_forward_length=48, head_count=4, head_count_kv=2, vocab_size=len(tokens),
+                            layer_norm_rms_eps=1e-5, rope_freq_base=1e4, rope_dimension_count=8).items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    for size in ("add_key_length", "add_value_length"):
+        getattr(writer, size)(8)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["a b", "1 2"])
+    for kind in ("bos", "eos", "pad"):
+        getattr(writer, f"add_{kind}_token_id")(0)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    names = {"embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm", "q_proj": "attn_q",
+             "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    for name, weight in checkpoint_weights(decoder).items():
+        parts = name.split(".")
+        if parts[-2] in ("q_proj", "k_proj"):
+            heads = len(weight) // config.head_dim
+            weight = weight.view(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+        block = f"blk.{parts[2]}." if parts[1] == "layers" else ""
+        writer.add_tensor(f"{block}{names[parts[-2]]}.weight", weight.bfloat16().float().contiguous().numpy())
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+
+    assert prepare_smollm2.convert(source, out) == parameter_count(decoder)
+    made, own = load_decoder(out), checkpoint_weights(decoder)
+    assert made.config == config
+    for name, weight in checkpoint_weights(made).items():
+        assert torch.equal(weight, own[name].bfloat16()), name
+    text = Text.load(out)
+    assert text.decode(text.encode("ab  12\n3")) == "ab  12\n3" and text.stop == {0}
+    assert [text.tokenizer.id_to_token(i) for i in text.encode("ab12")] == ["ab", "1", "2"]

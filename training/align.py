@@ -1,7 +1,8 @@
 """Attention alignment: which LLM head each SLM head learns, and how far its attention is from that head's.
 
-Where it sits: the loss of distill.py. Both models are run on the same tokens; `capture` keeps the keys, and the queries
-of R random positions. Only their rows are ever made, (B, H', R, T) for one SLM layer at a time, never an n x n matrix.
+Where it sits: the loss of training.distill. Both models are run on the same tokens; `capture` keeps the keys, and the
+queries of R random positions. Only their rows are ever made, (B, H', R, T) for one SLM layer at a time, never an n x n
+matrix.
 
     heads:  cluster_heads -> deal_slots     LLM heads with alike rows share an SLM head; shallow heads go to low layers
     rows:   capture -> target_rows -> row_losses
