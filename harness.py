@@ -170,7 +170,8 @@ def run(args, pair: Pair) -> None:
         for chat, tasks in specs.items():
             if tasks:
                 found = lm_eval.simple_evaluate(
-                    model, tasks=[{"group": "asked", "task": tasks}], limit=args.limit, use_cache=str(args.out / "cache" / f"{name}-{int(chat)}"),
+                    model, tasks=[{"group": "asked", "task": tasks}], limit=args.limit,
+                    use_cache=str(args.out / "cache" / f"{name}-{int(chat)}"),
                     apply_chat_template=chat, task_manager=manager, bootstrap_iters=0,
                 )  # fmt: skip
                 figures |= found["results"]

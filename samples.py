@@ -139,7 +139,8 @@ def load_samples(task: str, pair: Pair, args) -> list[Sample]:
 def _voice(sample: Sample, text, stops: tuple[str, ...], answers: list[str]):
     """One sequence of a conversation: is sent the token that the model finds the most likely, yields the one to feed;
     its answers go into `answers`, without what ended them."""
-    marks = {*text.stop, *map(text.tokenizer.token_to_id, stops)}  # a stop string can be a special token
+    added = text.tokenizer.get_added_tokens_decoder().items()
+    marks = {*text.stop, *(i for i, token in added if token.special and token.content in stops)}
     likeliest, fed = (yield), True
     for turn in sample.turns:
         if not fed:  # what is recorded of an answer is in the context of the next turn

@@ -30,6 +30,7 @@ RECENT, NEWEST = 0x7F7FFFFF, 0x7F800000  # bits of the largest fp32 and of infin
 ROW = 32768  # tokens of a row that a program holds in registers
 BRING_BYTES = 1 << 17  # that a program of the mover has under way: a thousand rows fill PCIe
 MOVERS = 3  # programs of the mover, each with a multiprocessor that the LLM's products do without meanwhile
+LARGE = 1 << 26  # bytes of a pool beyond which its moves outlast a layer, and one program more is worth it
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ def bring_rows_triton(key: Tensor | None, value: Tensor, offloaded: Tensor, rows
     assert all(x.is_contiguous() for x in (key, value, offloaded, rows) if x is not None)
     D = value.shape[-1]
     at_once = BRING_BYTES // (D * value.itemsize * (1 if key is None else 2))
-    _bring_kernel[(MOVERS,)](
+    _bring_kernel[(MOVERS + (value.nbytes > LARGE),)](
         key, value, offloaded, rows, count, rows.shape[1], D=D, ROWS=at_once, num_warps=32, num_stages=1
     )
 

@@ -84,10 +84,11 @@ def naive_conversation(pair: Pair, sample: Sample, stops: tuple[str, ...], seen:
             ended = any(stop in pair.text.decode(answer) for stop in stops)
             seen.update({"stop text"} if ended else {"limit"} if len(answer) == sample.answer_tokens else ())
             ended = ended or len(answer) == sample.answer_tokens
-            if not ended or "\n" not in pair.text.decode([token]):
-                ids.append(token)
-            else:
+            if ended and "\n" in stops and pair.text.decode([token]).startswith("\n"):
                 seen.add("newline")
+            else:  # what is recorded is in the context of the next turn
+                ids.append(token)
+                seen.update({"fed newline"} if ended and "\n" in pair.text.decode([token]) else ())
             if ended:
                 break
         told = pair.text.decode(answer)
@@ -116,6 +117,27 @@ def test_a_newline_that_ends_an_answer_is_not_fed(pair):
     expected = [naive_conversation(pair, sample, ("\n",), seen) for sample in samples]
     assert "newline" in seen
     assert converse(open_session(Policy(pair.llm), samples), samples, pair.text, ("\n",)) == expected
+
+
+def test_a_newline_on_which_an_answer_is_cut_at_its_limit_is_fed(pair):
+    """As MT-Bench's answers are, which no stop string ends."""
+    pair.text.stop, seen = frozenset(), set()
+    pair.llm.lm_head.weight[pair.text.encode("\n")[0]] *= 3
+    samples = [Sample(str(i), "", *random_prompts(30 + i, seed=i, vocab=280), [[5], [6, 7]], 3) for i in range(12)]
+    expected = [naive_conversation(pair, sample, (), seen) for sample in samples]
+    assert "fed newline" in seen
+    assert converse(open_session(Policy(pair.llm), samples), samples, pair.text) == expected
+
+
+def test_a_stop_string_can_be_a_special_token(pair):
+    """Special tokens are not in the text of an answer; here another one ends it than the checkpoint's own."""
+    pair.llm.lm_head.weight[0] *= 3
+    samples = [Sample(str(i), "", *random_prompts(30 + i, seed=i, vocab=280), [[5], [6, 7]], 30) for i in range(12)]
+    pair.text.stop, seen = frozenset({0}), set()
+    expected = [naive_conversation(pair, sample, (), seen) for sample in samples]
+    pair.text.stop = frozenset()
+    assert "stop token" in seen
+    assert converse(open_session(Policy(pair.llm), samples), samples, pair.text, ("<end>",)) == expected
 
 
 # ---- Samples and scores ----------------------------------------------------------------------------------------------

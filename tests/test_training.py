@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from torch.utils.data import DataLoader
 
-from checkpoint import Text, checkpoint_weights, load_decoder
+from checkpoint import checkpoint_weights, load_decoder
 from command import read_json, read_lines
 from conftest import tiny_decoder
 from kernels import attention_rows
 from match import SINKS
 from model import Config, Decoder
+from text import Text
 from training import align, data, distill, prepare_smollm2, pretrain, words
 from training.data import END, Mixture, Stage, encode_books, parse_stages, read_books
 from training.loop import copy_decoder, initialise, learning_rate, parameter_count, save_hf

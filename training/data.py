@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from checkpoint import Text
 from command import read_text
+from text import Text
 from training.recall import TOKENS_A_TURN, Recall, document_ids
 
 END = "<|endoftext|>"  # divides books in the text files; the only special token of our own tokenizer
