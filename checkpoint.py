@@ -57,10 +57,10 @@ def resolve(name: str, files: list[str] = HUB_FILES) -> Path:
 
 
 def read_json(folder: Path, name: str, required: bool = True) -> dict:
-    if not required and not (folder / name).is_file():
-        return {}
     if not (folder / name).is_file():
-        raise CheckpointError(f"{folder} has no {name}; is it a Hugging Face checkpoint folder?")
+        if required:
+            raise CheckpointError(f"{folder} has no {name}; is it a Hugging Face checkpoint folder?")
+        return {}
     try:
         return command.read_json(folder / name)
     except ValueError as error:

@@ -11,7 +11,7 @@ import lzma
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import get_args
 
@@ -84,10 +84,15 @@ def device(name: str) -> torch.device:
     return torch.device(("cuda" if count else "cpu") if kind == "auto" else name)
 
 
+def field_kind(field: Field) -> type:
+    """What a dataclass's field holds: of `int | None`, int."""
+    return next(iter(get_args(field.type)), field.type)
+
+
 def add_fields(add: Callable, record: type) -> None:
     """A flag for every field of a dataclass, with the help in its metadata; `typed` has those that were given."""
     for field in fields(record):
-        kind = next(iter(get_args(field.type)), field.type)  # of `int | None`: int
+        kind = field_kind(field)
         how = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}.get(kind)}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
         shown = ("off", "on")[field.default] if kind is bool else field.default
@@ -202,8 +207,9 @@ def write_lines(path: str | Path, rows: list[dict]) -> None:
 # ---- How a command ends ----------------------------------------------------------------------------------------------
 
 
-def ended(work: Callable[[], int]) -> int:
-    """The exit code of a command: its own; 2, a mistake or too little memory; 130, Ctrl-C; 1, the reader has gone.
+def ended(work: Callable[[], int | None]) -> int:
+    """The exit code of a command: its own, 0 if it gives none; 2, a mistake or too little memory; 130, Ctrl-C; 1, the
+    reader has gone.
 
     Characters that the output's encoding lacks are replaced, as an answer is worth more than its quotation marks.
     """
@@ -214,7 +220,7 @@ def ended(work: Callable[[], int]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        code = work()
+        code = work() or 0
         sys.stdout.flush()
         return code
     except SystemExit as left:  # argparse: --help, or a mistake in the flags

@@ -25,7 +25,6 @@ from importlib import metadata
 from itertools import product
 from json import dumps
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -64,7 +63,7 @@ def parse_spec(spec: str) -> tuple[str, dict]:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; supported: {', '.join(METHODS)}")
     if name.startswith("smallkv"):
-        kinds = {f.name: next(iter(get_args(f.type)), f.type) for f in fields(Settings) if f.name[:6] != "budget"}
+        kinds = {f.name: command.field_kind(f) for f in fields(Settings) if f.name[:6] != "budget"}
     for key, _, value in (part.partition("=") for part in rest.split(",") if part):
         if key not in kinds:
             raise ValueError(f"method {spec!r} has no option {key!r}; supported: {', '.join(kinds) or 'none'}")
@@ -115,6 +114,11 @@ def make_cells(args, pair: Pair) -> list[tuple[str, float, float]]:
                              f"of {budget:g} leaves {spec} nothing; give more, or --equal budget")  # fmt: skip
         cells.append((spec, budget, budget - taken))
     return list(dict.fromkeys(cells))
+
+
+def cell_name(spec: str, budget: float) -> str:
+    """What files of a method at a budget are called."""
+    return re.sub(r"[^\w.@-]+", "-", f"{spec}@{budget:g}")
 
 
 # ---- A run -----------------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def write_answers(folder: Path) -> None:
     judge rates them (gen_judgment.py --model-list NAME)."""
     files: dict[str, str] = {}
     for line in read_run(folder)[1]:
-        name = re.sub(r"[^\w.@-]+", "-", f"{line['method']}@{line['budget']:g}")
+        name = cell_name(line["method"], line["budget"])
         row = {"question_id": int(line["sample"]), "answer_id": f"{name}-{line['sample']}", "model_id": name,
                "choices": [{"index": 0, "turns": line["given"]}], "tstamp": time.time()}  # fmt: skip
         files[name] = files.get(name, "") + dumps(row, ensure_ascii=False) + "\n"
@@ -343,7 +347,7 @@ def run(args) -> int:
     for line in dict.fromkeys(run_line(pair.llm, make_policy_from(spec, pair, own)) for spec, _, own in cells):
         print(line, file=sys.stderr)
     if args.task == "lm-eval":
-        harness.run(args, pair)
+        harness.run(args, pair, cells)
     else:
         run_cells(args.task, pair, samples, args.batch, cells, out / "results.jsonl")
     if args.task == "mtbench":

@@ -21,7 +21,7 @@ from lm_eval.tasks._index import Kind
 from tqdm import tqdm
 
 import command
-from evaluate import RESULT, make_cells, make_policy_from
+from evaluate import RESULT, cell_name, make_policy_from
 from generate import Pair
 from samples import Sample, converse, open_session
 
@@ -156,17 +156,18 @@ def task_spec(manager: TaskManager, name: str, data: Path | None) -> str | dict:
     return {"task": name, **changed} if changed else name
 
 
-def run(args, pair: Pair) -> None:
-    """results.jsonl: a line a sample, task, method and budget; METHOD@BUDGET.json: the harness's own figures. What was
-    answered before a call was killed is in cache/METHOD@BUDGET and is not asked again."""
+def run(args, pair: Pair, cells: list[tuple[str, float, float]]) -> None:
+    """cells: of evaluate.make_cells. results.jsonl gets a line a sample, task, method and budget, METHOD@BUDGET.json the
+    harness's own figures. What was answered before a call was killed is in cache/METHOD@BUDGET and is not asked
+    again."""
     manager, path = TaskManager(), args.out / "results.jsonl"
     names = leaves(manager, args.tasks)
-    plain = [name for name in names if set(NEVER_CHAT) & manager.task_index[name].tags or not args.chat]
-    specs = {chat: [task_spec(manager, name, args.data) for name in names if (name in plain) != chat]
-             for chat in (False, True)}  # fmt: skip
-    for spec, budget, own in make_cells(args, pair):
-        model, name, lines, figures = SmallKVModel(pair, spec, own, args.batch), f"{spec}@{budget:g}", [], {}
-        name = name.replace("/", "-").replace(":", "-")
+    specs = {False: [], True: []}  # by whether they are asked in a chat
+    for name in names:
+        chat = args.chat and not set(NEVER_CHAT) & manager.task_index[name].tags
+        specs[chat].append(task_spec(manager, name, args.data))
+    for spec, budget, own in cells:
+        model, name, lines, figures = SmallKVModel(pair, spec, own, args.batch), cell_name(spec, budget), [], {}
         for chat, tasks in specs.items():
             if tasks:
                 found = lm_eval.simple_evaluate(
@@ -175,7 +176,7 @@ def run(args, pair: Pair) -> None:
                     apply_chat_template=chat, task_manager=manager, bootstrap_iters=0,
                 )  # fmt: skip
                 figures |= found["results"]
-                lines += [line for task, rows in found["samples"].items() for line in map(_line(task, rows), rows)]
+                lines += [line for task, rows in found["samples"].items() for line in _lines(task, rows)]
         about = {"method": spec, "budget": budget, "llm_budget": own}
         before = command.read_lines(path, RESULT, torn=True)
         others = [row for row in before if (row["method"], row["budget"]) != (spec, budget)]
@@ -183,14 +184,12 @@ def run(args, pair: Pair) -> None:
         command.write_json(args.out / f"{name}.json", figures)
 
 
-def _line(task: str, rows: list[dict]):
-    """How a logged sample of a task becomes a line of results; a task may have several ways to read an answer."""
-    several = len({row["filter"] for row in rows}) > 1
-
-    def line(row: dict) -> dict:
+def _lines(task: str, rows: list[dict]) -> list[dict]:
+    """Logged samples of a task as lines of results; a task may have several ways to read an answer."""
+    lines, several = [], len({row["filter"] for row in rows}) > 1
+    for row in rows:
         metric = next(name for name in ("score", *row["metrics"]) if name in row)
         group = f"{task}, {row['filter']}" if several else task
-        return {"sample": f"{task}-{row['doc_id']}", "group": group, "score": float(row[metric]), "metric": metric,
-                "given": row["filtered_resps"]}  # fmt: skip
-
-    return line
+        lines.append({"sample": f"{task}-{row['doc_id']}", "group": group, "score": float(row[metric]),
+                      "metric": metric, "given": row["filtered_resps"]})  # fmt: skip
+    return lines

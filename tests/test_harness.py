@@ -10,7 +10,7 @@ pytest.importorskip("lm_eval", reason="public benchmarks run where requirements-
 
 import harness
 from decode import generate
-from evaluate import make_policy_from
+from evaluate import make_cells, make_policy_from
 from generate import load_pair
 from harness import SmallKVModel, leaves, task_spec
 from test_checkpoint import write_checkpoint
@@ -72,7 +72,7 @@ def test_a_local_task_has_the_harness_s_scores_and_a_killed_call_goes_on(pair, t
         return [next(answers) for _ in requests]
 
     monkeypatch.setattr(SmallKVModel, "generate_until", told)
-    harness.run(args, pair)
+    harness.run(args, pair, make_cells(args, pair))
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     for spec, name in (("full", "full@1"), ("h2o", "h2o@0.3")):
         figures = json.loads((tmp_path / "out" / f"{name}.json").read_text())["gsm8k_cot"]
@@ -80,7 +80,7 @@ def test_a_local_task_has_the_harness_s_scores_and_a_killed_call_goes_on(pair, t
             own = [line["score"] for line in lines if (line["method"], line["group"]) == (spec, f"gsm8k_cot, {way}")]
             assert len(own) == 2 and sum(own) / 2 == figures[f"exact_match,{way}"]
     assert sum(line["score"] for line in lines) > 0 and calls == [("full", 2), ("h2o", 2)]
-    harness.run(args, pair)  # all is in the cache of each method
+    harness.run(args, pair, make_cells(args, pair))  # all is in the cache of each method
     assert len(calls) == 2
     again = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert sorted(map(str, again)) == sorted(map(str, lines))

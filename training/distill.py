@@ -296,9 +296,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
                             epilog="'training.distill similarity --help': only measure a pair.",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--llm", required=True, metavar="NAME", help="folder or hub id of the LLM")
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help=".txt or .txt.xz")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--init", metavar="DIR", help="go on from this SLM's weights; its shape counts")
     add_shape(parser, layers=10, query_heads=32, kv_heads=4, head_dim=32, hidden=256, intermediate=672)
     add = parser.add_argument_group("data and loss").add_argument
     add("--seq-length", type=whole(8), default=1024, help="tokens of a sequence")
@@ -318,12 +315,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
-
-    def work() -> int:
-        measure(args) if "slm" in args else run(args)
-        return 0
-
-    return command.ended(work)
+    return command.ended(lambda: measure(args) if "slm" in args else run(args))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,11 @@ def add_shape(parser: argparse.ArgumentParser, **defaults: int) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int, lr: float) -> None:
-    """The flags that `train` reads, with this trainer's defaults."""
-    cuda = torch.cuda.is_available()
+    """What both trainers are given, and the flags that `train` reads, with this trainer's defaults."""
+    cuda, add = torch.cuda.is_available(), parser.add_argument
+    add("--text", nargs="+", required=True, metavar="FILE", help=".txt or .txt.xz")
+    add("--out", required=True, metavar="DIR")
+    add("--init", metavar="DIR", help="start from this checkpoint's weights; its shape counts")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=whole(1), default=steps, help="steps of the whole run, which the schedule refers to")
     add("--lr", type=number(0, above=True), default=lr, help="peak learning rate")

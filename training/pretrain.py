@@ -202,10 +202,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = command.Parser(prog="training.pretrain", description=__doc__.partition("\n")[0],
                             epilog="'training.pretrain average --help': the mean of checkpoints.",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help=".txt or .txt.xz")
-    parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json made here before, else one is trained")
-    parser.add_argument("--init", metavar="DIR", help="start from this checkpoint's weights; its shape counts")
     add_shape(parser, hidden=320, layers=8, query_heads=10, kv_heads=5, head_dim=32, intermediate=896,
               max_positions=2048)  # fmt: skip
     data = parser.add_argument_group("data")
@@ -224,12 +221,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
-
-    def work() -> int:
-        average(args) if "folders" in args else run(args)
-        return 0
-
-    return command.ended(work)
+    return command.ended(lambda: average(args) if "folders" in args else run(args))
 
 
 if __name__ == "__main__":
