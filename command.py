@@ -207,9 +207,8 @@ def write_lines(path: str | Path, rows: list[dict]) -> None:
 # ---- How a command ends ----------------------------------------------------------------------------------------------
 
 
-def ended(work: Callable[[], int | None]) -> int:
-    """The exit code of a command: its own, 0 if it gives none; 2, a mistake or too little memory; 130, Ctrl-C; 1, the
-    reader has gone.
+def ended(work: Callable[[], int]) -> int:
+    """The exit code of a command: its own; 2, a mistake or too little memory; 130, Ctrl-C; 1, the reader has gone.
 
     Characters that the output's encoding lacks are replaced, as an answer is worth more than its quotation marks.
     """
@@ -220,7 +219,7 @@ def ended(work: Callable[[], int | None]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        code = work() or 0
+        code = work()
         sys.stdout.flush()
         return code
     except SystemExit as left:  # argparse: --help, or a mistake in the flags

@@ -157,8 +157,8 @@ def task_spec(manager: TaskManager, name: str, data: Path | None) -> str | dict:
 
 
 def run(args, pair: Pair, cells: list[tuple[str, float, float]]) -> None:
-    """cells: of evaluate.make_cells. results.jsonl gets a line a sample, task, method and budget, METHOD@BUDGET.json the
-    harness's own figures. What was answered before a call was killed is in cache/METHOD@BUDGET and is not asked
+    """cells: of evaluate.make_cells. results.jsonl gets a line a sample, task, method and budget, METHOD@BUDGET.json
+    the harness's own figures. What was answered before a call was killed is in cache/METHOD@BUDGET and is not asked
     again."""
     manager, path = TaskManager(), args.out / "results.jsonl"
     names = leaves(manager, args.tasks)

@@ -472,6 +472,15 @@ def test_distilling_raises_the_similarity(llm_run, text, tmp_path):
     assert read_json(tmp_path / "more" / "heads.json") == read_json(out / "heads.json")
 
 
+def test_a_trainer_that_is_through_exits_with_0(llm_run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TOKENIZER_DOCUMENTS", 20)
+    once = "--steps", "1", "--eval-every", "1"
+    for trainer, args in ((distill, distill_args(llm_run[0], text, tmp_path / "slm", *once)),
+                          (pretrain, pretrain_args(text, tmp_path / "llm", *once))):  # fmt: skip
+        monkeypatch.setattr(trainer, "parse", lambda argv, args=args: args)
+        assert trainer.main([]) == 0
+
+
 def test_similarity_command_prints_json_last(llm_run, text, capsys):
     pair = ["--llm", str(llm_run[0]), "--slm", str(llm_run[0]), "--device", "cpu"]
     assert distill.main(["similarity", *pair, "--text", text, "--length", "128", "--samples", "1"]) == 0

@@ -221,7 +221,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
-    return command.ended(lambda: average(args) if "folders" in args else run(args))
+
+    def work() -> int:
+        average(args) if "folders" in args else run(args)
+        return 0
+
+    return command.ended(work)
 
 
 if __name__ == "__main__":
