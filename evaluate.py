@@ -239,6 +239,9 @@ def make_table(task: str, lines: list[dict]) -> tuple[list[str], list[list[str]]
     columns = [(TASKS[task][1], form, lambda line: [x for _, x in scores_of(line)])] if task in TASKS else []
     columns += [(*how, lambda line, n=name: [line[n]] if n in line else []) for name, how in FIGURES.items()]
     columns += [(g, form, lambda line, g=g: [x for own, x in scores_of(line) if own == g]) for g in groups]
+    if task == "kl":
+        columns += [(f"{g}, similarity", "{:.3f}".format, lambda line, g=g: [line["similarity"]]
+                     if line["group"] == g and "similarity" in line else []) for g in groups]  # fmt: skip
     columns = [column for column in columns if any(map(column[2], lines))]
     for (spec, budget), own in cells.items():
         found = [(show, [x for line in own for x in values(line)]) for _, show, values in columns]
@@ -280,7 +283,8 @@ def make_parser() -> command.Parser:
     parser = command.Parser(description=__doc__.partition("\n")[0] + " [Defaults in brackets.]")
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for task, (*_, help) in {**TASKS, "lm-eval": ("tasks of lm-evaluation-harness",)}.items():
-        limit, batch = {"kl": 8, "recall": 50}.get(task), 25 if task == "recall" else 8
+        limit, batch = {"recall": 50}.get(task), 25 if task == "recall" else 8
+        every = "all; of a text 8" if task == "kl" else "all"
         add = commands.add_parser(task, help=help, description=help).add_argument
         add("--llm", metavar="NAME", help="folder or hub id (@revision too) of the large model [the embedded]")
         add("--slm", metavar="NAME", help="the same of the small model, of the same series")
@@ -294,15 +298,16 @@ def make_parser() -> command.Parser:
         add("--budget", nargs="+", type=above, default=[0.2], metavar="X", help=text)
         add("--equal", choices=("budget", "bytes"), default="budget", help="bytes: the SLM's K and V are in a budget")
         add("--out", type=Path, default=Path("runs", task), metavar="DIR", help=f"folder of the run [runs/{task}]")
-        add("--limit", type=whole(1), default=limit, metavar="N", help=f"samples [{limit or 'all'}]")
+        add("--limit", type=whole(1), default=limit, metavar="N", help=f"samples [{limit or every}]")
         add("--batch", type=whole(1), default=batch, metavar="N", help=f"how many samples run together [{batch}]")
         add("--markdown", action="store_true", help="print the table in markdown")
         if task in ("recall", "needle"):
             add("--seed", type=command.seed, default=0, metavar="N", help="other samples [0]")
         if task in ("kl", "recall", "needle"):
-            add("--file", default=str(PAIR / "prose.txt"), help="a text [a book that the embedded pair has not seen]")
+            text = "or prompts: .jsonl with `prompt`, `group` " if task == "kl" else ""
+            add("--file", default=str(PAIR / "prose.txt"), help=f"a text {text}[a book the embedded pair has not seen]")
         if task == "kl":
-            add("--prompt", type=whole(WINDOW_MIN), default=512, metavar="N", help="tokens that are prefilled [512]")
+            add("--prompt", type=whole(WINDOW_MIN), default=512, metavar="N", help="tokens prefilled, at most [512]")
             add("--steps", type=whole(2), default=128, metavar="N", help="tokens that are fed one by one [128]")
         if task == "recall":
             add("--length", type=whole(1), default=1000, metavar="N", help="tokens of a document [1000]")
@@ -318,7 +323,7 @@ def make_parser() -> command.Parser:
         if task == "lm-eval":
             add("--tasks", nargs="+", required=True, metavar="NAME", help="the harness's tasks, groups and tags")
             add("--data", type=Path, metavar="DIR", help="local files of GSM8K, BBH, LongBench [downloaded]")
-        if task in ("needle", "lm-eval"):
+        if task in ("kl", "needle", "lm-eval"):
             add("--chat", action="store_true", help="prompts in the checkpoint's chat template")
     add = commands.add_parser("table", help="tables of runs that are there").add_argument
     add("runs", nargs="+", type=Path)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import command
 from evaluate import RESULT, cell_name, make_policy_from
 from generate import Pair
-from samples import Sample, converse, open_session
+from samples import Sample, converse, open_session, without_middle
 
 # As LongBench asks: prompts that show how it is done, and code, stand outside of a chat.
 NEVER_CHAT = ("longbench_fewshot_tasks", "longbench_code_tasks")
@@ -69,7 +69,7 @@ class SmallKVModel(TemplateLM):
         most = self.most - room
         if most < 2:
             raise ValueError(f"an answer of {room} tokens leaves no room for a prompt in {self.most} positions")
-        return ids if len(ids) <= most else ids[: most // 2] + ids[len(ids) - (most - most // 2) :]
+        return without_middle(ids, most)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Answers without the stop string that ended them; batches of prompts of like length."""

@@ -21,6 +21,7 @@ from speculative import RoundSession
 from text import Text
 
 REACH_LOSS = 0.01  # of the mean similarity of heads: a reach that costs more is named
+ALIKE = 0.85  # mean similarity of heads below which an SLM's scores are a poor guide
 
 
 def make_report(session: Session, timing: Timing) -> dict:
@@ -116,6 +117,10 @@ def print_report(name: str, report: dict, console: Console) -> None:
     if heads:
         say(f"head similarity (cosine of accumulated scores): mean {heads['mean']:.3f}, worst {heads['worst']:.3f}; "
             f"over all SLM layers {heads['mean_anywhere']:.3f}, {heads['worst_anywhere']:.3f}")  # fmt: skip
+        if heads["mean"] < ALIKE:
+            say(f"below {ALIKE:.2f} this SLM does not look at this text as the LLM does, and the answer may lack "
+                "what it needs: give a larger --budget, an SLM of the LLM's own series, or one that training.distill "
+                "has trained on such text")  # fmt: skip
         if heads["mean_anywhere"] - heads["mean"] > REACH_LOSS:
             say("more similar heads are beyond the reach: --reach inf may answer better")
     elif moved:

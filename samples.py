@@ -1,8 +1,9 @@
 """What is asked of a method, and how a batch answers it: samples, conversations, figures of each sample.
 
 Where it sits: a text or a data file -> **samples** (token ids) -> decode.Session under a policy -> figures, which
-evaluate.py writes down. Here is what Section 5 measures and no library has: KL and perplexity on a text, facts in a
-text asked for one by one (recall), the needle over depth and length, MT-Bench's two turns on one kept cache.
+evaluate.py writes down. Here is what Section 5 measures and no library has: KL and perplexity on a text or along the
+full cache's answers to prompts, facts in a text asked for one by one (recall), the needle over depth and length,
+MT-Bench's two turns on one kept cache.
 
 Shapes follow the legend in model.py.
 """
@@ -15,13 +16,16 @@ from itertools import cycle, islice, product
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from command import read_json, read_lines, read_text
-from decode import Policy, Session, Timing
+from decode import Policy, Session, Timing, check_positions, generate
 from generate import Pair, check_caches_fit
+from model import Decoder
 from report import make_report
 from training.recall import Recall, exact
 
+WINDOWS = 8  # samples of a text, if no number is given
 RECALL_TOKENS = 32  # of an answer; the longest right ones have about 25
 STOP_TAIL = 8  # newest tokens of an answer in which a stop string is looked for
 NEEDLE = "The secret number of the {key} is {value}."
@@ -52,19 +56,50 @@ class Sample:
         return sum(map(len, self.turns)) + self.answer_tokens * len(self.turns)
 
 
-def kl_samples(args, text) -> list[Sample]:
+def kl_samples(args, pair: Pair) -> list[Sample]:
     """Windows spread evenly over the file: --prompt tokens to prefill, --steps to feed; targets, what follows each."""
-    ids, length = text.encode(read_text(args.file)), args.prompt + args.steps + 1
-    if len(ids) < args.limit * length:
-        raise ValueError(f"{args.file} has {len(ids)} tokens, too few for --limit {args.limit} samples of {length}")
-    starts = [i * ((len(ids) - length) // max(1, args.limit - 1)) for i in range(args.limit)]
+    if args.file.endswith(".jsonl"):
+        return prompt_samples(args, pair)
+    ids, length, count = pair.text.encode(read_text(args.file)), args.prompt + args.steps + 1, args.limit or WINDOWS
+    if len(ids) < count * length:
+        raise ValueError(f"{args.file} has {len(ids)} tokens, too few for --limit {count} samples of {length}")
+    starts = [i * ((len(ids) - length) // max(1, count - 1)) for i in range(count)]
     cuts = [(at, at + args.prompt, at + length - 1) for at in starts]
     return [Sample(f"{a}", "", ids[a:b], [ids[b:c]], facts={"targets": ids[b + 1 : c + 1]}) for a, b, c in cuts]
 
 
-def recall_samples(args, text) -> list[Sample]:
+def prompt_samples(args, pair: Pair) -> list[Sample]:
+    """Lines of JSON with a `prompt`, and a `group` for a column of its own: what is fed is the full cache's own greedy
+    answer of --steps tokens, which does not end at a stop token. A prompt of more than --prompt tokens loses its
+    middle."""
+    prompts, rows = [], read_lines(args.file, ("prompt",))[: args.limit]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            raise ValueError(f"{args.file}: prompt {number} is {row['prompt']!r:.40}, not a text")
+        ids = without_middle(pair.text.encode(row["prompt"]), args.prompt)
+        prompts.append(pair.text.chat(pair.text.decode(ids)) if args.chat else ids)
+    return answered(pair.llm, prompts, [str(row.get("group", "")) for row in rows], args.steps, args.batch)
+
+
+def without_middle(ids: list[int], most: int) -> list[int]:
+    """A prompt of at most `most` tokens: one that is too long loses its middle, as in LongBench."""
+    return ids if len(ids) <= most else ids[: most // 2] + ids[len(ids) - (most - most // 2) :]
+
+
+def answered(llm: Decoder, prompts: list[list[int]], groups: list[str], steps: int, size: int) -> list[Sample]:
+    """Samples that follow the full cache's own greedy answers, `steps` tokens after the first, in batches of `size`."""
+    check_positions((llm,), list(map(len, prompts)), steps + 1)
+    answers = []
+    for at in tqdm(range(0, len(prompts), size), desc="the full cache's answers", unit="batch", disable=None):
+        answers += generate(Policy(llm), prompts[at : at + size], steps + 1)
+    both = zip(prompts, groups, answers)
+    return [Sample(f"{i}", group, prompt, [ids[:-1]], facts={"targets": ids[1:]})
+            for i, (prompt, group, ids) in enumerate(both)]  # fmt: skip
+
+
+def recall_samples(args, pair: Pair) -> list[Sample]:
     """Facts hidden in prose that the embedded pair has not seen, with held-out words and people; a question a turn."""
-    source, samples = Recall.from_books([read_text(args.file)], text.tokenizer, "test", args.turns), []
+    source, samples = Recall.from_books([read_text(args.file)], pair.text.tokenizer, "test", args.turns), []
     for i in range(args.limit):
         name = f"evaluation-{args.seed}-{i}" if args.seed else f"evaluation-{i}"
         document = source.document(random.Random(name), args.length)
@@ -74,7 +109,7 @@ def recall_samples(args, text) -> list[Sample]:
     return samples
 
 
-def needle_samples(args, text) -> list[Sample]:
+def needle_samples(args, pair: Pair) -> list[Sample]:
     """A number in one sentence among a text's own, at every depth of every length (of prompt and answer together)."""
     words = read_json(args.file).get("text") if args.file.endswith(".json") else read_text(args.file)
     if not isinstance(words, str) or not words.strip():
@@ -90,8 +125,8 @@ def needle_samples(args, text) -> list[Sample]:
             hay.insert(count * depth // 100, NEEDLE.format(key=key, value=value))
             question = QUESTION.format(text=" ".join(hay), key=key)
             if args.chat:
-                return text.chat(question) + text.tokenizer.encode(begun.lstrip(), add_special_tokens=False).ids
-            return text.encode(question + begun)
+                return pair.text.chat(question) + pair.text.words(begun.lstrip())
+            return pair.text.encode(question + begun)
 
         count = bisect_right(range(room + 1), room, key=lambda count: len(prompt(count))) - 1  # sentences that fit
         if count < 0:
@@ -101,22 +136,22 @@ def needle_samples(args, text) -> list[Sample]:
     return samples
 
 
-def mtbench_samples(args, text) -> list[Sample]:
+def mtbench_samples(args, pair: Pair) -> list[Sample]:
     """FastChat's question.jsonl: a question, and the next one after its answer."""
     samples = []
     for row in read_lines(args.file, ("question_id", "category", "turns"))[: args.limit]:
         name, asked = row["question_id"], row["turns"]
         if not isinstance(name, int) or not isinstance(asked, list) or not asked or {*map(type, asked)} != {str}:
             raise ValueError(f"{args.file}: question {name!r} needs a number and turns of text, not {asked!r:.40}")
-        turns = [[], *map(text.next_turn, asked[1:])]
+        turns = [[], *map(pair.text.next_turn, asked[1:])]
         facts = {"questions": asked}
-        samples.append(Sample(f"{name}", row["category"], text.chat(asked[0]), turns, args.max_new_tokens, facts))
+        samples.append(Sample(f"{name}", row["category"], pair.text.chat(asked[0]), turns, args.max_new_tokens, facts))
     return samples
 
 
 # A task: how its samples are made, what the mean of its scores is called, which strings end an answer, what it is.
 TASKS = {
-    "kl": (kl_samples, "KL", (), "KL to the full cache and perplexity on a text, teacher-forced"),
+    "kl": (kl_samples, "KL", (), "KL to the full cache and perplexity on a text, or along its answers to prompts"),
     "recall": (recall_samples, "right", (".", "\n"), "facts in a text, asked for one by one: the embedded pair's task"),
     "needle": (needle_samples, "found", (), "a number hidden in a text, over depth and length"),
     "mtbench": (mtbench_samples, "", (), "MT-Bench's answers on one kept cache, for FastChat's judge"),
@@ -125,7 +160,7 @@ TASKS = {
 
 def load_samples(task: str, pair: Pair, args) -> list[Sample]:
     """The samples of a task, the same for the same flags. ValueError if one is longer than the models' positions."""
-    samples = TASKS[task][0](args, pair.text)[: args.limit]
+    samples = TASKS[task][0](args, pair)[: args.limit]
     most = min(model.config.max_positions for model in (pair.llm, pair.slm) if model is not None)
     for sample in samples:
         if (total := len(sample.prompt) + sample.new_tokens) > most:

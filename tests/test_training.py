@@ -71,7 +71,7 @@ def llm_run(text, tmp_path_factory):
 
 def distill_args(llm: Path, text: str, out: Path, *more: str):
     shape = "--layers 2 --query-heads 4 --kv-heads 1 --head-dim 8 --hidden 24 --intermediate 48"
-    size = "--seq-length 96 --batch 2 --rows 12 --steps 6 --log-every 1 --eval-every 3 --eval-length 100"
+    size = "--seq-length 96 --batch-tokens 192 --rows 12 --steps 6 --log-every 1 --eval-every 3 --eval-length 100"
     flags = f"{shape} {size} --eval-samples 2 --device cpu --workers 0".split()
     return distill.parse(["--llm", str(llm), "--text", text, "--out", str(out), *flags, *more])
 
@@ -457,7 +457,8 @@ def test_distilling_raises_the_similarity(llm_run, text, tmp_path):
     llm = sharp_decoder(1, vocab_size=600, num_hidden_layers=1)  # the tiny trained one attends evenly: too easy
     folder, out = tmp_path / "sharp", tmp_path / "slm"
     save_hf(llm, folder, llm_run[0], "")
-    size = "--steps 80 --lr 1e-2 --batch 4 --rows 48 --hidden 32 --query-heads 8 --kv-heads 2 --recall-share 0.5"
+    size = "--steps 80 --lr 1e-2 --batch-tokens 384 --rows 48 --hidden 32 --query-heads 8 --kv-heads 2"
+    size += " --recall-share 0.5"
     _, report = distill.run(distill_args(folder, text, out, *size.split()))
     found = losses(out)
     assert sum(found[-5:]) < 0.6 * sum(found[:5]), found

@@ -11,6 +11,7 @@ for:
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +75,19 @@ def _bpe(texts: list[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def encode_books(books: list[str], tokenizer: Tokenizer, end: int) -> np.ndarray:
-    """All books as one array of token ids, each followed by `end`."""
+def encode_each(books: list[str], tokenizer: Tokenizer, end: int) -> list[np.ndarray]:
+    """Each book as an array of token ids with `end` behind it."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
     parts = []
     for at in range(0, len(books), 32):  # the tokenizer's own records are far larger than the ids
         for encoding in tokenizer.encode_batch_fast(books[at : at + 32], add_special_tokens=False):
             parts.append(np.array([*encoding.ids, end], dtype=dtype))
-    return np.concatenate(parts)
+    return parts
+
+
+def encode_books(books: list[str], tokenizer: Tokenizer, end: int) -> np.ndarray:
+    """All books as one array."""
+    return np.concatenate(encode_each(books, tokenizer, end))
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -92,13 +98,12 @@ def open_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"{path} is not a readable tokenizer: {error}") from None
 
 
-def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
-    """A checkpoint's tokenizer, and the token that divides texts: END, else the least that ends an answer, else 0."""
+def load_text(folder: Path) -> tuple[Text, int]:
+    """A checkpoint's way with words, and the token that divides texts: END, else the least that ends an answer, else
+    0."""
     text = Text.load(folder)
-    text.tokenizer.no_truncation()
-    text.tokenizer.no_padding()
     end = text.tokenizer.token_to_id(END)
-    return text.tokenizer, min(text.stop, default=0) if end is None else end
+    return text, min(text.stop, default=0) if end is None else end
 
 
 def windows(tokens: np.ndarray, length: int, count: int) -> list[list[int]]:
@@ -139,13 +144,18 @@ class Mixture(Dataset):
     """data[step] -> tokens (B, T + 1) int32 and answers (B, T + 1) bool, a pure function of seed and step.
 
     A sequence is, with probability `share`, recall documents one after the other (a few of them, ECHO_SHARE, random
-    tokens said again and again instead), else a slice of the prose.
+    tokens said again and again instead), with probability `own_share` conversations of training.self_text, the first
+    from its beginning on, else a slice of the prose.
     """
 
     def __init__(self, prose: np.ndarray, recall: Recall | None, stages: list[Stage], batch_tokens: int, share: float,
-                 seed: int, end: int):  # fmt: skip
+                 seed: int, end: int, own: Sequence[np.ndarray] = (), own_share: float = 0.0):  # fmt: skip
         self.prose, self.recall, self.stages, self.batch_tokens = prose, recall, stages, batch_tokens
         self.share, self.seed, self.end = share, seed, end
+        self.own, self.own_share = sorted(own, key=len), own_share if len(own) else 0.0
+        self.own_sizes = [len(one) for one in self.own]
+        if share + self.own_share > 1:
+            raise ValueError(f"shares of {share:g} and {self.own_share:g} of the sequences are more than all of them")
         self.vocab = recall.tokenizer.get_vocab_size() if recall else 0
         longest = max(stage.length for stage in stages) + 1
         if len(prose) <= longest:
@@ -167,12 +177,23 @@ class Mixture(Dataset):
                 filled = self._echo(rng, tokens[row])
             elif draw < self.share:
                 filled = self._documents(rng, tokens[row], answers[row])
+            elif draw >= 1 - self.own_share:
+                filled = self._conversations(rng, tokens[row])
             self._slice(rng, tokens[row, filled:])
         return torch.from_numpy(tokens), torch.from_numpy(answers)
 
     def _slice(self, rng: random.Random, out: np.ndarray) -> None:
         start = rng.randrange(len(self.prose) - len(out))
         out[:] = self.prose[start : start + len(out)]
+
+    def _conversations(self, rng: random.Random, tokens: np.ndarray) -> int:
+        """The first is at least half as long as the sequence, if there are such."""
+        least, filled = bisect_left(self.own_sizes, len(tokens) // 2), 0
+        while filled < len(tokens):
+            one = self.own[rng.randrange(least if least < len(self.own) else 0, len(self.own))][: len(tokens) - filled]
+            tokens[filled : filled + len(one)] = one
+            filled, least = filled + len(one), 0
+        return filled
 
     def _echo(self, rng: random.Random, tokens: np.ndarray) -> int:
         block = np.random.default_rng(rng.getrandbits(32)).integers(self.vocab, size=rng.randint(16, len(tokens) // 2))

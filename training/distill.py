@@ -1,16 +1,19 @@
 """Train an assistant for any LLM: an SLM with its tokenizer whose attention is like the LLM's.
 
 Where it sits: LLM + text -> **training.distill** -> an SLM folder for generate.py --slm. The loss is logit distillation
-plus the attention alignment of training.align, both on a few random rows a step.
+plus the attention alignment of training.align, both on a few random rows a step. Most of what it learns from the LLM
+writes itself (training.self_text): an assistant that has only read books does not look at a chat as the LLM does.
 
     python -m training.distill --llm HuggingFaceTB/SmolLM2-135M-Instruct --text a.txt b.txt.xz --out runs/assistant
     python -m training.distill ... --out runs/assistant --resume              # goes on where it was stopped
     python -m training.distill similarity --llm pair/llm --slm pair/slm --text a.txt
 
-Give text of the kind that the LLM will read, some megabytes of it; on a GPU add --compile. Every --eval-every steps the
-state is saved and the similarity on held-out text shown; at the end it is a table and, with what the assistant is made
-of, its README.md. The default shape suits SmolLM2-135M: as many SLM heads as the LLM has, over few keys, so that the
-SLM's cache stays small. If the LLM has more heads than the SLM, those that look alike share one.
+Give text of the kind that the LLM will read, some megabytes of it, a file for each kind (prose, encyclopedia, code); on
+a GPU add --compile. Every --eval-every steps the state is saved and the assistant judged: how alike its heads are on
+held-out text, and on held-out prompts of every kind what SmallKV with it loses against the full cache. At the end these
+are tables and, with what the assistant is made of, its README.md. The default shape suits SmolLM2-135M: as many SLM
+heads as the LLM has, over few keys, so that the SLM's cache stays small. If the LLM has more heads than the SLM, those
+that look alike share one.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,11 +32,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import command
-from checkpoint import CheckpointError, load_decoder, resolve
+from baselines import BASELINES
+from checkpoint import CheckpointError, load_decoder, read_config, resolve
 from command import number, read_json, whole, write_json
+from evaluate import markdown_table
+from generate import Pair
 from match import SINKS, WINDOW_MIN, score_similarity
 from model import Config, Decoder
 from overhead import cache_ratio
+from samples import Sample, answered, run_batch
+from smallkv import Settings, SmallKV
+from text import Text
 from training.align import (
     Alignment,
     capture,
@@ -43,7 +53,7 @@ from training.align import (
     row_losses,
     target_rows,
 )
-from training.data import Mixture, Stage, encode_books, load_tokenizer, read_books, windows
+from training.data import Mixture, Stage, encode_books, encode_each, load_text, read_books, windows
 from training.loop import (
     STATE,
     Report,
@@ -59,26 +69,33 @@ from training.loop import (
     train,
 )
 from training.recall import Recall, document_ids
+from training.self_text import Writer, write
 
-HEADS, SIMILARITY = "heads.json", "similarity.json"
+HEADS, SIMILARITY, SELF_TEXT = "heads.json", "similarity.json", "self_text.jsonl"
+LENGTHS = (256, 1024, 4096)  # tokens of a sequence: the matching window, a question, a document
+SELF_TOKENS = 1_500_000
+JUDGED = 0.2  # the budget at which an assistant is judged
+JUDGED_PROMPTS, JUDGED_PROMPT, JUDGED_STEPS = 4, 800, 32  # prompts of each kind, their tokens, tokens of an answer
+JUDGED_TOGETHER = 8  # prompts in a batch
 KINDS = ("best", "jaccard", "cosine")  # of an LLM head's similarity: the best SLM head, or the one a matcher picks
 
 
 class Rows(Dataset):
     """data[step] -> the tokens (B, T) of a Mixture and the positions (R,) whose rows are looked at in that step."""
 
-    def __init__(self, mixture: Mixture, length: int, rows: int, seed: int):
-        if rows > length - SINKS:
-            raise ValueError(f"--rows {rows} does not fit into --seq-length {length} (less {SINKS} sinks)")
-        self.mixture, self.length, self.rows, self.seed = mixture, length, rows, seed
+    def __init__(self, mixture: Mixture, rows: int, seed: int):
+        shortest = min(stage.length for stage in mixture.stages)
+        if rows > shortest - SINKS:
+            raise ValueError(f"--rows {rows} does not fit into --seq-length {shortest} (less {SINKS} sinks)")
+        self.mixture, self.rows, self.seed = mixture, rows, seed
 
     def __len__(self) -> int:
         return len(self.mixture)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        rng = random.Random(f"{self.seed}-{step}-rows")
-        positions = sorted(rng.sample(range(SINKS, self.length), self.rows))
-        return self.mixture[step][0][:, :-1], torch.tensor(positions)
+        rng, tokens = random.Random(f"{self.seed}-{step}-rows"), self.mixture[step][0][:, :-1]
+        positions = sorted(rng.sample(range(SINKS, tokens.shape[1]), self.rows))
+        return tokens, torch.tensor(positions)
 
 
 # ---- similarity ------------------------------------------------------------------------------------------------------
@@ -116,6 +133,46 @@ def print_similarity(found: dict[str, Tensor], llm: Config, slm: Config) -> None
     Console().print(table)
     figures = {"cache_ratio": cache_ratio(llm, slm), **figures_of(found)}
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
+
+
+# ---- where it is used ------------------------------------------------------------------------------------------------
+
+
+def judge(llm: Decoder, slm: Decoder, text: Text, samples: list[Sample], oracle: bool = False) -> dict[str, dict]:
+    """By kind of prompt and over "all", means over the samples (samples.answered) at a budget of JUDGED: similarity of
+    the matched heads, KL(full || SmallKV) along the full cache's answer and agreement; oracle: exact top-k's KL too."""
+    pair, found = Pair(llm, slm, text), []
+    for at in range(0, len(samples), JUDGED_TOGETHER):
+        batch = samples[at : at + JUDGED_TOGETHER]
+        figures = run_batch("kl", pair, SmallKV(llm, slm, Settings(budget=JUDGED)), batch)
+        exact = run_batch("kl", pair, BASELINES["oracle"](llm, JUDGED), batch) if oracle else [{}] * len(batch)
+        for own, best in zip(figures, exact):
+            row = {"similarity": own.get("similarity"), "kl": own["score"], "agreement": own["agreement"]}
+            found.append(row | ({"oracle": best["score"]} if best else {}))
+    groups = {"all": found}
+    for sample, own in zip(samples, found):
+        groups.setdefault(sample.group, []).append(own)
+    means = {}
+    for name, rows in groups.items():
+        columns = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+        means[name] = {key: sum(values) / len(values) for key, values in columns.items() if values}
+    return means
+
+
+def judged_rows(found: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what `judge` found."""
+    names = {"similarity": "head similarity", "kl": "KL", "agreement": "agreement", "oracle": "exact top-k's KL"}
+    names = {key: heading for key, heading in names.items() if key in found["all"]}
+    rows = [[kind, *(f"{own[key]:.4f}" if key in own else "-" for key in names)] for kind, own in found.items()]
+    return ["prompts", *names.values()], rows
+
+
+def print_judged(found: dict[str, dict]) -> None:
+    header, rows = judged_rows(found)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -181,7 +238,10 @@ def make_losses(llm: Decoder, slm: Decoder, slots: Tensor, compiled: bool) -> Lo
     return Losses(llm, slm, alignment, torch.compile(logit_loss))
 
 
-def model_card(args: argparse.Namespace, llm: Config, slm: Decoder, report: Report, found: dict[str, Tensor]) -> str:
+def model_card(
+    args: argparse.Namespace, llm: Config, slm: Decoder, report: Report, found: dict[str, Tensor],
+    judged: dict[str, dict],
+) -> str:  # fmt: skip
     figures, shape = figures_of(found), slm.config
     rows = "".join(f"| {kind} | {figures[kind]:.4f} | {figures[kind + '_worst']:.4f} |\n" for kind in KINDS)
     start = f" from {Path(args.init).name}" if args.init else ""
@@ -194,9 +254,10 @@ Made by `training.distill` of SmallKV: its attention tells which tokens the LLM 
   {shape.kv_heads} KV heads of {shape.head_dim} dimensions, hidden {shape.hidden_size}. Its cache is
   1/{cache_ratio(llm, shape):.2f} of the LLM's.
 - Data: {", ".join(Path(path).name for path in sorted(args.text))};
-  recall documents in {args.recall_share:.0%} of the sequences.
-- Training{start}: {report.summary} on {args.device}, batch {args.batch} x {args.seq_length},
-  {args.rows} rows a step, seed {args.seed}, peak learning rate {args.lr}.
+  conversations that the LLM wrote itself ({args.self_text:,} tokens) in {args.self_share:.0%} of the sequences,
+  recall documents in {args.recall_share:.0%}.
+- Training{start}: {report.summary} on {args.device}, {args.batch_tokens:,} tokens a step in sequences of
+  {", ".join(map(str, args.seq_length))}, {args.rows} rows a step, seed {args.seed}, peak learning rate {args.lr}.
 - Loss weights: {weights}, logits {args.logit_weight}.
 
 Similarity on held-out text: cosine of accumulated scores, the first {SINKS} tokens dropped, mean of {args.eval_samples}
@@ -204,35 +265,74 @@ windows of {args.eval_length} tokens.
 
 | SLM head | mean over LLM heads | worst LLM head |
 | --- | --- | --- |
-{rows}"""
+{rows}
+Held-out prompts of about {JUDGED_PROMPT} tokens, each with {JUDGED_STEPS} tokens of the full cache's own greedy answer:
+similarity of the matched heads, KL(full cache || SmallKV) in nats at a budget of {JUDGED:.0%}, beside exact top-k's.
+
+{markdown_table(*judged_rows(judged))}
+"""
+
+
+def learning_text(args: argparse.Namespace, llm: Decoder, text: Text, end: int) -> tuple[Rows, list, list[Sample]]:
+    """The training data, the held-out windows, and the held-out prompts with the full cache's answers."""
+    tokenizer, kept, held_out = text.tokenizer, [], []
+    for path in map(Path, args.text):
+        name, (books, last) = path.name.partition(".")[0], read_books([path])
+        kept.append((name, books, encode_books(books, tokenizer, end)))
+        held_out.append((name, last, encode_books(last, tokenizer, end)))
+    if args.eval_text:
+        parts = [(path.name.partition(".")[0], sum(read_books([path]), [])) for path in map(Path, args.eval_text)]
+        held_out = [(name, books, encode_books(books, tokenizer, end)) for name, books in parts]
+    books, held_out_books = (sum((own for _, own, _ in parts), []) for parts in (kept, held_out))
+    prose, held_out_prose = (np.concatenate([ids for *_, ids in parts]) for parts in (kept, held_out))
+    windowed = windows(held_out_prose, args.eval_length, args.eval_samples)
+    recall = None
+    if args.recall_share > 0:  # as many of the windows are recall documents as of the training sequences
+        recall = Recall.from_books(books, tokenizer, "train")
+        test = replace(Recall.from_books(held_out_books, tokenizer, "test"), turns=4)
+        for i in range(round(args.recall_share * len(windowed))):
+            document = test.document(random.Random(f"evaluation-{i}"), args.eval_length)
+            windowed[i] = document_ids(document)[0][: args.eval_length]
+    stages = [Stage(args.seq_length[step % len(args.seq_length)], step + 1) for step in range(args.steps)]
+    own, longest = [], max(args.seq_length)
+    if args.self_text:
+        sources = distinct(kept)
+        path = Path(args.self_text_file or Path(args.out) / SELF_TEXT)
+        told = write(Writer(llm, text, sources, end, longest, args.seed), path, args.self_text)
+        own = encode_each(told, tokenizer, end)
+    shares = args.recall_share, args.seed, end, own, args.self_share
+    mixture = Mixture(prose, recall, stages, args.batch_tokens, *shares)
+    unseen = Writer(llm, text, distinct(held_out), end, longest, args.seed)
+    prompts = unseen.prompts(JUDGED_PROMPTS, min(JUDGED_PROMPT, longest))
+    asked = answered(llm, [ids for _, ids in prompts], [kind for kind, _ in prompts], JUDGED_STEPS, JUDGED_TOGETHER)
+    return Rows(mixture, args.rows, args.seed), windowed, asked
+
+
+def distinct(parts: list[tuple[str, list[str], np.ndarray]]) -> list[tuple[str, np.ndarray]]:
+    """Sources of a Writer: a file that was given several times, to weigh more among the sequences, counts once."""
+    return list({name: (name, ids) for name, _, ids in parts}.values())
+
+
+def check_lengths(args: argparse.Namespace, llm: Config) -> None:
+    """Fill in --seq-length and --self-text where nothing was given; ValueError for lengths that the LLM has not."""
+    if args.seq_length is None:
+        args.seq_length = [n for n in LENGTHS if n <= llm.max_positions] or [llm.max_positions]
+    for flag, length in (("--seq-length", max(args.seq_length)), ("--eval-length", args.eval_length)):
+        if length > llm.max_positions:
+            raise ValueError(f"{flag} {length} is more than the LLM's {llm.max_positions} positions")
 
 
 def run(args: argparse.Namespace) -> tuple[Decoder, Report]:
     folder, out, device = resolve(args.llm), command.check_folder(args.out), args.device
     if args.resume and not (out / STATE).is_file():
         raise ValueError(f"--resume: there is no {out / STATE}; leave --resume out to start from the beginning")
-    tokenizer, end = load_tokenizer(folder)
-    books, held_out = read_books(args.text)
-    if args.eval_text:
-        held_out = [text for path in args.eval_text for part in read_books([path]) for text in part]
-    prose, held_out_prose = encode_books(books, tokenizer, end), encode_books(held_out, tokenizer, end)
-    samples = windows(held_out_prose, args.eval_length, args.eval_samples)
-    recall = None
-    if args.recall_share > 0:  # as many of the samples are recall documents as of the training sequences
-        recall = Recall.from_books(books, tokenizer, "train")
-        test = replace(Recall.from_books(held_out, tokenizer, "test"), turns=4)
-        for i in range(round(args.recall_share * len(samples))):
-            document = test.document(random.Random(f"evaluation-{i}"), args.eval_length)
-            samples[i] = document_ids(document)[0][: args.eval_length]
-    stages, step_tokens = [Stage(args.seq_length, args.steps)], args.batch * args.seq_length
-    mixture = Mixture(prose, recall, stages, step_tokens, args.recall_share, args.seed, end)
-    data = Rows(mixture, args.seq_length, args.rows, args.seed)
-
+    text, end = load_text(folder)
+    check_lengths(args, read_config(folder))
+    if args.self_text is None:
+        args.self_text = SELF_TOKENS if text.template else 0
     llm = load_decoder(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    for flag, length in (("--seq-length", args.seq_length), ("--eval-length", args.eval_length)):
-        if length > llm.config.max_positions:
-            raise ValueError(f"{flag} {length} is more than the LLM's {llm.config.max_positions} positions")
     slm = make_slm(llm, args)
+    data, samples, asked = learning_text(args, llm, text, end)
     known = (out if args.resume else Path(args.init) if args.init else out) / HEADS
     if (args.resume or args.init) and known.is_file():
         slots = known_slots(known, llm.config, slm.config)
@@ -253,15 +353,20 @@ def run(args: argparse.Namespace) -> tuple[Decoder, Report]:
         return sum(weights[name] * part for name, part in parts.items()), parts
 
     def evaluate() -> dict[str, float]:
-        return figures_of(similarity(llm, copy_decoder(slm, llm.dtype), samples[::4]))
+        frozen = copy_decoder(slm, llm.dtype)
+        with eager(args, llm):
+            own = {f"prompts_{name}": value for name, value in judge(llm, frozen, text, asked)["all"].items()}
+            return figures_of(similarity(llm, frozen, samples[::4])) | own
 
     report = train(slm, data, loss_of, evaluate, args)
-    with eager(args):
-        found = similarity(llm, copy_decoder(slm, llm.dtype), samples)
+    frozen = copy_decoder(slm, llm.dtype)
+    with eager(args, llm):
+        found, judged = similarity(llm, frozen, samples), judge(llm, frozen, text, asked, oracle=True)
     save_similarity(found, out, samples)
-    save_hf(slm, out, folder, model_card(args, llm.config, slm, report, found))
+    save_hf(slm, out, folder, model_card(args, llm.config, slm, report, found, judged))
     if report.step >= args.steps:
         (out / STATE).unlink(missing_ok=True)
+    print_judged(judged)
     print_similarity(found, llm.config, slm.config)
     return slm, report
 
@@ -272,9 +377,9 @@ def run(args: argparse.Namespace) -> tuple[Decoder, Report]:
 def measure(args: argparse.Namespace) -> None:
     """How alike two models attend, by LLM layer; the last line is JSON."""
     folder = resolve(args.llm)
-    tokenizer, end = load_tokenizer(folder)
-    books = [text for path in args.text for part in read_books([path]) for text in part]
-    samples = windows(encode_books(books, tokenizer, end), args.length, args.samples)
+    text, end = load_text(folder)
+    books = [book for path in args.text for part in read_books([path]) for book in part]
+    samples = windows(encode_books(books, text.tokenizer, end), args.length, args.samples)
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     llm, slm = (load_decoder(path, args.device, dtype) for path in (folder, resolve(args.slm)))
     check_vocabularies(llm, slm)
@@ -298,8 +403,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--llm", required=True, metavar="NAME", help="folder or hub id of the LLM")
     add_shape(parser, layers=10, query_heads=32, kv_heads=4, head_dim=32, hidden=256, intermediate=672)
     add = parser.add_argument_group("data and loss").add_argument
-    add("--seq-length", type=whole(8), default=1024, help="tokens of a sequence")
-    add("--batch", type=whole(1), default=32, help="sequences of a step")
+    lengths = "of the sequences, a step of each in turn; up to what the assistant will serve"
+    add("--seq-length", nargs="+", type=whole(8), metavar="N", help=f"{lengths} (default: {LENGTHS})")
+    add("--batch-tokens", type=whole(1), default=32768, help="tokens of a step")
+    add("--self-text", type=whole(0), metavar="TOKENS", help="of conversations that the LLM writes to learn from "
+        f"(default: {SELF_TOKENS:,} with a chat template, else 0)")  # fmt: skip
+    add("--self-text-file", metavar="FILE", help=f"where they are kept and looked for ({SELF_TEXT} in --out)")
+    add("--self-share", type=command.share, default=0.7, help="share of sequences that are such conversations")
     add("--rows", type=whole(1), default=64, help="query rows of a step, the same in all its sequences")
     add("--recall-share", type=command.share, default=0.0, help="share of sequences that are recall documents")
     add("--row-weight", type=number(0), default=1.0, help="of the divergence of attention rows")

@@ -20,8 +20,8 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,9 +151,21 @@ def compile_blocks(decoder: Decoder) -> None:
             module.compile(dynamic=False)
 
 
-def eager(args: argparse.Namespace) -> AbstractContextManager:
-    """Leave out compiled code: the shapes of an evaluation would each be compiled."""
-    return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
+@contextmanager
+def eager(args: argparse.Namespace, *decoders: Decoder) -> Iterator[None]:
+    """Leave out compiled code, and give layers their plain numbers back: the shapes of an evaluation would each be
+    compiled, and caches know layers by number."""
+    if not args.compile:
+        yield
+        return
+    layers = [module.self_attn for own in decoders for module in own.modules() if isinstance(module, Block)]
+    marks = [attention.layer for attention in layers]
+    for attention, mark in zip(layers, marks):
+        attention.layer = int(mark)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    for attention, mark in zip(layers, marks):
+        attention.layer = mark
 
 
 def copy_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
@@ -230,7 +242,7 @@ def train(
     """Train `decoder` (fp32, on args.device) up to args.steps, or until the time is over.
 
     data[step] is the whole batch of a step, a tuple of tensors, the first of them (B, T) tokens. evaluate() returns
-    figures for the log; it runs every eval_every steps and at the end, with torch.compile out of the way.
+    figures for the log; it runs every eval_every steps and at the end.
     """
     folder, device, begin = command.check_folder(args.out), args.device, time.monotonic()
     if device.type == "cuda":
@@ -281,8 +293,7 @@ def train(
             log.write(step=step + 1, **means, lr=lr, **speed)
             bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{rate:.3g}", refresh=False)
         if done or over or (step + 1) % args.eval_every == 0:
-            with eager(args):
-                figures = evaluate()
+            figures = evaluate()
             seconds = before + time.monotonic() - begin
             log.write(step=step + 1, seconds=seconds, eval=figures)
             bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
