@@ -4,6 +4,7 @@ import hashlib
 import json
 import lzma
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from conftest import tiny_decoder
 from kernels import attention_rows
 from match import SINKS
 from model import Config, Decoder
+from samples import answered
 from text import Text
-from training import align, data, distill, prepare_smollm2, pretrain, words
+from training import align, data, distill, prepare_smollm2, pretrain, self_text, words
 from training.data import END, Mixture, Stage, encode_books, parse_stages, read_books
 from training.loop import copy_decoder, initialise, learning_rate, parameter_count, save_hf
 from training.recall import SLACK, Prose, Recall, document_ids, encoder, exact, make_document
@@ -33,6 +35,7 @@ PLAIN = """river mountain window letter garden evening silence winter village su
 captain journey harbour silver question candle weather corner distance narrow ancient gentle strange heavy quiet
 crossed watched carried followed remembered opened reached forgot wandered listened beyond beneath toward without
 """.split()
+SHORT = self_text.SHORTEST
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 
@@ -489,6 +492,109 @@ def test_similarity_command_prints_json_last(llm_run, text, capsys):
     assert last["cache_ratio"] == 1 and last["best"] > 0.999 and last["jaccard_worst"] > 0.99
 
 
+# ---- what the LLM writes itself --------------------------------------------------------------------------------------
+
+TEMPLATE = """{% for m in messages %}<|endoftext|>{{ m.role }}
+{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|endoftext|>assistant
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chatty(llm_run, tmp_path_factory):
+    """The tiny LLM's folder with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "llm"
+    shutil.copytree(llm_run[0], folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def writer(folder: Path, text: str, seed: int = 1) -> self_text.Writer:
+    own, end = data.load_text(folder)
+    books = encode_books(read_books([text])[0], own.tokenizer, end)
+    return self_text.Writer(load_decoder(folder, "cpu", torch.float32), own, [("books", books)], end, 300, seed)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_conversation_is_what_the_template_makes_of_its_words(chatty, text, given):
+    source = writer(chatty, text)
+    system = next(one for one in self_text.SYSTEMS if one)
+    source.joints = [self_text.joints(source.text, system)]
+    own = source.begin(random.Random(0), 20, source.sources[0][1] if given else None, True)
+    said = ["the river", "a mountain letter", "evening", "silence now", "go"][given:]
+    sampled = [token for turn in said for token in [*source.text.words(turn), min(source.text.stop)]]
+    while sampled or own.forced:  # what is sampled while marks are fed is not looked at
+        own.feed(-1 if own.forced else sampled.pop(0), source.text.stop)
+    roles = ("user", "assistant", "user", "assistant", "user")[given:]
+    turns = [{"role": role, "content": turn} for role, turn in zip(roles, said)]
+    first = [{"role": "system", "content": system}] + [{"role": "user", "content": "GIVEN"}] * given
+    rest = source.text.words(source.text.render(first + turns).partition("GIVEN")[2 if given else 0])
+    assert own.ids[-len(rest) :] == rest and (given or own.ids == rest)
+    ends = [at for at in range(len(own.ids) + 1) if source.text.decode(own.ids[:at]).endswith("assistant\n")]
+    assert own.answers == ends and len(ends) == 3
+
+
+def test_a_turn_that_does_not_end_is_ended(chatty, text, monkeypatch):
+    monkeypatch.setattr(self_text, "TURN_TOKENS", 5)
+    source = writer(chatty, text)
+    own = source.begin(random.Random(0), 0, None, False)
+    for _ in range(80):
+        own.feed(7, frozenset())
+    user, assistant = own.marks
+    turns = [7] * 5 + [*user, *[7] * 5, *assistant, *[7] * 5] * 2
+    assert own.ids[own.answers[0] - len(user) - 5 :][: len(turns)] == turns
+
+
+def test_written_text_is_of_the_seed_alone_and_goes_on(chatty, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_text, "ROUND_ROWS", 32)  # two conversations a round on a CPU
+    whole, parts, other = (tmp_path / name for name in ("whole", "parts", "other"))
+    texts = self_text.write(writer(chatty, text), whole, 1500)
+    lines = read_lines(whole)
+    assert sum(line["tokens"] for line in lines) >= 1500 and [line["text"] for line in lines] == texts
+    assert all(SHORT <= line["tokens"] <= 300 for line in lines)
+    begun = self_text.write(writer(chatty, text), parts, 500)
+    assert len(begun) < len(texts) and begun == texts[: len(begun)]
+    parts.write_bytes(parts.read_bytes() + whole.read_bytes()[len(parts.read_bytes()) :][:700])  # a round cut short
+    assert self_text.write(writer(chatty, text), parts, 1500) == texts and parts.read_bytes() == whole.read_bytes()
+    assert self_text.write(writer(chatty, text, seed=2), other, 500)[0] != texts[0]
+    assert self_text.write(writer(chatty, text, seed=2), parts, 1000) == texts  # long enough: only read
+
+
+def test_what_the_llm_writes_is_drawn_from_its_distribution(chatty, text):
+    """The tokens of a batch equal those of a loop of full passes with the same draws."""
+    source = writer(chatty, text)
+    many = [source.begin(random.Random(i), 10, None, False) for i in range(3)]
+    naive = [source.begin(random.Random(i), 10, None, False) for i in range(3)]
+    source.talk(many, 60, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(59):
+        rows = torch.stack([source.llm(torch.tensor([own.ids]))[0, -1] for own in naive])
+        draws = torch.multinomial(self_text.SAMPLER.probabilities(rows), 1, generator=generator)[:, 0].tolist()
+        for own, token in zip(naive, draws):
+            own.feed(token, source.text.stop)
+    assert [own.ids for own in many] == [own.ids for own in naive]
+
+
+def test_sequences_begin_with_a_conversation(mixture):
+    own = [np.full(n, n, np.int32) for n in (10, 100, 300, 400)]
+    mixed = Mixture(mixture.prose, None, [Stage(256, 20)], 1024, 0.0, 1, 0, own, 0.5)
+    tokens = torch.cat([mixed[step][0] for step in range(20)])
+    first = [int(row[0]) for row in tokens if (row == row[0]).all()]  # of these lengths they fill the row
+    assert 25 < len(first) < 55 and {300, 400} == set(first)  # of 80 rows, and never a short one first
+
+
+def test_distilling_on_self_text(chatty, text, tmp_path, capsys):
+    more = ("--self-text", "400", "--seq-length", "120", "96", "--batch-tokens", "240")
+    runs = [distill.run(distill_args(chatty, text, tmp_path / name, *more))[1] for name in ("one", "two")]
+    kept = [(tmp_path / name / "self_text.jsonl").read_bytes() for name in ("one", "two")]
+    assert kept[0] == kept[1] and losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert runs[0].tokens == 3 * (2 * 120 + 2 * 96)
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "| chat |" in card and "| books |" in card and runs[0].figures["prompts_kl"] >= 0
+    figures = distill.judge(*(load_decoder(chatty, "cpu", torch.float32) for _ in range(2)), Text.load(chatty),
+                            answered(load_decoder(chatty, "cpu", torch.float32), [[5] * 150], ["x"], 4, 1))  # fmt: skip
+    assert figures["x"]["similarity"] == pytest.approx(1) and figures["all"] == figures["x"]
+
+
 # ---- what a user gets wrong ------------------------------------------------------------------------------------------
 
 
@@ -512,7 +618,8 @@ def test_similarity_command_prints_json_last(llm_run, text, capsys):
     (distill, f"--seed {2**70}", "--seed"),
     (distill, "--eval-length 50", "--eval-length: 50 is not"),
     (distill, "--query-heads 3 --kv-heads 2", "not a multiple"),
-    (distill, "--seq-length 1024", "512 positions"),
+    (distill, "--seq-length 96 1024", "512 positions"),
+    (distill, "--self-share 0.7 --recall-share 0.5 --self-text 300", "are more than all"),
     (distill, "similarity --length 0", "--length: 0 is not"),
     (distill, "similarity --device cuda:99", "no device cuda:99"),
 ])  # fmt: skip

@@ -154,8 +154,6 @@ class Mixture(Dataset):
         self.share, self.seed, self.end = share, seed, end
         self.own, self.own_share = sorted(own, key=len), own_share if len(own) else 0.0
         self.own_sizes = [len(one) for one in self.own]
-        if share + self.own_share > 1:
-            raise ValueError(f"shares of {share:g} and {self.own_share:g} of the sequences are more than all of them")
         self.vocab = recall.tokenizer.get_vocab_size() if recall else 0
         longest = max(stage.length for stage in stages) + 1
         if len(prose) <= longest:

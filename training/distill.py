@@ -294,18 +294,18 @@ def learning_text(args: argparse.Namespace, llm: Decoder, text: Text, end: int) 
             document = test.document(random.Random(f"evaluation-{i}"), args.eval_length)
             windowed[i] = document_ids(document)[0][: args.eval_length]
     stages = [Stage(args.seq_length[step % len(args.seq_length)], step + 1) for step in range(args.steps)]
-    own, longest = [], max(args.seq_length)
+    longest, shares = max(args.seq_length), (args.recall_share, args.seed, end)
+    data = Rows(Mixture(prose, recall, stages, args.batch_tokens, *shares), args.rows, args.seed)
     if args.self_text:
         sources = distinct(kept)
         path = Path(args.self_text_file or Path(args.out) / SELF_TEXT)
         told = write(Writer(llm, text, sources, end, longest, args.seed), path, args.self_text)
-        own = encode_each(told, tokenizer, end)
-    shares = args.recall_share, args.seed, end, own, args.self_share
-    mixture = Mixture(prose, recall, stages, args.batch_tokens, *shares)
+        shares += encode_each(told, tokenizer, end), args.self_share
+        data = Rows(Mixture(prose, recall, stages, args.batch_tokens, *shares), args.rows, args.seed)
     unseen = Writer(llm, text, distinct(held_out), end, longest, args.seed)
     prompts = unseen.prompts(JUDGED_PROMPTS, min(JUDGED_PROMPT, longest))
     asked = answered(llm, [ids for _, ids in prompts], [kind for kind, _ in prompts], JUDGED_STEPS, JUDGED_TOGETHER)
-    return Rows(mixture, args.rows, args.seed), windowed, asked
+    return data, windowed, asked
 
 
 def distinct(parts: list[tuple[str, list[str], np.ndarray]]) -> list[tuple[str, np.ndarray]]:
@@ -313,8 +313,14 @@ def distinct(parts: list[tuple[str, list[str], np.ndarray]]) -> list[tuple[str, 
     return list({name: (name, ids) for name, _, ids in parts}.values())
 
 
-def check_lengths(args: argparse.Namespace, llm: Config) -> None:
-    """Fill in --seq-length and --self-text where nothing was given; ValueError for lengths that the LLM has not."""
+def check_flags(args: argparse.Namespace, llm: Config, chats: bool) -> None:
+    """Fill in --seq-length and --self-text where nothing was given; ValueError for what cannot be, before the LLM
+    writes for minutes."""
+    if args.self_text is None:
+        args.self_text = SELF_TOKENS if chats else 0
+    if args.self_text and args.self_share + args.recall_share > 1:
+        raise ValueError(f"--self-share {args.self_share:g} and --recall-share {args.recall_share:g} are more than all "
+                         "of the sequences; lower one of them")  # fmt: skip
     if args.seq_length is None:
         args.seq_length = [n for n in LENGTHS if n <= llm.max_positions] or [llm.max_positions]
     for flag, length in (("--seq-length", max(args.seq_length)), ("--eval-length", args.eval_length)):
@@ -327,9 +333,7 @@ def run(args: argparse.Namespace) -> tuple[Decoder, Report]:
     if args.resume and not (out / STATE).is_file():
         raise ValueError(f"--resume: there is no {out / STATE}; leave --resume out to start from the beginning")
     text, end = load_text(folder)
-    check_lengths(args, read_config(folder))
-    if args.self_text is None:
-        args.self_text = SELF_TOKENS if text.template else 0
+    check_flags(args, read_config(folder), text.template is not None)
     llm = load_decoder(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     slm = make_slm(llm, args)
     data, samples, asked = learning_text(args, llm, text, end)
