@@ -66,6 +66,33 @@ def test_kl_equals_a_naive_teacher_forced_loop(pair, text, method, budget):
         assert (kl < 1e-5) == (method == "full") and figures.keys() - expected.keys() == ours
 
 
+def test_kl_on_prompts_follows_the_full_cache_s_own_answers(pair, text, tmp_path):
+    words, file = text.read_text().split(), tmp_path / "prompts.jsonl"
+    rows = [{"prompt": " ".join(words[:140]), "group": "long"}, {"prompt": " ".join(words[200:230])}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = Namespace(file=str(file), prompt=110, steps=6, limit=None, batch=2, chat=False)
+    samples = load_samples("kl", pair, args)
+    ids = [pair.text.encode(row["prompt"]) for row in rows]
+    assert len(ids[0]) > 110 > len(ids[1])
+    assert [sample.prompt for sample in samples] == [ids[0][:55] + ids[0][-55:], ids[1]]
+    assert [sample.group for sample in samples] == ["long", ""]
+    for sample in samples:
+        whole = list(sample.prompt)
+        for _ in range(7):  # greedy, a whole forward pass for every token
+            whole.append(pair.llm(torch.tensor([whole]))[0, -1].argmax().item())
+        assert (sample.turns[0], sample.facts["targets"]) == (whole[-7:-1], whole[-6:])
+    full = run_batch("kl", pair, Policy(pair.llm), samples)
+    assert all(own["agreement"] == 1 and own["score"] < 1e-5 for own in full)
+    pair.text.template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    chat = load_samples("kl", pair, Namespace(**{**vars(args), "chat": True, "limit": 1}))
+    assert [sample.prompt for sample in chat] == [pair.text.chat(pair.text.decode(samples[0].prompt))]
+    for wrong, message in (({"prompt": " "}, "prompt 1 is ' ', not a text"), ({"text": "a"}, "has no 'prompt'"),
+                           ({"prompt": 3}, "prompt 1 is 3, not a text")):  # fmt: skip
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            load_samples("kl", pair, args)
+
+
 # ---- Conversations ---------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +324,12 @@ def test_a_table_has_a_column_a_group_and_of_recall_the_mean_over_questions():
     header, rows = make_table("needle", lines)
     assert header[3:] == ["found", "512 50%", "512 100%", "1024 50%", "1024 100%"]
     assert rows[0][3:] == ["50.0%", "100.0%", "100.0%", "0.0%", "0.0%"]
+    found = (("b", 1, 0.5), ("a", 2, 1), ("b", 3, 0.7))
+    lines = [{**head, "group": group, "score": kl, "similarity": same} for group, kl, same in found]
+    header, rows = make_table("kl", [*lines, {**head, "method": "h2o", "group": "a", "score": 4}])
+    assert header[3:] == ["KL", "similarity", "a", "b", "a, similarity", "b, similarity"]
+    assert [row[3:] for row in rows] == [["2.0000", "0.733", "2.0000", "2.0000", "1.000", "0.600"],
+                                         ["4.0000", "-", "4.0000", "-", "-", "-"]]  # fmt: skip
 
 
 # ---- What cannot be used is one line ---------------------------------------------------------------------------------

@@ -321,6 +321,8 @@ def test_stop_and_resume_equals_not_stopping(trainer, llm_run, text, tmp_path, c
         with pytest.raises(ValueError, match="state.pt is damaged"):
             run(parts, "--resume")
     (parts / "state.pt").write_bytes(state)
+    with pytest.raises(ValueError, match="is of a run with --lr 0.002, not 0.1"):
+        run(parts, "--resume", "--lr", "0.1")
     resumed, report = run(parts, "--resume")
     assert report.step == 6 and losses(parts) == losses(whole)
     for (name, ours), theirs in zip(straight.named_parameters(), resumed.parameters(), strict=True):

@@ -39,6 +39,8 @@ from model import Block, Config, Decoder
 from training.data import END
 
 STATE, LOG = "state.pt", "log.jsonl"
+FREE = {"out", "init", "tokenizer", "self_text_file", "resume", "stop_after_minutes", "device", "workers", "compile",
+        "log_every", "eval_every"}  # flags in which the calls of one run may differ  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
@@ -182,23 +184,33 @@ def copy_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def save_state(folder: Path, decoder: Decoder, optimizer, step: int, seconds: float, tokens: int) -> None:
-    state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"step": step, "seconds": seconds, "tokens": tokens}
+def save_state(args: argparse.Namespace, decoder: Decoder, optimizer, step: int, seconds: float, tokens: int) -> None:
+    folder, state = Path(args.out), {"model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"step": step, "seconds": seconds, "tokens": tokens, "flags": learning_flags(args)}
     torch.save(state, folder / f"{STATE}.part")
     os.replace(folder / f"{STATE}.part", folder / STATE)  # a stop while writing leaves the older state whole
 
 
-def load_state(folder: Path, decoder: Decoder, optimizer) -> tuple[int, float, int]:
+def learning_flags(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that a run which goes on must share with the one that began it."""
+    return {name: str(value) for name, value in vars(args).items() if name not in FREE}
+
+
+def load_state(args: argparse.Namespace, decoder: Decoder, optimizer) -> tuple[int, float, int]:
     """Fill both with what `save_state` wrote; the step, the seconds and the tokens so far. ValueError in one line."""
-    path = folder / STATE
+    path = Path(args.out) / STATE
     if not path.is_file():
         raise ValueError(f"--resume: there is no {path}; leave --resume out to start from the beginning")
     try:
         state = torch.load(path, map_location=decoder.device, weights_only=True)
-        model, moments, *counts = (state[name] for name in ("model", "optimizer", "step", "seconds", "tokens"))
+        names = ("model", "optimizer", "flags", "step", "seconds", "tokens")
+        model, moments, flags, *counts = (state[name] for name in names)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError):
         raise ValueError(f"--resume: {path} is damaged; remove it and start from the beginning") from None
+    for name, now in learning_flags(args).items():
+        if (before := flags.get(name)) != now:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--resume: {path} is of a run with --{flag} {before}, not {now}; give the same again")
     try:
         decoder.load_state_dict(model)
         optimizer.load_state_dict(moments)
@@ -248,7 +260,7 @@ def train(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # the few fp32 products (attention rows) go to the tensor cores
     optimizer = make_optimizer(decoder, args.lr)
-    start, before, tokens = load_state(folder, decoder, optimizer) if args.resume else (0, 0.0, 0)
+    start, before, tokens = load_state(args, decoder, optimizer) if args.resume else (0, 0.0, 0)
     freeze_for_workers()
     loader = DataLoader(
         data,
@@ -297,7 +309,7 @@ def train(
             seconds = before + time.monotonic() - begin
             log.write(step=step + 1, seconds=seconds, eval=figures)
             bar.write(f"step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-            save_state(folder, decoder, optimizer, step + 1, seconds, tokens)
+            save_state(args, decoder, optimizer, step + 1, seconds, tokens)
             mark_time = time.monotonic()  # the time of an evaluation is not the trainer's
         if over:
             break
