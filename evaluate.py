@@ -1,7 +1,7 @@
 """Quality: what a method's answers lose against the full cache, for any method at any budget.
 
     python evaluate.py recall --method full smallkv window --budget 0.2 0.1 --out runs/recall
-    python evaluate.py kl --llm DIR --slm DIR --file test.txt --method smallkv smallkv-paper smallkv:marginal=no h2o
+    python evaluate.py kl --llm DIR --slm DIR --file test.txt --method smallkv smallkv:marginal=yes smallkv-paper h2o
     python evaluate.py table runs/recall runs/kl --markdown
 
 Where it sits: above the flow, like generate.py. samples.py has the tasks that are ours (kl, recall, needle, mtbench);
@@ -58,7 +58,7 @@ FIGURES = {  # of a line of results: what a table calls their mean, and how it s
 
 
 def parse_spec(spec: str) -> tuple[str, dict]:
-    """A method's name and its options: smallkv:score_decay=0.9,marginal=no. ValueError names what is wrong."""
+    """A method's name and its options: smallkv:score_decay=0.9,marginal=yes. ValueError names what is wrong."""
     (name, _, rest), options, kinds = spec.partition(":"), {}, {}
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; supported: {', '.join(METHODS)}")
@@ -292,7 +292,7 @@ def make_parser() -> command.Parser:
         add("--device", type=command.device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 [auto]")
         add("--dtype", default="auto", choices=("auto", *DTYPES), help="[auto: as stored, on a CPU float32]")
         add("--quantize", choices=("int4", "int4-both"), help="round weights to INT4: the LLM's, or both models'")
-        text = ", ".join(METHODS) + "; with settings as in smallkv:score_decay=0.9,marginal=no [full smallkv]"
+        text = ", ".join(METHODS) + "; with settings as in smallkv:score_decay=0.9,marginal=yes [full smallkv]"
         add("--method", nargs="+", default=["full", "smallkv"], metavar="NAME", help=text)
         text, above = "shares of the full cache's bytes [0.2]", number(0, 1, above=True)
         add("--budget", nargs="+", type=above, default=[0.2], metavar="X", help=text)

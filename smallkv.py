@@ -8,7 +8,8 @@ Where it sits: tokens -> **SLM -> scores -> tier plan** -> migration (cache.py) 
 
 Beyond the paper: the scores may forget (`score_decay`), because with a full SLM cache and a way back for every token
 nothing forces the ranking to be about the past; and the LLM's own attention takes the SLM's place in them where it sees
-a token (`scores="fused"`). Both are the default; `Settings.paper` gives the paper's accumulation.
+a token (`scores="fused"`). Both are the default. The marginal tier is not: with these scores its bytes bring more as
+critical tokens (README.md). `Settings.paper` gives the paper's three tiers and accumulation.
 
 Shapes follow the legend in model.py.
 """
@@ -65,7 +66,7 @@ class Settings:
     score_decay: float = choice(0.5, "score = D * score + newest row; 1 is the paper's accumulation")
     matcher: str = choice("cosine", "how LLM and SLM heads are compared; jaccard is the paper's")
     reach: float = choice(2.0, "SLM layers an LLM layer is matched with: 1, as deep as it; 2, twice that; inf, all")
-    marginal: bool = choice(True, "keep a marginal tier; off, its bytes buy critical tokens")
+    marginal: bool = choice(False, "keep a marginal tier, V alone; off, its bytes buy critical tokens")
     saliency_shift: bool = choice(True, "let tokens come back")
     slm_budget: float = choice(1.0, "share of the SLM's own cache that stays, by H2O's rule")
     offload: str = choice("cpu", "where the third tier lies: on the host, or in the GPU's own memory (none)")
@@ -90,8 +91,9 @@ class Settings:
 
     @classmethod
     def paper(cls, **changes) -> "Settings":
-        """The paper's setting: accumulated scores of the SLM, Jaccard matcher over all layers."""
-        return cls(**{"score_decay": 1.0, "scores": "slm", "matcher": "jaccard", "reach": math.inf, **changes})
+        """The paper's setting: three tiers, accumulated scores of the SLM, Jaccard matcher over all layers."""
+        theirs = {"marginal": True, "score_decay": 1.0, "scores": "slm", "matcher": "jaccard", "reach": math.inf}
+        return cls(**theirs | changes)
 
     @property
     def fused(self) -> bool:
