@@ -231,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("method").add_argument
     add("--method", default="smallkv", choices=methods, metavar="NAME", help=", ".join(methods) + " [smallkv]")
     add("--compare", action="store_true", help="answer with the full cache too, side by side")
-    add("--paper", action="store_true", help="as in the paper: marginal, scores slm, score decay 1, jaccard, reach inf")
+    add("--paper", action="store_true", help="the paper's: marginal, scores slm, score decay 1, jaccard, reach inf")
     command.add_fields(add, Settings)
     add = parser.add_argument_group("prompts").add_argument
     add("prompt", nargs="*", help="with none, and no file, standard input is read")

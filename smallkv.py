@@ -66,7 +66,7 @@ class Settings:
     score_decay: float = choice(0.5, "score = D * score + newest row; 1 is the paper's accumulation")
     matcher: str = choice("cosine", "how LLM and SLM heads are compared; jaccard is the paper's")
     reach: float = choice(2.0, "SLM layers an LLM layer is matched with: 1, as deep as it; 2, twice that; inf, all")
-    marginal: bool = choice(False, "keep a marginal tier, V alone; off, its bytes buy critical tokens")
+    marginal: bool = choice(False, "keep a marginal tier; off, its bytes buy critical tokens")
     saliency_shift: bool = choice(True, "let tokens come back")
     slm_budget: float = choice(1.0, "share of the SLM's own cache that stays, by H2O's rule")
     offload: str = choice("cpu", "where the third tier lies: on the host, or in the GPU's own memory (none)")

@@ -303,7 +303,7 @@ def learning_text(args: argparse.Namespace, llm: Decoder, text: Text, end: int) 
         shares += encode_each(told, tokenizer, end), args.self_share
         data = Rows(Mixture(prose, recall, stages, args.batch_tokens, *shares), args.rows, args.seed)
     unseen = Writer(llm, text, distinct(held_out), end, longest, args.seed)
-    prompts = unseen.prompts(JUDGED_PROMPTS, min(JUDGED_PROMPT, longest))
+    prompts = unseen.prompts(JUDGED_PROMPTS, min(JUDGED_PROMPT, longest, llm.config.max_positions // 2))
     asked = answered(llm, [ids for _, ids in prompts], [kind for kind, _ in prompts], JUDGED_STEPS, JUDGED_TOGETHER)
     return data, windowed, asked
 
