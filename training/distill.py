@@ -6,7 +6,6 @@ writes itself (training.self_text): an assistant that has only read books does n
 
     python -m training.distill --llm HuggingFaceTB/SmolLM2-135M-Instruct --text a.txt b.txt.xz --out runs/assistant
     python -m training.distill ... --out runs/assistant --resume              # goes on where it was stopped
-    python -m training.distill similarity --llm pair/llm --slm pair/slm --text a.txt
 
 Give text of the kind that the LLM will read, some megabytes of it, a file for each kind (prose, encyclopedia, code); on
 a GPU add --compile. Every --eval-every steps the state is saved and the assistant judged: how alike its heads are on
@@ -71,7 +70,7 @@ from training.loop import (
 from training.recall import Recall, document_ids
 from training.self_text import Writer, write
 
-HEADS, SIMILARITY, SELF_TEXT = "heads.json", "similarity.json", "self_text.jsonl"
+HEADS, SELF_TEXT = "heads.json", "self_text.jsonl"
 LENGTHS = (256, 1024, 4096)  # tokens of a sequence: the matching window, a question, a document
 SELF_TOKENS = 1_500_000
 JUDGED = 0.2  # the budget at which an assistant is judged
@@ -115,13 +114,6 @@ def figures_of(found: dict[str, Tensor]) -> dict[str, float]:
     """Mean over the heads, and the worst head."""
     means = {kind: value.mean().item() for kind, value in found.items()}
     return means | {f"{kind}_worst": value.min().item() for kind, value in found.items()}
-
-
-def save_similarity(found: dict[str, Tensor], folder: Path, samples: Sequence[list[int]]) -> None:
-    """Per layer and head, for a heatmap."""
-    content = {"samples": len(samples), "length": len(samples[0]), "sinks_dropped": SINKS}
-    content |= {kind: [[round(head, 4) for head in layer] for layer in value.tolist()] for kind, value in found.items()}
-    write_json(folder / SIMILARITY, content)
 
 
 def print_similarity(found: dict[str, Tensor], llm: Config, slm: Config) -> None:
@@ -366,7 +358,6 @@ def run(args: argparse.Namespace) -> tuple[Decoder, Report]:
     frozen = copy_decoder(slm, llm.dtype)
     with eager(args, llm):
         found, judged = similarity(llm, frozen, samples), judge(llm, frozen, text, asked, oracle=True)
-    save_similarity(found, out, samples)
     save_hf(slm, out, folder, model_card(args, llm.config, slm, report, found, judged))
     if report.step >= args.steps:
         (out / STATE).unlink(missing_ok=True)
@@ -378,31 +369,8 @@ def run(args: argparse.Namespace) -> tuple[Decoder, Report]:
 # ---- command ---------------------------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace) -> None:
-    """How alike two models attend, by LLM layer; the last line is JSON."""
-    folder = resolve(args.llm)
-    text, end = load_text(folder)
-    books = [book for path in args.text for part in read_books([path]) for book in part]
-    samples = windows(encode_books(books, text.tokenizer, end), args.length, args.samples)
-    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
-    llm, slm = (load_decoder(path, args.device, dtype) for path in (folder, resolve(args.slm)))
-    check_vocabularies(llm, slm)
-    print_similarity(similarity(llm, slm, samples), llm.config, slm.config)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    if argv[:1] == ["similarity"]:
-        parser = command.Parser(prog="training.distill similarity", description=measure.__doc__)
-        add = parser.add_argument
-        add("--llm", required=True, metavar="NAME", help="folder or hub id")
-        add("--slm", required=True, metavar="NAME", help="the same of the SLM")
-        add("--text", nargs="+", required=True, metavar="FILE", help=".txt or .txt.xz")
-        add("--length", type=whole(WINDOW_MIN), default=512, metavar="N", help="tokens of a window [512]")
-        add("--samples", type=whole(1), default=16, metavar="N", help="windows, spread evenly over the text [16]")
-        add("--device", type=command.device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 [auto]")
-        return parser.parse_args(argv[1:])
     parser = command.Parser(prog="training.distill", description=__doc__.partition("\n")[0],
-                            epilog="'training.distill similarity --help': only measure a pair.",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--llm", required=True, metavar="NAME", help="folder or hub id of the LLM")
     add_shape(parser, layers=10, query_heads=32, kv_heads=4, head_dim=32, hidden=256, intermediate=672)
@@ -429,12 +397,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
-
-    def work() -> int:
-        measure(args) if "slm" in args else run(args)
-        return 0
-
-    return command.ended(work)
+    return command.ended(lambda: run(args) and 0)
 
 
 if __name__ == "__main__":
