@@ -310,7 +310,8 @@ def check_flags(args: argparse.Namespace, llm: Config, chats: bool) -> None:
     writes for minutes."""
     if args.self_text is None:
         args.self_text = SELF_TOKENS if chats else 0
-    if args.self_text and args.self_share + args.recall_share > 1:
+    args.self_share = args.self_share if args.self_text else 0.0
+    if args.self_share + args.recall_share > 1:
         raise ValueError(f"--self-share {args.self_share:g} and --recall-share {args.recall_share:g} are more than all "
                          "of the sequences; lower one of them")  # fmt: skip
     if args.seq_length is None:
