@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined: before the m
     os.environ["TRITON_INTERPRET"] = "1"
 
 import ops  # noqa: E402
+from match import seen_window  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 
 torch.set_num_threads(1)  # the models here are tiny: threads that wait for each other cost more than they bring
@@ -89,7 +90,18 @@ def randint(low, high, shape, seed=0, device=HERE) -> torch.Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(device, torch.int32)
 
 
-def close(actual, expected, dtype=FP32):
-    """Equal up to the rounding of dtype; NaN only where NaN is expected."""
-    bound = TOLERANCE[dtype]
-    torch.testing.assert_close(actual.float(), expected.float(), atol=bound, rtol=bound, equal_nan=True)
+def close(actual, expected, bound=1e-5):
+    """Equal up to a bound, or to the rounding of a dtype; NaN only where NaN is expected."""
+    bound = TOLERANCE.get(bound, bound)
+    actual, expected = (x.detach().float().cpu() for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, atol=bound, rtol=max(bound, 1e-4), equal_nan=True)
+
+
+def versions(module, name: str, device: str) -> list:
+    """The plain twin of a function, and its kernel where it runs."""
+    return [getattr(module, f"{name}_{kind}") for kind in ("torch", "triton")[: 1 + (device == HERE)]]
+
+
+def matrices(decoder, text: list[int]) -> torch.Tensor:
+    """Attention matrices of all heads on a text: (L * H, n, n)."""
+    return seen_window(decoder, torch.tensor([text], device=decoder.device)).rows(slice(None))
