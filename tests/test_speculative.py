@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import random_prompts, tiny_decoder
-from decode import Policy, Sampler, Session, check_positions, generate
-from naive import Naive, NaiveSmallKV
+from decode import Policy, Sampler, check_positions, generate
+from naive import Naive, NaiveSmallKV, check_caches
 from smallkv import Settings, SmallKV
 from speculative import DraftedFull, RoundSession, accept_greedy, accept_sampled
 from test_decode import answers_of
@@ -111,55 +111,6 @@ def test_smallkv_s_rounds_are_those_of_a_naive_loop(name, drafts, device):
         if len(live) == 3:
             assert policy.cache.moved.sum() == came
     assert 0 < session.counts.accepted < session.counts.drafted
-
-
-def check_caches(session, b, loop, begun, tiers):
-    """A sequence's caches against the loop's: what is in slots, and in the offloaded tier of what stood there when the
-    round began. One that has ended keeps all but its tiers, which nothing reads."""
-    policy, cache, n = session.policy, session.policy.cache, len(loop.text)
-    assert session.lengths[b] == n == session.length[b]
-    if cache.key.is_cuda:
-        torch.cuda.synchronize()
-    close(policy.slm_cache.key[:, b, :, :n], torch.stack(loop.slm.key))
-    close(policy.slm_cache.value[:, b, :, :n], torch.stack(loop.slm.value))
-    if policy.slm_cache.score is not None:
-        close(policy.slm_cache.score[:, b, :, :n], loop.score)
-        assert not policy.slm_cache.score[:, b, :, n:].any()
-    for kind, made in enumerate((loop.llm.key, loop.llm.value)):
-        close(cache.offloaded[:, b, :, :begun, kind], torch.stack(made)[:, :, :begun])
-    tables = [("key", cache.critical_position, loop.critical), ("value", cache.critical_position, loop.critical)]
-    if cache.marginal is not None:
-        tables.append(("marginal", cache.marginal_position, loop.marginal))
-    for (layer, g), (name, table, held) in itertools.product(loop.llm.heads if tiers else (), tables):
-        slots = {j: slot for slot, j in enumerate(table[layer, b, g].tolist()) if j >= 0}
-        made = loop.llm.key if name == "key" else loop.llm.value
-        assert sorted(slots) == sorted(held[layer, g])
-        close(getattr(cache, name)[layer, b, g, list(slots.values())], made[layer][g, list(slots)])
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual.cpu(), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_the_slm_s_cache_is_that_of_a_run_without_drafts_to_the_bit(decay, device):
-    """It takes one token at a time either way: K, V and scores, after rounds in which drafts were refused."""
-    pair, (prompt,), settings = near_pair(device), random_prompts(150), Settings(scores="slm", score_decay=decay)
-    session = RoundSession(SmallKV(*pair, settings, drafts=4), [prompt], 40)
-    plain = Session(SmallKV(*pair, settings), [prompt], 40, spare=4)
-    newest = session.prefill().argmax(-1).tolist()
-    plain.prefill()
-    for _ in range(6):
-        (new,) = session.round(newest, [4])
-        for token in [*newest, *new[:-1]]:
-            plain.step([token])
-        newest, n = new[-1:], session.lengths[0]
-        one, other = session.policy.slm_cache, plain.policy.slm_cache
-        assert plain.lengths == session.lengths and (decay > 0) == (one.score is not None)
-        for name in ("key", "value"):
-            assert torch.equal(getattr(one, name)[..., :n, :], getattr(other, name)[..., :n, :])
-        assert one.score is None or torch.equal(one.score, other.score)
-    assert session.counts.accepted < session.counts.drafted
 
 
 # ---- Acceptance ------------------------------------------------------------------------------------------------------
