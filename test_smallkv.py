@@ -12,13 +12,13 @@ import math
 import pytest
 import torch
 
-from conftest import HERE, close, device, poisoned_memory, random_prompts, tiny_decoder  # noqa: F401
+from conftest import HERE, LENGTHS, close, device, poisoned_memory, random_prompts, tiny_decoder  # noqa: F401
 from decode import Policy, Session
 from model import Decoder
 from naive import NaiveSmallKV, check_caches
 from smallkv import SMALL_BUDGET, Settings, SmallKV, TierSizes
 
-LENGTHS, STEPS = (150, 97, 210), 20  # one is shorter than the matching window and passes it, one longer
+STEPS = 20
 METHODS = {
     "default": Settings(),
     "no marginal tier": Settings(marginal=False),

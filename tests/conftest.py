@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined: before the m
     os.environ["TRITON_INTERPRET"] = "1"
 
 import ops  # noqa: E402
+from decode import Policy, generate  # noqa: E402
 from match import seen_window  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 
@@ -24,6 +25,7 @@ torch.set_num_threads(1)  # the models here are tiny: threads that wait for each
 with torch.device("meta"):  # lists what a device context rules over at its first use: the true torch.empty, not ours
     torch.empty(0)
 
+LENGTHS = 150, 97, 210  # of prompts: one is shorter than the matching window and passes it as it grows, one is longer
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 HERE = DEVICES[-1]  # where Triton runs: compiled on a GPU, in the interpreter on a CPU
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -55,6 +57,12 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
+@pytest.fixture(scope="session")
+def full_answers():
+    """30 tokens of the full cache's answers to prompts of `LENGTHS`, by `tiny_decoder()`."""
+    return generate(Policy(tiny_decoder()), random_prompts(*LENGTHS), 30)
+
+
 @pytest.fixture
 def kernels_on(monkeypatch):
     """Triton everywhere: in the interpreter on a CPU; on a GPU's machine the kernels run on the GPU anyway."""
@@ -75,6 +83,11 @@ def tiny_decoder(layers=2, heads=6, kv_heads=2, head_dim=16, seed=0, device="cpu
         if parameter.dim() > 1:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return decoder.to(device)
+
+
+def pair(device="cpu") -> tuple[Decoder, Decoder]:
+    """An LLM, and an SLM with other heads."""
+    return tiny_decoder(device=device), tiny_decoder(heads=4, seed=1, device=device)
 
 
 def random_prompts(*lengths: int, seed: int = 0, vocab: int = 97) -> list[list[int]]:

@@ -6,14 +6,13 @@ import math
 import pytest
 import torch
 
-from conftest import random_prompts, tiny_decoder
+from conftest import LENGTHS, random_prompts, tiny_decoder
 from decode import Policy, Sampler, check_positions, generate
 from naive import Naive, NaiveSmallKV, check_caches
 from smallkv import Settings, SmallKV
 from speculative import DraftedFull, RoundSession, accept_greedy, accept_sampled
-from test_decode import answers_of
+from test_decode import SAMPLED, answers_of
 
-LENGTHS = (150, 97, 210)
 METHODS = {
     "newest row": Settings(scores="slm", score_decay=0.0, marginal=False),
     "slm alone": Settings(scores="slm"),
@@ -22,7 +21,6 @@ METHODS = {
     "tokens": Settings(scores="slm", budget_tokens=40),
     "third tier on the device": Settings.paper(offload="none", marginal=False),
 }
-SAMPLED = Sampler(0.8, top_k=20, top_p=0.9, seed=5)
 
 
 def near_pair(device="cpu", noise=0.05, **shape):
@@ -32,11 +30,6 @@ def near_pair(device="cpu", noise=0.05, **shape):
     for parameter in slm.parameters():
         parameter += noise * torch.randn(parameter.shape, generator=generator)
     return llm.to(device), slm.to(device)
-
-
-@pytest.fixture(scope="module")
-def full_answers():
-    return generate(Policy(near_pair()[0]), random_prompts(*LENGTHS), 30)
 
 
 def run(policy, prompts, count, sampler=Sampler(), stop=frozenset()):
