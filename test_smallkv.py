@@ -63,6 +63,8 @@ def check(settings, device, lengths=LENGTHS, steps=STEPS, head_map=None, chunk=6
         for b, loop in enumerate(loops):
             check_caches(session, b, loop, len(loop.text) - 1)
         assert cache.moved.sum(0).tolist() == [sum(loop.came[k] for loop in loops) for k in (0, 1)]
+    for b, loop in enumerate(loops):
+        assert loop.map is None or torch.equal(session.policy.index[:, b].cpu(), loop.map.int())
     if cache.memory is not None:
         for layer in range(cache.config.layers):
             cache.fold(layer)  # as the next plan would

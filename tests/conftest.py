@@ -17,7 +17,6 @@ if not torch.cuda.is_available():  # read when a kernel is defined: before the m
 
 import ops  # noqa: E402
 from decode import Policy, generate  # noqa: E402
-from match import seen_window  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 
 torch.set_num_threads(1)  # the models here are tiny: threads that wait for each other cost more than they bring
@@ -113,8 +112,3 @@ def close(actual, expected, bound=1e-5):
 def versions(module, name: str, device: str) -> list:
     """The plain twin of a function, and its kernel where it runs."""
     return [getattr(module, f"{name}_{kind}") for kind in ("torch", "triton")[: 1 + (device == HERE)]]
-
-
-def matrices(decoder, text: list[int]) -> torch.Tensor:
-    """Attention matrices of all heads on a text: (L * H, n, n)."""
-    return seen_window(decoder, torch.tensor([text], device=decoder.device)).rows(slice(None))

@@ -99,6 +99,13 @@ class Naive:
         return see
 
 
+def matrices(model, text: list[int]) -> Tensor:
+    """Attention matrices of all heads on a text: (L * H, n, n)."""
+    naive = Naive(model)
+    naive.feed(text)
+    return torch.cat(naive.rows)
+
+
 def top(scores: dict[int, float], count: int) -> list[int]:
     """The `count` positions of highest score, in order; equal scores by position."""
     return sorted(sorted(scores, key=lambda j: (-scores[j], j))[: max(count, 0)])

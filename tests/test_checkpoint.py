@@ -12,21 +12,19 @@ import checkpoint
 from checkpoint import CheckpointError, checkpoint_weights, load_decoder, resolve, weight_bytes
 from conftest import tiny_decoder
 from model import Decoder
+from test_model import LLAMA3, SMALL, YARN, transformers
 from text import Text, check_same_tokenizer
 
-transformers = pytest.importorskip("transformers", reason="the oracle of these tests; see requirements-dev.txt")
-
-SMALL = {
-    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama-yarn-mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": {**YARN, "factor": 2.5, "beta_fast": 16.0, "truncate": False}}),
     "qwen3": ("Qwen3", {"head_dim": 12}),
     "qwen3-tied-multihead": ("Qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
 }
@@ -50,20 +48,16 @@ def make_checkpoint(folder: Path, family: str, shard: str = "1GB"):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family, tmp_path, device):
+    """And the weights under the checkpoint's names are those of the file."""
     reference = make_checkpoint(tmp_path, family).to(device)
     decoder = load_decoder(tmp_path, device, torch.float32)
     tokens = torch.randint(61, (2, 50), generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
         difference = (decoder(tokens) - reference(tokens).logits).abs().max().item()
     assert difference < 1e-4, f"largest difference of logits {difference}"
-
-
-@pytest.mark.parametrize("family", ["llama", "llama-biases", "qwen2", "qwen3"])
-def test_the_weights_under_the_checkpoint_s_names_are_those_of_the_file(family, tmp_path):
-    make_checkpoint(tmp_path, family)
-    weights, stored = checkpoint_weights(load_decoder(tmp_path)), load_file(tmp_path / "model.safetensors")
+    weights, stored = checkpoint_weights(decoder), load_file(tmp_path / "model.safetensors")
     assert weights.keys() == stored.keys()
-    assert all(torch.equal(weights[name], stored[name]) for name in stored)
+    assert all(torch.equal(weights[name].cpu(), stored[name]) for name in stored)
 
 
 def test_sharded_equals_single_and_dtype_is_converted(tmp_path):

@@ -1,4 +1,7 @@
-"""The decoder against Transformers on tiny random models, and what it does with a cache against one whole pass."""
+"""Configs as Transformers reads them, and what the decoder does with a cache against one whole pass.
+
+Its logits are held against Transformers' where checkpoints are loaded: test_checkpoint.py.
+"""
 
 import copy
 import math
@@ -8,7 +11,7 @@ import torch
 
 from cache import FullCache
 from conftest import FP32, HERE, random_prompts, tiny_decoder
-from model import Config, Decoder, Span, rope_frequencies
+from model import Config, Span, rope_frequencies
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests; see requirements-dev.txt")
 
@@ -19,53 +22,6 @@ SMALL = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16, "rope_theta": 10000.0}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
-FAMILIES = {
-    "llama": ("Llama", {}),
-    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
-    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
-    "llama-yarn-mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-yarn": ("Qwen2", {"rope_parameters": {**YARN, "factor": 2.5, "beta_fast": 16.0, "truncate": False}}),
-    "qwen3": ("Qwen3", {"head_dim": 12}),
-    "qwen3-tied-multihead": ("Qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
-}
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def reference_of(family: str):
-    """A tiny random model of Transformers; biases and norms are random too."""
-    kind, changes = FAMILIES[family]
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**{**SMALL, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
-    return model.eval()
-
-
-def decoder_of(reference) -> Decoder:
-    """The same weights in our decoder, products of one input joined."""
-    given = {name.removeprefix("model."): tensor for name, tensor in reference.state_dict().items()}
-    decoder = Decoder(Config.from_hf(reference.config.to_dict()))
-    for name, parameter in decoder.named_parameters():
-        product = next((part for part in name.split(".") if part in JOINED), None)
-        parts = [name.replace(product, part) for part in JOINED[product]] if product else [name]
-        parameter.data = torch.cat([given.pop(part) for part in parts])
-    assert set(given) <= {"lm_head.weight"} and bool(given) == decoder.config.tied
-    return decoder.requires_grad_(False).eval()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family, device):
-    reference = reference_of(family).to(device)
-    decoder = decoder_of(reference).to(device)
-    tokens = torch.randint(61, (2, 50), generator=torch.Generator().manual_seed(1)).to(device)
-    with torch.no_grad():
-        difference = (decoder(tokens) - reference(tokens).logits).abs().max().item()
-    assert difference < 1e-4, f"largest difference of logits {difference}"
 
 
 def test_config_spelled_as_in_transformers_4():
@@ -154,13 +110,6 @@ def step_at(*lengths, tokens=1, device="cpu"):
     return Span.step(torch.tensor(lengths, dtype=torch.int32, device=device), tokens)
 
 
-def test_spans_stand_where_they_say():
-    chunk, step = Span.chunk(3, 7, "cpu"), step_at(5, 9, tokens=3)
-    assert (chunk.length.tolist(), chunk.positions.tolist(), chunk.past) == ([4], [[3, 4, 5, 6]], 3)
-    assert (step.length.tolist(), step.positions.tolist(), step.past) == ([5, 9], [[4, 5, 6], [8, 9, 10]], None)
-    assert chunk.positions.dtype == step.positions.dtype == torch.int32
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 39, 40])
 def test_prefill_in_chunks_equals_one_pass(chunk, device):
     decoder = tiny_decoder(device=device)
@@ -220,23 +169,6 @@ def test_what_is_asked_of_a_forward(device):
     assert decoder(tokens[:1], span, caches[1], logits="scores") is None
     assert torch.equal(caches[0].key, caches[1].key) and torch.equal(caches[0].value, caches[1].value)
     assert ran[-3:] == ["layers.1.self_attn.qkv_proj", "layers.1.self_attn", ""]
-
-
-def test_what_attends_is_shown(device):
-    """To `observe`, without a cache and, chunk by chunk, with one: queries and keys after RoPE."""
-    decoder = tiny_decoder(device=device)
-    tokens, seen, chunks = torch.tensor(random_prompts(19), device=device), [], []
-    decoder(tokens, logits="none", observe=lambda *shown: seen.append(shown))
-    cache = FullCache(decoder.config, 1, 19, device, FP32)
-    cache.observe = lambda *shown: chunks.append(shown)
-    for start, end in ((0, 8), (8, 19)):
-        decoder(tokens[:, start:end], Span.chunk(start, end, device), cache)
-    assert [layer for layer, *_ in seen] == [0, 1] and [layer for layer, *_ in chunks] == [0, 1, 0, 1]
-    for layer, query, key in seen:
-        assert query.shape == (1, 6, 19, 16) and key.shape == (1, 2, 19, 16)
-        for whole, i in ((query, 1), (key, 2)):
-            parts = torch.cat([shown[i] for shown in chunks[layer::2]], 2)
-            torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_angles_are_in_fp32_whatever_the_weights_are():
