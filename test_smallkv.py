@@ -119,7 +119,7 @@ def test_steps_on_kernels_equal_a_naive_loop(monkeypatch):
             run(self)
 
     monkeypatch.setattr(Session, "run", on_kernels)
-    check(Settings(), HERE, (110,), 3, llm={"layers": 1, "heads": 4}, slm={"layers": 1, "heads": 2})
+    check(Settings(), HERE, (110,), 3, llm={"heads": 4}, slm={"heads": 2})
 
 
 # ---- The method is the full cache where it should be -----------------------------------------------------------------
