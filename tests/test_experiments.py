@@ -37,7 +37,7 @@ def ids():
 
 def best(scores, count):
     """The `count` tokens of largest score as a set."""
-    return set(sorted(range(len(scores)), key=lambda j: -scores[j])[:count])
+    return set(top(scores if isinstance(scores, dict) else dict(enumerate(scores)), count))
 
 
 def drop_once(held, n, kept):
@@ -57,11 +57,10 @@ def test_saliency_shift_equals_a_loop_over_queries(pair, ids, budget):
     for token in ids[N // 2 :]:
         naive.step(token)
     chosen = match_heads(llm, slm, ids, "jaccard").index.flatten()
-    whole, borrowed = (x.sum(1).view(rows, -1, N).sum(1).tolist() for x in (matrices(llm, ids), matrices(slm, ids)[chosen]))
-    important = [best(scores, kept) for scores in whole]
-    second = [set(sorted(left, key=lambda j: -left[j])[:kept]) for left in naive.held.values()]
-    expected = {"real drop": mean_jaccard(second, important),
-                "matched heads": mean_jaccard([best(scores, kept) for scores in borrowed], important)}  # fmt: skip
+    both = matrices(llm, ids), matrices(slm, ids)[chosen]
+    whole, borrowed = (x.sum(1).view(rows, -1, N).sum(1).tolist() for x in both)
+    important, left, lent = ([best(scores, kept) for scores in kind] for kind in (whole, naive.held.values(), borrowed))
+    expected = {"real drop": mean_jaccard(left, important), "matched heads": mean_jaccard(lent, important)}
     assert max(expected.values()) < 1  # or nothing would be tested
     assert attention.saliency_shift(pair, ids, budget) == pytest.approx(expected, abs=1e-6)
     same = Pair(llm, llm, None)
@@ -102,10 +101,10 @@ def test_similarities_equal_cosines_of_dense_sums(pair, ids):
 
 def test_a_turn_s_similarity_is_that_of_its_own_queries(pair, ids):
     chosen = match_heads(pair.llm, pair.slm, ids, "jaccard").index.flatten()
-    matrices = matrices(pair.llm, ids), matrices(pair.slm, ids)[chosen]
+    attention_of = matrices(pair.llm, ids), matrices(pair.slm, ids)[chosen]
     expected = []
     for start, end in ((0, N), (0, 80), (80, 101), (101, N)):
-        both = [matrix[:, start:end, :end].sum(1) for matrix in matrices]
+        both = [matrix[:, start:end, :end].sum(1) for matrix in attention_of]
         expected.append(sum(map(naive_cosine, *both)) / len(chosen))
     assert attention.turn_similarity(pair, ids, [80, 101, N]) == pytest.approx(expected, abs=1e-4)
 
