@@ -145,8 +145,8 @@ def test_a_dialogue_holds_the_full_cache_s_answers(pair):
 def command(tmp_path, capsys):
     """Run a command into tmp_path: (exit code, standard output, standard error)."""
 
-    def call(*line, main=attention.main):
-        code = main([str(part) for part in line] + ["--out", str(tmp_path / "out")])
+    def call(*line):
+        code = attention.main([str(part) for part in line] + ["--out", str(tmp_path / "out")])
         return code, *capsys.readouterr()
 
     return call
