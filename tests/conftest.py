@@ -37,6 +37,12 @@ def device(request):
     return request.param
 
 
+@pytest.fixture
+def on_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("a CUDA device is needed")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """New memory comes filled with NaN, int8 with -128: a hole in a tier that is read shows in the result."""

@@ -39,12 +39,6 @@ def test_the_answer_to_a_fixed_prompt(pair):
     assert pair.text.decode(answer).split("\n")[0] == " The code of the south gate is 4071."
 
 
-def test_the_whole_budget_is_the_full_cache(pair, first_prompt):
-    policies = [Policy(pair.llm), SmallKV(pair.llm, pair.slm, Settings(budget=1.0))]
-    full, whole = (generate(policy, [first_prompt], 24)[0] for policy in policies)
-    assert whole == full
-
-
 def test_heads_attend_alike_on_held_out_text(pair):
     source = Recall.from_books([read_text(PAIR / "prose.txt")], pair.text.tokenizer, "test", 4)
     sample = document_ids(source.document(random.Random(1), 512))[0][:512]
