@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cache import FullCache
-from conftest import FP32, HERE, random_prompts, tiny_decoder
+from conftest import FP32, close, random_prompts, tiny_decoder
 from model import Config, Span, rope_frequencies
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests; see requirements-dev.txt")
@@ -106,49 +106,30 @@ def test_a_config_that_lacks_a_number_says_which():
 # ---- With a cache --------------------------------------------------------------------------------------------------
 
 
-def step_at(*lengths, tokens=1, device="cpu"):
-    return Span.step(torch.tensor(lengths, dtype=torch.int32, device=device), tokens)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 39, 40])
-def test_prefill_in_chunks_equals_one_pass(chunk, device):
-    decoder = tiny_decoder(device=device)
-    tokens = torch.tensor(random_prompts(40), device=device)
-    cache = FullCache(decoder.config, 1, 45, device, FP32)
-    spans = [Span.chunk(start, min(40, start + chunk), device) for start in range(0, 40, chunk)]
-    parts = [decoder(tokens[:, span.past : span.past + span.positions.shape[1]], span, cache) for span in spans]
-    torch.testing.assert_close(torch.cat(parts, 1), decoder(tokens), atol=1e-5, rtol=1e-4)
-    assert cache.key[:, :, :, 40:].isnan().all() and cache.value[:, :, :, :40].isfinite().all()
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_decode_steps_equal_one_pass(tokens, device):
-    """One token by itself and a few at once, from the first one on; sequences of other lengths are beside it."""
-    decoder = tiny_decoder(device=device)
-    prompts = torch.tensor(random_prompts(27, 27), device=device)
-    cache, made = FullCache(decoder.config, 2, 27, device, FP32), []
-    decoder(prompts[1:, :6], Span.chunk(0, 6, device), cache.staging(1, 6))
-    for at in range(0, 21, tokens):
-        new = torch.stack((prompts[0, at : at + tokens], prompts[1, at + 6 : at + 6 + tokens]))
-        made.append(decoder(new, step_at(at + 1, at + 7, tokens=tokens, device=device), cache))
-    first, second = torch.cat(made, 1)
-    torch.testing.assert_close(first, decoder(prompts[:1])[0, :21], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(second, decoder(prompts[1:])[0, 6:], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_decoder_on_kernels_equals_the_plain_one(family, request):
-    """Chunks, a step, a few tokens at once: where all small kernels and attention are Triton's."""
-    decoder = tiny_decoder(model_type=family)
-    tokens = torch.tensor(random_prompts(23))
-    expected = decoder(tokens)
-    request.getfixturevalue("kernels_on")
-    decoder, tokens = decoder.to(HERE), tokens.to(HERE)
-    cache = FullCache(decoder.config, 1, 23, HERE, FP32)
-    parts = [decoder(tokens[:, a:b], Span.chunk(a, b, HERE), cache) for a, b in ((0, 7), (7, 19))]
-    parts.append(decoder(tokens[:, 19:20], step_at(20, device=HERE), cache))
-    parts.append(decoder(tokens[:, 20:], step_at(21, tokens=3, device=HERE), cache))
-    torch.testing.assert_close(torch.cat(parts, 1).cpu(), expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("chunk, tokens, family, on_kernels", [
+    (1, 1, "llama", False), (7, 3, "qwen3", False), (40, 3, "llama", False), (7, 3, "llama", True),
+    (12, 1, "qwen3", True),
+])  # fmt: skip
+def test_chunks_and_steps_equal_one_pass(chunk, tokens, family, on_kernels, device, request):
+    """One sequence in chunks, then in steps of one token or of a few at once, beside one that has no prompt; on plain
+    PyTorch, and where all small kernels and attention are Triton's."""
+    decoder = tiny_decoder(model_type=family, device=device)
+    ids = [torch.tensor(prompt, device=device) for prompt in random_prompts(25, 6)]
+    whole, prompts = [decoder(own[None])[0] for own in ids], (19, 0)
+    if on_kernels:
+        request.getfixturevalue("kernels_on")
+    cache, parts = FullCache(decoder.config, 2, 30, device, FP32), [[], []]
+    for start in range(0, 19, chunk):
+        end = min(19, start + chunk)
+        parts[0] += decoder(ids[0][None, start:end], Span.chunk(start, end, device), cache.staging(0, 19))
+    for at in range(0, 6, tokens):
+        new = torch.stack([own[n + at : n + at + tokens] for own, n in zip(ids, prompts)])
+        length = torch.tensor(prompts, dtype=torch.int32, device=device) + at + 1
+        for part, logits in zip(parts, decoder(new, Span.step(length, tokens), cache)):
+            part.append(logits)
+    for b, part in enumerate(parts):
+        close(torch.cat(part), whole[b], 1e-4)
+        assert cache.key[:, b, :, len(whole[b]) :].isnan().all()
 
 
 def test_what_is_asked_of_a_forward(device):

@@ -10,7 +10,7 @@ from conftest import LENGTHS, random_prompts, tiny_decoder
 from decode import Policy, Sampler, check_positions, generate
 from naive import Naive, NaiveSmallKV, check_caches
 from smallkv import Settings, SmallKV
-from speculative import DraftedFull, RoundSession, accept_greedy, accept_sampled
+from speculative import DraftedFull, RoundSession
 from test_decode import SAMPLED, answers_of
 
 METHODS = {
@@ -109,16 +109,6 @@ def test_smallkv_s_rounds_are_those_of_a_naive_loop(name, drafts, device):
 # ---- Acceptance ------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_drafts_are_accepted_up_to_the_first_that_is_wrong():
-    drafts = torch.tensor([[5, 6], [5, 6], [4, 6], [5, 6], [5, 6]])
-    best = torch.tensor([[5, 6, 7], [5, 8, 7], [5, 6, 7], [5, 6, 7], [5, 6, 7]])
-    count, after = accept_greedy(drafts, best, torch.tensor([2, 2, 2, 1, 0]))
-    assert (count.tolist(), after.tolist()) == ([2, 1, 0, 1, 0], [7, 8, 5, 6, 5])
-    same = torch.tensor([[[0.25, 0.75]]])
-    given = torch.tensor([[0]]), same, torch.cat((same, same), 1), torch.tensor([1])
-    assert accept_sampled(*given, torch.tensor([[0.999, 0.3]]))[0].item() == 1  # p = q: never refused
-
-
 def middle(distribution, token):
     """A uniform number that draws this token: the middle of its share."""
     return (sum(distribution[:token]) + distribution[token] / 2) / sum(distribution)
@@ -162,38 +152,13 @@ def check_distribution(found, vocabulary, wanted):
             assert [x / sum(after) for x in after] == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("allowed", [0, 1, 2])
-def test_what_is_accepted_is_distributed_as_the_llm_s_tokens(allowed):
-    """Every outcome of two drafts among four tokens, by random tables, some of whose entries are 0."""
-    generator = torch.Generator().manual_seed(1)
-    tables = {}
-
-    def table(kind, start):
-        if (kind, start) not in tables:
-            row = torch.rand(4, generator=generator, dtype=torch.float64) * torch.tensor([1, 1, 1, len(start) != 1])
-            tables[kind, start] = (row / row.sum()).tolist()
-        return tables[kind, start]
-
-    def wanted(given, place):
-        return table("p", tuple(given[:place]))
-
-    found = list(outcomes(4, 2, allowed, lambda start: table("q", tuple(start)), wanted))
-    drafts = torch.tensor([given for _, given, _, _ in found])
-    q = torch.tensor([[table("q", given[:place]) for place in range(2)] for _, given, _, _ in found])
-    p = torch.tensor([[wanted(given, place) for place in range(3)] for _, given, _, _ in found])
-    chance = torch.tensor([chances[2:] for _, _, chances, _ in found])
-    count, after = accept_sampled(drafts, q, p, torch.tensor([allowed]).expand(len(found)), chance)
-    new = [[*given[:n], token] for (_, given, _, _), n, token in zip(found, count.tolist(), after.tolist())]
-    assert new == [expected for *_, expected in found]
-    check_distribution([(weight, new) for weight, *_, new in found], 4, wanted)
-
-
-@pytest.mark.parametrize("method, sampler", [
-    ("full", Sampler(1.5)), ("full", Sampler(1.0, top_k=4, top_p=0.9)), ("smallkv", Sampler(2.0, top_k=3, top_p=0.95)),
-], ids=["full", "full, top-k and top-p", "smallkv"])  # fmt: skip
+@pytest.mark.parametrize("method, sampler, allowed", [
+    ("full", Sampler(1.5), 2), ("full", Sampler(1.0, top_k=4, top_p=0.9), 2), ("full", Sampler(1.5), 1),
+    ("full", Sampler(1.5), 0), ("smallkv", Sampler(2.0, top_k=3, top_p=0.95), 2),
+], ids=str)  # fmt: skip
 @torch.inference_mode()
-def test_sampled_rounds_come_to_every_outcome_as_they_should(method, sampler, device):
-    """All outcomes of a round of two drafts among five tokens, one sequence of a batch each.
+def test_sampled_rounds_come_to_every_outcome_as_they_should(method, sampler, allowed, device):
+    """All outcomes of a round of two drafts, of which so many are allowed, among five tokens, one sequence each.
 
     With the full cache new tokens are distributed as the LLM's, exactly. What SmallKV's LLM would draw depends on the
     plan, which has seen the drafts: each outcome is that of a naive round of these drafts.
@@ -216,20 +181,20 @@ def test_sampled_rounds_come_to_every_outcome_as_they_should(method, sampler, de
             return after(llm, tuple(given[:place]))
         if given not in cached:
             loop = NaiveSmallKV(llm, slm, settings, prompt, head_map, drafts=2)
-            cached[given] = [probabilities(row) for row in loop.round([newest, *given], 2)[1]]
+            cached[given] = [probabilities(row) for row in loop.round([newest, *given], allowed)[1]]
         return cached[given][place]
 
-    found = list(outcomes(V, 2, 2, lambda start: after(slm, tuple(start)), wanted))
+    found = list(outcomes(V, 2, allowed, lambda start: after(slm, tuple(start)), wanted))
     pair = near_pair(device, noise=0.1, vocab=V)
     policy = DraftedFull(*pair, 2) if method == "full" else SmallKV(*pair, settings, head_map, drafts=2)
     session = RoundSession(policy, [prompt] * len(found), 10, sampler)
     session.prefill()
-    session.tokens.fill_(newest), session.allowed.fill_(2)
+    session.tokens.fill_(newest), session.allowed.fill_(allowed)
     session.chance.copy_(torch.tensor([chances for _, _, chances, _ in found]))
     session.run()
     new = [answer[:count] for answer, count in zip(session.answer.tolist(), session.kept.tolist())]
     assert new == [expected for *_, expected in found]
-    assert {len(tokens) for tokens in new} == {1, 2, 3}
+    assert {len(tokens) for tokens in new} == set(range(1, allowed + 2))
     if method == "full":
         check_distribution([(weight, tokens) for weight, *_, tokens in found], V, wanted)
 
