@@ -265,16 +265,20 @@ def write_checkpoint(folder: Path, vocab: int = 280, text: str = WORDS, **shape)
     return folder
 
 
-def test_chat_renders_the_checkpoint_s_template(tmp_path):
-    text = Text.load(write_checkpoint(tmp_path / "llm"))
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "llm")
+
+
+def test_chat_renders_the_checkpoint_s_template(folder):
+    text = Text.load(folder)
     assert text.chat("the dog") == text.tokenizer.encode("<user>the dog</><bot>").ids
     assert text.next_turn("the fox") == text.tokenizer.encode("</><user>the fox</><bot>").ids
     assert text.stop == {0} and text.special == {"eos_token": "<end>"}
 
 
-def test_a_template_sees_what_transformers_gives_it(tmp_path):
+def test_a_template_sees_what_transformers_gives_it(folder):
     """tools and documents are None; {% generation %} marks and changes nothing; special tokens of either file."""
-    folder = write_checkpoint(tmp_path / "llm")
     template = (
         "{{ bos_token }}{% if tools is not none or documents is not none %}tools{% endif %}{% for m in messages %}"
         "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% endfor %}"
@@ -291,8 +295,7 @@ def test_a_template_sees_what_transformers_gives_it(tmp_path):
     assert rendered == "<s>the dog<end><bot>" and text.chat("the dog") == text.encode(rendered)
 
 
-def test_truncation_and_padding_of_a_tokenizer_are_left_out(tmp_path):
-    folder = write_checkpoint(tmp_path / "llm")
+def test_truncation_and_padding_of_a_tokenizer_are_left_out(folder):
     long, text = "the quick brown fox " * 50, Text.load(folder)
     text.tokenizer.enable_truncation(16)
     text.tokenizer.enable_padding(length=300)
@@ -302,9 +305,8 @@ def test_truncation_and_padding_of_a_tokenizer_are_left_out(tmp_path):
         assert Text.load(folder).encode(words) == text.encode(words)
 
 
-def test_a_prompt_that_cannot_fit_is_refused_by_its_beginning(tmp_path, monkeypatch):
-    text, seen = Text.load(write_checkpoint(tmp_path / "llm")), []
-    encode = Text.encode
+def test_a_prompt_that_cannot_fit_is_refused_by_its_beginning(folder, monkeypatch):
+    text, seen, encode = Text.load(folder), [], Text.encode
     monkeypatch.setattr(Text, "encode", lambda self, words: seen.append(len(words)) or encode(self, words))
     text.check_length("the fox " * 100, 200)
     with pytest.raises(ValueError, match="a prompt of 8000000 characters has more than .* positions of the model"):
@@ -312,29 +314,23 @@ def test_a_prompt_that_cannot_fit_is_refused_by_its_beginning(tmp_path, monkeypa
     assert sum(seen) < 20_000
 
 
-def test_streamed_bytes_of_a_fallback_show_what_can_be_shown():
-    """A run of bytes that is no character, as LLaMA 2's tokenizer decodes it: nothing is raised, no tail is lost."""
+def test_streamed_pieces_make_the_text(folder):
+    """Even across characters, and of a run of bytes that is no character, as LLaMA 2's tokenizer decodes it: nothing is
+    raised, no tail is lost, and no replacement is shown before it is one."""
     words = [*(f"<0x{byte:02X}>" for byte in range(256)), "\u2581cat", "\u2581the", "s"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
     ])  # fmt: skip
-    text = Text(tokenizer)
-    for ids, shown in (([10, 0xE4, 256], "\n\ufffd cat"), ([256, 10, 0xE4, 0xBD, 0xA0, 258], "cat\n\u4f60s"),
-                       ([257, 0xE4], "the\ufffd"), ([0xF0, 0x9F, 0xA6], "\ufffd" * 3), ([257, 256], "the cat")):
-        stream = text.stream()  # fmt: skip
+    bytewise, own, fox = Text(tokenizer), Text.load(folder), "the café — naïve 🦊 fox"
+    for text, ids, shown in (
+        (bytewise, [10, 0xE4, 256], "\n\ufffd cat"), (bytewise, [256, 10, 0xE4, 0xBD, 0xA0, 258], "cat\n\u4f60s"),
+        (bytewise, [257, 0xE4], "the\ufffd"), (bytewise, [0xF0, 0x9F, 0xA6], "\ufffd" * 3),
+        (bytewise, [257, 256], "the cat"), (own, own.encode(fox), fox), (own, own.encode("🦊")[:2], "\ufffd"),
+    ):  # fmt: skip
+        stream = text.stream()
         pieces = [stream.push(token) for token in ids] + [stream.finish()]
         assert "".join(pieces) == shown and not any("\ufffd" in piece for piece in pieces[:2])
-
-
-def test_streamed_pieces_make_the_text_even_across_characters(tmp_path):
-    text = Text.load(write_checkpoint(tmp_path / "llm"))
-    words = "the café — naïve 🦊 fox"
-    stream = text.stream()
-    assert "".join(stream.push(token) for token in text.encode(words)) == words and stream.finish() == ""
-    half = text.encode("🦊")[:2]
-    stream = text.stream()
-    assert "".join(stream.push(token) for token in half) == "" and stream.finish() == text.decode(half)
 
 
 @pytest.mark.parametrize("file, content, message", [
@@ -351,20 +347,19 @@ def test_streamed_pieces_make_the_text_even_across_characters(tmp_path):
     ("generation_config.json", {"eos_token_id": [1, 10**30]}, "eos_token_id is .*, not a token id"),
     ("tokenizer.json", {"model": 1}, "tokenizer.json is not a readable tokenizer"),
 ])  # fmt: skip
-def test_odd_files_are_named(file, content, message, tmp_path):
-    folder = write_checkpoint(tmp_path / "llm")
+def test_odd_files_are_named(file, content, message, folder):
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         Text.load(folder).chat("hello")
 
 
-def test_different_tokenizers_are_named(tmp_path):
-    llm, same = Text.load(write_checkpoint(tmp_path / "llm")), check_same_tokenizer
-    same(llm, Text.load(tmp_path / "llm"))
+def test_different_tokenizers_are_named(folder, tmp_path):
+    llm, same = Text.load(folder), check_same_tokenizer
+    same(llm, Text.load(folder))
     other = write_checkpoint(tmp_path / "other", text="completely different words about stones and rivers " * 9)
     with pytest.raises(CheckpointError, match="tokenizers of LLM and SLM differ, first at id 257: LLM 'he', SLM 'er'"):
         same(llm, Text.load(other))
-    raw = json.loads((tmp_path / "llm" / "tokenizer.json").read_text())
+    raw = json.loads((folder / "tokenizer.json").read_text())
     raw["model"]["merges"].reverse()
     (other / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="differ, first at merge 0: LLM"):
