@@ -321,12 +321,10 @@ class NaiveSmallKV:
     def _observe(self, token: int) -> Tensor:
         """The SLM's attention row (L', H', n); what it has dropped has no score any more."""
         self.words = self.slm.step(token)
-        dropped = torch.ones(self.slm.config.layers, self.slm.config.kv_heads, self.slm.length, dtype=torch.bool)
-        for (layer, g), held in self.slm.held.items():
-            dropped[layer, g, list(held)] = False
-        group = self.slm.config.query_heads // self.slm.config.kv_heads
-        gone = dropped.repeat_interleave(group, 1)[..., : self.score.shape[-1]]
-        self.score = self.score.masked_fill(gone, 0)
+        see, config = self.slm.only(self.slm.held), self.slm.config
+        held = torch.stack([see(layer, None) for layer in range(config.layers)])  # (L', G', n)
+        held = held.repeat_interleave(config.query_heads // config.kv_heads, 1)[..., : self.score.shape[-1]]
+        self.score = self.score.masked_fill(~held, 0)
         return torch.stack(self.slm.rows)[:, :, -1]
 
     def _matched(self, rows: Tensor, n: int) -> Tensor:
