@@ -29,7 +29,7 @@ def check(name, lengths, steps, budget, tokens=None, device="cpu", **shape):
                 position = cache.position[layer][b, g].tolist()
                 assert sorted(j for j in position if j >= 0) == held, (step, b, layer, g)
     for b, (rows, _) in enumerate(expected):
-        close(torch.stack([row[b] for row in logits]), torch.stack(rows), 2e-4)
+        close(torch.stack([row[b] for row in logits]), torch.stack(rows), 1e-3)
     return session
 
 

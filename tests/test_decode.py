@@ -129,8 +129,7 @@ def test_a_step_runs_where_there_are_no_numbers(name, sampler):
 @torch.inference_mode()
 def test_a_step_waits_for_nothing(name, sampler, no_waiting):
     session = made(POLICIES[name](*pair("cuda")), random_prompts(150, 97), 10, sampler, {5}, capture=False)
-    session.prefill()
-    session.forward()
+    session.prefill(), session.forward(), session.forward()
     torch.cuda.synchronize()
     with no_waiting():
         session.forward()
