@@ -390,6 +390,9 @@ def check_caches(session, b: int, loop: NaiveSmallKV, begun: int, tiers: bool = 
     critical, marginal = (cache.critical_position, loop.critical), (cache.marginal_position, loop.marginal)
     pools = [(cache.key, *critical, 0), (cache.value, *critical, 1)]
     pools += [(cache.marginal, *marginal, 1)] if cache.marginal is not None else []
+    for tier, held in (("critical", loop.critical), ("marginal", loop.marginal)):
+        mean = sum(map(len, held.values())) / len(held)
+        assert not tiers or math.isclose(cache.tokens(b)[tier], mean, rel_tol=1e-6)
     for (layer, g), (pool, table, held, kind) in itertools.product(loop.llm.heads if tiers else (), pools):
         tokens, rows = in_slots(table[layer, b, g], held[layer, g], pool[layer, b, g])
         close(rows, made[kind][layer, g, tokens], 1e-4)

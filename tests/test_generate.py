@@ -328,9 +328,7 @@ def test_bare_command_demonstrates(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--budget", 0, "x"], "budget 0.0 is outside (0, 1]"),
-    (["--score-decay", 2, "x"], "score decay 2.0 is outside [0, 1]"),
     (["--scores", "fused", "--no-saliency-shift", "x"], "fused scores need the SLM's: without saliency shift"),
-    (["--slm-budget", 0, "x"], "SLM budget 0.0 is outside (0, 1]"),
     (["--max-new-tokens", 0, "x"], "argument --max-new-tokens: 0 is not a whole number of at least 1"),
     (["--temperature", "nan", "x"], "--temperature: nan is not a number of at least 0"),
     (["--temperature", 1e9, "x"], "temperature 1000000000.0 is not 0 (greedy) nor between"),
@@ -355,7 +353,6 @@ def test_bare_command_demonstrates(monkeypatch, capsys):
     (["x", "--speculate", -1], "--speculate: -1 is not a whole number of at least 0"),
     (["x", "--speculate", 2, "--method", "h2o"], "--speculate works with --method full and smallkv, not h2o"),
     (["x", "--speculate", 2, "--slm-layers", 1], "--speculate needs the SLM's words, and --slm-layers 1 stops before"),
-    (["x", "--speculate", 2, "--no-saliency-shift"], "drafts need saliency shift"),
     (["x", "--speculate", 2, "--scores", "fused"], "drafts need scores slm"),
 ])  # fmt: skip
 def test_mistakes_get_one_line_and_exit_code_2(run, arguments, message):

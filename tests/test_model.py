@@ -24,20 +24,15 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 
 
-def test_config_spelled_as_in_transformers_4():
-    config = transformers.LlamaConfig(**SMALL, rope_parameters=LLAMA3).to_dict()
-    expected = Config.from_hf(config)
-    rope = dict(config.pop("rope_parameters"))
-    config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
-    assert Config.from_hf(config) == expected and expected.rope["rope_type"] == "llama3"
+def raw_config(kind: str, changes: dict) -> dict:
+    """A config.json of the small model; what is changed to ... is not there."""
+    return {name: value for name, value in {**SMALL, "model_type": kind, **changes}.items() if value is not ...}
 
 
 def test_yarn_opens_the_positions_that_it_was_turned_on_for():
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    base = {**SMALL, "model_type": "qwen2"}
-    assert Config.from_hf({**base, "rope_scaling": yarn}).max_positions == 256
-    assert Config.from_hf(base).max_positions == 64
+    assert Config.from_hf(raw_config("qwen2", {"rope_scaling": yarn})).max_positions == 256
+    assert Config.from_hf(raw_config("qwen2", {})).max_positions == 64
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -62,12 +57,13 @@ def test_yarn_opens_the_positions_that_it_was_turned_on_for():
     ({"layer_types": ["full_attention"]}, "layer_types is .*; expected a list of 2"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
     ({"attention_bias": 1}, "attention_bias is 1; expected true or false"),
+    ({"intermediate_size": ..., "num_hidden_layers": ...}, "config.json lacks intermediate_size, num_hidden_layers"),
     ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
 ])  # fmt: skip
 def test_configs_that_are_refused(changes, message):
     """Others are named where checkpoints are loaded: test_checkpoint.py."""
     with pytest.raises(ValueError, match=message):
-        Config.from_hf({**SMALL, "model_type": "llama", **changes})
+        Config.from_hf(raw_config("llama", changes))
 
 
 TYPED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}  # as model cards spell it, no theta
@@ -86,7 +82,7 @@ TYPED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} 
 ])  # fmt: skip
 def test_configs_are_read_as_transformers_reads_them(kind, changes):
     """The frequencies, the factor on cos and sin, and the numbers of heads."""
-    raw = {name: value for name, value in {**SMALL, "model_type": kind, **changes}.items() if value is not ...}
+    raw = raw_config(kind, changes)
     expected = transformers.AutoConfig.for_model(**copy.deepcopy(raw))
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(expected)
     config = Config.from_hf(raw)
@@ -95,12 +91,6 @@ def test_configs_are_read_as_transformers_reads_them(kind, changes):
     assert math.isclose(factor, rotary.attention_scaling, rel_tol=1e-12)
     heads = expected.num_key_value_heads, getattr(expected, "head_dim", None) or SMALL["hidden_size"] // 6
     assert (config.kv_heads, config.head_dim) == heads
-
-
-def test_a_config_that_lacks_a_number_says_which():
-    with pytest.raises(ValueError, match="config.json lacks intermediate_size, num_hidden_layers"):
-        Config.from_hf({name: SMALL[name] for name in SMALL if name[0] not in "in" or name == "num_attention_heads"}
-                       | {"model_type": "llama"})  # fmt: skip
 
 
 # ---- With a cache --------------------------------------------------------------------------------------------------
