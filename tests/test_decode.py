@@ -6,7 +6,6 @@ asked of all of them that their step or round never reads the device from the ho
 
 import gc
 import weakref
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -87,17 +86,9 @@ class NoMasks(TorchDispatchMode):
 
 @pytest.fixture
 def no_waiting(on_gpu):
-    """A context in which whatever would wait for the device is an error."""
-
-    @contextmanager
-    def strict():
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return strict
+    """From a call of this on, whatever would wait for the device is an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name, sampler", METHODS)
@@ -116,8 +107,8 @@ def test_a_step_waits_for_nothing(name, sampler, no_waiting):
     session = made(POLICIES[name](*pair("cuda")), random_prompts(150, 97), 10, sampler, {5}, capture=False)
     session.prefill(), session.forward(), session.forward()
     torch.cuda.synchronize()
-    with no_waiting():
-        session.forward()
+    no_waiting()
+    session.forward()
 
 
 @pytest.mark.parametrize("name, sampler", METHODS)
@@ -158,8 +149,8 @@ def test_a_prefill_waits_for_nothing(changes, no_waiting):
 
     class Strict(SmallKV):
         def prefill(self, *given):
-            with no_waiting():
-                return super().prefill(*given)
+            no_waiting()
+            return super().prefill(*given)
 
     head_map = torch.zeros(2, 6, dtype=torch.long) if changes.get("given") else None
     settings = Settings(**{name: value for name, value in changes.items() if name != "given"})
