@@ -295,7 +295,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         add(flag, type=kind, default=default, metavar=metavar, help=f"{text} [{default}]")
     add("--json", metavar="FILE", help="write answers and report for machines")
-    add("--trace", metavar="FILE", help="write a page of every token's tier, step by step; --compare: H2O's too")
+    add("--trace", metavar="FILE", help="write a page of every token's tier by step; --compare: H2O's too")
     return parser
 
 
