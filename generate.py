@@ -170,7 +170,7 @@ def share_of(settings: Settings) -> str:
 def write_trace(args, pair: Pair, settings: Settings, watch: Trace, ids: list[int]) -> dict:
     """The page of --trace, with H2O beside SmallKV if they are compared; its record. ids: of prompt and answer."""
     h2o = make_policy("h2o", pair, settings) if args.compare else None
-    record = watch.record(pair.text, ids, f"SmallKV, {share_of(settings)}", h2o)
+    record = watch.record(pair.text, ids, f"SmallKV{' --paper' * args.paper}, {share_of(settings)}", h2o)
     command.write_text(args.trace, page(record))
     return record
 
@@ -219,7 +219,7 @@ def demonstrate(pair: Pair, settings: Settings, args, console: Console) -> None:
     document = json.loads((PAIR / "demo.json").read_text(encoding="utf-8"))
     turns, heads = document["turns"], pair.llm.config.layers * pair.llm.config.kv_heads
     budget = {"budget": settings.budget, "budget_tokens": settings.budget_tokens, "offload": settings.offload}
-    share, paper, watch = share_of(settings), Settings.paper(**budget), None
+    share, paper = share_of(settings), Settings.paper(**budget)
     runs = {
         "full cache": ("full", settings),
         f"SmallKV, {share}": ("smallkv", settings),
@@ -230,14 +230,14 @@ def demonstrate(pair: Pair, settings: Settings, args, console: Console) -> None:
         del runs[f"SmallKV, {share}"]
     told, reports = [], {}
     for name, (method, own) in runs.items():
-        first = args.trace is not None and method == "smallkv" and watch is None
-        policy = make_policy(method, pair, own, traced=first)
-        watch = Trace(policy) if first else watch
-        answers, read, report = ask(pair, policy, document, watch if first else None)
+        traced = args.trace is not None and method == "smallkv" and not reports  # the first of them
+        policy = make_policy(method, pair, own, traced=traced)
+        watch = Trace(policy) if traced else None
+        answers, read, report = ask(pair, policy, document, watch)
         told.append(answers)
         if method == "smallkv":
             reports[name] = report
-        if first:
+        if traced:
             write_trace(args, pair, settings, watch, read)
     right = [[text == turn["answer"] for turn, (text, _, _) in zip(turns, answers)] for answers in told]
     columns = [f"{name}: {sum(found)} right" for name, found in zip(runs, right)]

@@ -1,6 +1,6 @@
 """A picture of an answer: the tier of every token in every step, for every layer and KV head, as one page.
 
-    python generate.py --trace page.html [--compare] [--paper]
+    python generate.py --trace page.html [--compare] [--marginal]
 
 Where it sits: behind a session (decode.py), in front of generate.py. When a step is over `Trace.add` reads the cache's
 tables of positions by slot; a step knows nothing of it. `Trace.record` makes plain JSON types of that, which `--json`
@@ -38,7 +38,7 @@ from smallkv import SmallKV
 from text import Text
 
 MARGINAL, CRITICAL = 1, 2
-MOST = 1 << 28  # numbers of (n, L, G, S) that a page opens without a long wait
+MOST = 1 << 27  # numbers of (n, L, G, S) that a page opens without a long wait
 
 
 # ---- What is held ----------------------------------------------------------------------------------------------------

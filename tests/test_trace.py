@@ -205,6 +205,14 @@ def test_a_page_of_a_thousand_tokens_is_small_and_soon_there(flags, traced, monk
     assert path.stat().st_size < 200_000 and sum(spent) < 5 + 5 * ("--compare" in flags)
 
 
+def test_a_record_that_is_too_large_is_refused_before_the_work(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trace, "MOST", 10_000)
+    names = ["--llm", pair[0], "--slm", pair[1], "--device", "cpu", "--trace", tmp_path / "page.html"]
+    assert program.main([*map(str, names), PROMPT]) == 2 and not (tmp_path / "page.html").exists()
+    out, err = capsys.readouterr()
+    assert not out and "--trace of 4 KV heads" in err and "is too much for a page" in err and len(err.splitlines()) == 1
+
+
 # ---- The page, in a browser ------------------------------------------------------------------------------------------
 
 
