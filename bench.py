@@ -2,7 +2,6 @@
 
     python bench.py --pair qwen2-7b --settings 64x2048+256,4x16384+512 --decode-only --table
     python bench.py --settings 64x2048+256 --decode-only --speculate 4 --acceptance 0.7       # rounds of drafts
-    python bench.py overhead --llm Qwen2-7B --slm Qwen2-0.5B            # calculated, not measured: overhead.py
 
 Where it sits: on top of decode.py and speculative.py, whose sessions it times, beside generate.py. Methods run one
 after another in one process on the same weights. Beside every time stands its floor: for TPOT the bytes that a step
@@ -31,14 +30,13 @@ from torch import Tensor
 from torch.profiler import profile as record
 
 import command
-import overhead
 import parallel
 from baselines import BASELINES
 from checkpoint import available_bytes, check_fits, weight_bytes
 from decode import WARM_STEPS, Policy, Session
+from floors import QWEN, SHAPES, early, prefill_flops, raw_config, step_bytes
 from match import HeadMap, layers_within
 from model import Config, Decoder, Span
-from overhead import QWEN, SHAPES, early, markdown, prefill_flops, raw_config, step_bytes
 from quantize import JOINED, Scheme, int4_modules, put_int4
 from smallkv import Settings, SmallKV, TierSizes
 from speculative import DraftedFull, RoundSession
@@ -408,7 +406,7 @@ def table(report: dict) -> str:
             f"{travel / 1e6:.0f} ({1e3 * travel / pcie:.2f})" if travel else "-",
             f"{1e3 * max(floor, travel / pcie):.2f}", *prefill, f"{peak} ({row['ledger_bytes'] / 1e9:.2f})",
         ])  # fmt: skip
-    return markdown(lines)
+    return command.markdown_table(lines[0], lines[1:])
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -498,9 +496,7 @@ def run(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    work = partial(overhead.main, argv[1:]) if argv[:1] == ["overhead"] else lambda: run(make_parser().parse_args(argv))
-    return command.ended(work)
+    return command.ended(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import lzma
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import get_args
@@ -161,6 +161,10 @@ def read_lines(path: str | Path, needed: tuple[str, ...] = (), torn: bool = Fals
             if missing:
                 raise ValueError(f"{path}, line {place}, has no {', '.join(map(repr, missing))}; mend or remove it")
     return rows
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 # ---- A run's files ---------------------------------------------------------------------------------------------------

@@ -250,10 +250,6 @@ def make_table(task: str, lines: list[dict]) -> tuple[list[str], list[list[str]]
     return ["method", "budget", "n", *(heading for heading, *_ in columns)], rows
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def show_tables(folders: list[Path], markdown: bool) -> int:
     """A table for each run: drawn on a terminal, else in markdown."""
     for about, lines in map(read_run, folders):
@@ -263,7 +259,7 @@ def show_tables(folders: list[Path], markdown: bool) -> int:
         print(", ".join([f"{about['task']} at equal {given['equal']}", *models, *where]))
         header, rows = make_table(about["task"], lines)
         if markdown or not sys.stdout.isatty():
-            print(f"\n{markdown_table(header, rows)}\n")
+            print(f"\n{command.markdown_table(header, rows)}\n")
             continue
         grid = [header, *rows]
         grid = list(zip(*grid)) if len(header) > len(grid) else grid  # the way that is less wide

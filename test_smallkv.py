@@ -12,13 +12,13 @@ import math
 import pytest
 import torch
 
-from conftest import device, poisoned_memory, random_prompts, tiny_decoder  # noqa: F401
-from decode import Policy, Session, generate
+from conftest import HERE, LENGTHS, close, device, poisoned_memory, random_prompts, tiny_decoder  # noqa: F401
+from decode import Policy, Session
 from model import Decoder
-from naive import NaiveSmallKV
+from naive import NaiveSmallKV, check_caches
 from smallkv import SMALL_BUDGET, Settings, SmallKV, TierSizes
 
-LENGTHS, STEPS = (150, 97, 210), 20  # one is shorter than the matching window and passes it, one longer
+STEPS = 20
 METHODS = {
     "default": Settings(),
     "no marginal tier": Settings(marginal=False),
@@ -39,6 +39,7 @@ METHODS = {
     "SLM's cache cut": Settings(slm_budget=0.4),
     "SLM's cache cut, its scores": Settings(slm_budget=0.2, scores="slm", score_decay=0.7),
     "SLM's cache cut, no shift": Settings(slm_budget=0.1, scores="slm", saliency_shift=False),
+    "SLM's cache of one token": Settings(slm_budget=0.003, scores="slm"),
     "third tier on the device": Settings(offload="none"),
 }
 
@@ -47,70 +48,37 @@ def models(device="cpu", llm={}, slm={}) -> tuple[Decoder, Decoder]:
     return tiny_decoder(device=device, **llm), tiny_decoder(device=device, **{"heads": 4, "seed": 1, **slm})
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual.cpu(), expected.cpu(), atol=1e-4, rtol=1e-4)
-
-
-def tiers(cache, b) -> dict:
-    """By layer and KV head: the tokens in critical and in marginal slots of sequence b, as lists."""
-    tables = cache.critical_position, cache.marginal_position
-    at = itertools.product(range(cache.config.layers), range(cache.config.kv_heads))
-    return {
-        (layer, g): [[] if table is None else [j for j in table[layer, b, g].tolist() if j >= 0] for table in tables]
-        for layer, g in at
-    }
-
-
-def check_tiers(session, b, naive):
-    """The tokens in the slots, how many, and that their rows are those of the offloaded tier to the bit."""
-    cache, n, settings = session.policy.cache, session.lengths[b], session.policy.settings
-    if cache.key.is_cuda:
-        torch.cuda.synchronize()
-    for head, (critical, marginal) in tiers(cache, b).items():
-        assert sorted(critical) == sorted(naive.critical[head])
-        assert sorted(marginal) == sorted(naive.marginal[head])
-        assert not set(critical) & set(marginal)  # the rest is offloaded alone
-        if settings.saliency_shift:
-            size = settings.sizes(n)
-            assert (len(critical), len(marginal)) == (size.critical, size.marginal)
-            assert set(critical) >= set(range(n - size.recent, n))
-    slots = [(cache.key, cache.critical_position, 0), (cache.value, cache.critical_position, 1)]
-    if cache.marginal is not None:
-        slots.append((cache.marginal, cache.marginal_position, 1))
-    for pool, table, kind in slots:
-        pool, position = pool[:, b].cpu(), table[:, b].cpu().long()  # (L, G, C, D), (L, G, C)
-        index, old = position.clamp(min=0)[..., None].expand(pool.shape), (position >= 0) & (position < n - 1)
-        made = torch.stack((naive.llm.key, naive.llm.value)[kind]).gather(2, index)
-        close(pool[position >= 0], made[position >= 0])
-        rows = cache.offloaded[:, b, ..., kind, :].cpu().gather(2, index)  # the newest token's come with the next step
-        assert torch.equal(pool[old], rows[old])
-
-
-def check_tables(session, b, naive):
-    """K and V in the offloaded tier, and the SLM's scores."""
-    policy, n = session.policy, session.lengths[b]
-    for kind, rows in enumerate((naive.llm.key, naive.llm.value)):
-        close(policy.cache.offloaded[:, b, :, : n - 1, kind], torch.stack(rows)[:, :, :-1])
-    if policy.slm_cache.score is not None:
-        close(policy.slm_cache.score[:, b, :, :n], naive.score)
-
-
-def check(settings, device, lengths=LENGTHS, steps=STEPS, head_map=None, **shapes):
-    """A batch that chooses its own tokens against one naive loop a sequence."""
+def check(settings, device, lengths=LENGTHS, steps=STEPS, head_map=None, chunk=64, **shapes):
+    """A batch that chooses its own tokens, its prompts in chunks, against one naive loop a sequence, which has no
+    chunks and no neighbours: tokens, logits, and all that is in the caches, after every step."""
     prompts, (llm, slm) = random_prompts(*lengths), models(**shapes)
     loops = [NaiveSmallKV(llm, slm, settings, prompt, head_map) for prompt in prompts]
-    session = Session(SmallKV(*models(device, **shapes), settings, head_map), prompts, steps)
-    logits, expected = session.prefill(), [loop.logits for loop in loops]
+    session = Session(SmallKV(*models(device, **shapes), settings, head_map), prompts, steps, chunk)
+    logits, expected, cache = session.prefill(), [loop.logits for loop in loops], session.policy.cache
     for _ in range(steps):
-        close(logits, torch.stack(expected))
+        close(logits, torch.stack(expected), 1e-4)
         tokens = logits.argmax(-1).tolist()
         assert tokens == [row.argmax().item() for row in expected]
         logits, expected = session.step(tokens), [loop.step(token) for loop, token in zip(loops, tokens)]
         for b, loop in enumerate(loops):
-            check_tiers(session, b, loop)
-        assert session.policy.cache.moved.sum(0).tolist() == [sum(loop.came[k] for loop in loops) for k in (0, 1)]
+            check_caches(session, b, loop, len(loop.text) - 1)
+        assert cache.moved.sum(0).tolist() == [sum(loop.came[k] for loop in loops) for k in (0, 1)]
     for b, loop in enumerate(loops):
-        check_tables(session, b, loop)
+        assert loop.map is None or torch.equal(session.policy.index[:, b].cpu(), loop.map.int())
+    if cache.memory is not None:
+        for layer in range(cache.config.layers):
+            cache.fold(layer)  # as the next plan would
+        for b, loop in enumerate(loops):
+            close(cache.memory[:, b, :, : len(loop.text)], loop.memory, 1e-4)
+
+
+def check_alike(full, other, steps):
+    """Two sessions that are fed the first one's choices have the same logits."""
+    expected, logits = full.prefill(), other.prefill()
+    for _ in range(steps):
+        close(logits, expected, 1e-4)
+        tokens = expected.argmax(-1).tolist()
+        expected, logits = full.step(tokens), other.step(tokens)
 
 
 # ---- The method is the naive loop ------------------------------------------------------------------------------------
@@ -118,7 +86,6 @@ def check(settings, device, lengths=LENGTHS, steps=STEPS, head_map=None, **shape
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_equals_a_naive_loop(name, device):
-    """Tokens, logits, tiers, slots, rows that came, scores: after every step, in a batch of mixed lengths."""
     check(METHODS[name], device)
 
 
@@ -128,7 +95,7 @@ def test_every_setting_equals_a_naive_loop(name, device):
     ({"layers": 3, "head_dim": 32}, {"layers": 5}), ({"layers": 4}, {"layers": 1}), ({}, {"heads": 12, "kv_heads": 3}),
 ], ids=["no groups", "one KV head", "a deeper SLM", "the SLM's first layer", "more SLM heads"])  # fmt: skip
 def test_models_of_other_shapes(llm, slm, settings, device):
-    check(settings, device, lengths=(120, 99), steps=8, llm=llm, slm=slm)
+    check(settings, device, (120, 99), 8, chunk=None, llm=llm, slm=slm)
 
 
 @pytest.mark.parametrize("name", ["default", "newest row", "no shift"])
@@ -142,6 +109,19 @@ def test_prompts_of_one_token_and_budgets_of_one(device):
     check(Settings(budget_tokens=1), device, lengths=(100, 99), steps=4)
 
 
+def test_steps_on_kernels_equal_a_naive_loop(monkeypatch):
+    """Scores, plan, movement, attention as on a GPU; the prefill is without: the interpreter is slow."""
+    run = Session.run
+
+    def on_kernels(self):
+        with monkeypatch.context() as patch:
+            patch.setattr("ops.FORCE", True if HERE == "cpu" else None)
+            run(self)
+
+    monkeypatch.setattr(Session, "run", on_kernels)
+    check(Settings(), HERE, (110,), 3, llm={"heads": 4}, slm={"heads": 2})
+
+
 # ---- The method is the full cache where it should be -----------------------------------------------------------------
 
 
@@ -152,13 +132,7 @@ def test_prompts_of_one_token_and_budgets_of_one(device):
 def test_the_whole_budget_is_the_full_cache(changes, device):
     pair, prompts = models(device), random_prompts(*LENGTHS)
     policies = Policy(pair[0]), SmallKV(*pair, Settings(budget=1.0, **changes))
-    full, small = (Session(policy, prompts, 30) for policy in policies)
-    expected, logits = full.prefill(), small.prefill()
-    for _ in range(30):
-        close(logits, expected)
-        tokens = expected.argmax(-1).tolist()
-        assert logits.argmax(-1).tolist() == tokens
-        expected, logits = full.step(tokens), small.step(tokens)
+    check_alike(*(Session(policy, prompts, 30) for policy in policies), 30)
 
 
 class Covering(Settings):
@@ -178,60 +152,16 @@ def test_exact_borrowed_weights_are_exact_attention(share, scores, device, monke
     monkeypatch.setattr(Covering, "share", share)
     llm, prompts = tiny_decoder(device=device), random_prompts(120, 110)
     policy = SmallKV(llm, llm, Covering(scores=scores, reach=math.inf), torch.arange(12).view(2, 6))
-    full, split = Session(Policy(llm), prompts, 20), Session(policy, prompts, 20)
-    expected, logits = full.prefill(), split.prefill()
-    for token in range(20):
-        close(logits, expected)
-        expected, logits = full.step([token, token + 1]), split.step([token, token + 1])
+    check_alike(Session(Policy(llm), prompts, 20), Session(policy, prompts, 20), 20)
 
 
 @pytest.mark.parametrize("matcher", ["cosine", "jaccard"])
 def test_an_llm_that_assists_itself_is_matched_with_its_own_heads(matcher, device):
     """Heads stand for themselves without being told so (but where two have equal top sets), and Eq. 6 is exact."""
-    llm, (prompt,) = tiny_decoder(device=device), random_prompts(150)
+    llm, prompts = tiny_decoder(device=device), random_prompts(150)
     policy = SmallKV(llm, llm, Covering(matcher=matcher, reach=math.inf))
-    session, full = Session(policy, [prompt], 3), Session(Policy(llm), [prompt], 3)
-    session.prefill(), full.prefill()
+    check_alike(Session(Policy(llm), prompts, 3), Session(policy, prompts, 3), 3)
     assert policy.maps[0].index.flatten().tolist() == list(range(12))
-    close(session.step([5]), full.step([5]))
-
-
-# ---- Batches, chunks, places: nothing depends on them ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["default", "paper", "no shift", "SLM's cache cut"])
-def test_a_batch_is_its_prompts_alone(name, device):
-    """Whatever the neighbours are, and wherever it stands among them."""
-    pair, prompts = models(device), random_prompts(150, 97, 210, 101, 30)
-    together = generate(SmallKV(*pair, METHODS[name]), prompts, 15)
-    assert together == [generate(SmallKV(*pair, METHODS[name]), [prompt], 15)[0] for prompt in prompts]
-    backwards = generate(SmallKV(*pair, METHODS[name]), prompts[::-1], 15)
-    assert backwards == together[::-1]
-
-
-@pytest.mark.parametrize("chunk", [7, 64])
-@pytest.mark.parametrize("name", ["default", "paper", "no shift", "SLM's cache cut", "SLM's cache cut, its scores"])
-def test_a_prefill_in_chunks_is_that_of_the_whole_prompt(name, chunk, device):
-    """Head maps, tiers and logits; chunks end in the middle of the matching window."""
-    pair, prompts = models(device), random_prompts(150, 97, 210)
-    whole, pieces = (Session(SmallKV(*pair, METHODS[name]), prompts, 8, chunk=size) for size in (None, chunk))
-    expected, logits = whole.prefill(), pieces.prefill()
-    for step in range(6):
-        close(logits, expected)
-        expected, logits = (session.step([step, 2 * step, 90 - step]) for session in (whole, pieces))
-        for b in range(3):
-            one, other = (tiers(session.policy.cache, b) for session in (whole, pieces))
-            assert all(sorted(a) == sorted(c) for head in one for a, c in zip(one[head], other[head]))
-    assert whole.policy.index.equal(pieces.policy.index)
-
-
-def test_where_the_third_tier_lies_changes_nothing(device):
-    answers = []
-    for offload in ("cpu", "none"):
-        policy = SmallKV(*models(device), Settings(offload=offload))
-        answers.append(generate(policy, random_prompts(*LENGTHS), 25))
-        assert policy.cache.offloaded.is_cuda == (offload == "none" and device == "cuda")
-    assert answers[0] == answers[1] != generate(Policy(models(device)[0]), random_prompts(*LENGTHS), 25)
 
 
 # ---- Saliency shift --------------------------------------------------------------------------------------------------
@@ -242,15 +172,14 @@ def test_what_was_dropped_comes_back_but_without_saliency_shift(name, device):
     """Offloaded tokens that are critical or marginal in a later step; without saliency shift there is none."""
     session = Session(SmallKV(*models(device), METHODS[name]), random_prompts(150, 120), 30)
     session.prefill()
-    dropped, came_back = set(), 0
+    cache, token, dropped, came_back = session.policy.cache, torch.arange(180, device=device), False, False
     for step in range(30):
         session.step([step, (7 * step) % 97])
-        for b in range(2):
-            for head, (critical, marginal) in tiers(session.policy.cache, b).items():
-                held = {*critical, *marginal}
-                came_back += sum((b, head, j) in dropped for j in held)
-                dropped |= {(b, head, j) for j in range(session.lengths[b]) if j not in held}
-    assert dropped and (came_back > 0) == METHODS[name].saliency_shift
+        tables = [table for table in (cache.critical_position, cache.marginal_position) if table is not None]
+        held = (torch.cat(tables, -1)[..., None] == token).any(-2)  # (L, B, G, S)
+        came_back |= (held & dropped).any().item()
+        dropped |= ~held & (token < session.length[:, None, None])
+    assert dropped.any() and came_back == METHODS[name].saliency_shift
 
 
 # ---- The split of the budget -----------------------------------------------------------------------------------------

@@ -25,9 +25,21 @@ from tqdm import tqdm
 
 from cache import kept_tokens
 from checkpoint import DTYPES
-from command import Parser, check_folder, device, ended, number, read_json, read_lines, read_text, whole, write_json
+from command import (
+    Parser,
+    check_folder,
+    device,
+    ended,
+    markdown_table,
+    number,
+    read_json,
+    read_lines,
+    read_text,
+    whole,
+    write_json,
+)
 from decode import Policy, generate
-from evaluate import describe, markdown_table
+from evaluate import describe
 from experiments.curve import pyplot
 from generate import PAIR, Pair, load_pair
 from match import MATCHERS, SINKS, WINDOW_MAX, WINDOW_MIN, head_scores, match_heads, score_similarity

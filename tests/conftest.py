@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined: before the m
     os.environ["TRITON_INTERPRET"] = "1"
 
 import ops  # noqa: E402
+from decode import Policy, generate  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 
 torch.set_num_threads(1)  # the models here are tiny: threads that wait for each other cost more than they bring
@@ -23,6 +24,7 @@ torch.set_num_threads(1)  # the models here are tiny: threads that wait for each
 with torch.device("meta"):  # lists what a device context rules over at its first use: the true torch.empty, not ours
     torch.empty(0)
 
+LENGTHS = 150, 97, 210  # of prompts: one is shorter than the matching window and passes it as it grows, one is longer
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 HERE = DEVICES[-1]  # where Triton runs: compiled on a GPU, in the interpreter on a CPU
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -33,6 +35,12 @@ TOLERANCE = {FP32: 1e-5, FP16: 4e-3, BF16: 2e-2}  # fp32: another order of sums;
 @pytest.fixture(params=DEVICES)
 def device(request):
     return request.param
+
+
+@pytest.fixture
+def on_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("a CUDA device is needed")
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +60,12 @@ def poisoned_memory(monkeypatch):
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture(scope="session")
+def full_answers():
+    """30 tokens of the full cache's answers to prompts of `LENGTHS`, by `tiny_decoder()`."""
+    return generate(Policy(tiny_decoder()), random_prompts(*LENGTHS), 30)
 
 
 @pytest.fixture
@@ -76,6 +90,11 @@ def tiny_decoder(layers=2, heads=6, kv_heads=2, head_dim=16, seed=0, device="cpu
     return decoder.to(device)
 
 
+def pair(device="cpu") -> tuple[Decoder, Decoder]:
+    """An LLM, and an SLM with other heads."""
+    return tiny_decoder(device=device), tiny_decoder(heads=4, seed=1, device=device)
+
+
 def random_prompts(*lengths: int, seed: int = 0, vocab: int = 97) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
@@ -89,7 +108,13 @@ def randint(low, high, shape, seed=0, device=HERE) -> torch.Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(device, torch.int32)
 
 
-def close(actual, expected, dtype=FP32):
-    """Equal up to the rounding of dtype; NaN only where NaN is expected."""
-    bound = TOLERANCE[dtype]
-    torch.testing.assert_close(actual.float(), expected.float(), atol=bound, rtol=bound, equal_nan=True)
+def close(actual, expected, bound=1e-5):
+    """Equal up to a bound, or to the rounding of a dtype; NaN only where NaN is expected."""
+    bound = TOLERANCE.get(bound, bound)
+    actual, expected = (x.detach().float().cpu() for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, atol=bound, rtol=max(bound, 1e-4), equal_nan=True)
+
+
+def versions(module, name: str, device: str) -> list:
+    """The plain twin of a function, and its kernel where it runs."""
+    return [getattr(module, f"{name}_{kind}") for kind in ("torch", "triton")[: 1 + (device == HERE)]]

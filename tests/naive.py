@@ -2,11 +2,13 @@
 
 Where it sits: beside the tests. No slots, pools, chunks, batches or kernels: a decoder written out (`Naive`), sets of
 positions by layer and KV head, rankings by `sorted`. Of the product's code they use the sizes of a budget, the matched
-heads and PyramidInfer's solved shares, which have tests of their own.
+heads and PyramidInfer's solved shares, which have tests of their own. `check_caches` holds a session's caches against
+SmallKV's loop.
 
 Shapes follow the legend in model.py, without the batch; n, the tokens so far, stands for S.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -15,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines import answer_shares, solve_pyramid
+from cache import CutCache
+from conftest import close
 from match import WINDOW_MAX, WINDOW_MIN, match_heads
 
 Head = tuple[int, int]  # layer and KV head
@@ -93,6 +97,13 @@ class Naive:
             return mask
 
         return see
+
+
+def matrices(model, text: list[int]) -> Tensor:
+    """Attention matrices of all heads on a text: (L * H, n, n)."""
+    naive = Naive(model)
+    naive.feed(text)
+    return torch.cat(naive.rows)
 
 
 def top(scores: dict[int, float], count: int) -> list[int]:
@@ -310,12 +321,10 @@ class NaiveSmallKV:
     def _observe(self, token: int) -> Tensor:
         """The SLM's attention row (L', H', n); what it has dropped has no score any more."""
         self.words = self.slm.step(token)
-        dropped = torch.ones(self.slm.config.layers, self.slm.config.kv_heads, self.slm.length, dtype=torch.bool)
-        for (layer, g), held in self.slm.held.items():
-            dropped[layer, g, list(held)] = False
-        group = self.slm.config.query_heads // self.slm.config.kv_heads
-        gone = dropped.repeat_interleave(group, 1)[..., : self.score.shape[-1]]
-        self.score = self.score.masked_fill(gone, 0)
+        see, config = self.slm.only(self.slm.held), self.slm.config
+        held = torch.stack([see(layer, None) for layer in range(config.layers)])  # (L', G', n)
+        held = held.repeat_interleave(config.query_heads // config.kv_heads, 1)[..., : self.score.shape[-1]]
+        self.score = self.score.masked_fill(~held, 0)
         return torch.stack(self.slm.rows)[:, :, -1]
 
     def _matched(self, rows: Tensor, n: int) -> Tensor:
@@ -363,3 +372,50 @@ class NaiveSmallKV:
         critical, marginal = (torch.stack([see(layer, None) for layer in range(len(own))]) for see in masks)
         lends = marginal | self.settings.saliency_shift
         self.memory = own.where(critical, borrowed.where(lends, -1))
+
+
+def check_caches(session, b: int, loop: NaiveSmallKV, begun: int, tiers: bool = True) -> None:
+    """Sequence b of a session against its loop: which tokens have slots, and what is in them; the offloaded tier, which
+    has the `begun` tokens that stood there when the step began; the SLM's cache and its scores.
+
+    tiers: False for a sequence that has ended, whose slots nothing reads.
+    """
+    cache, slm, n = session.policy.cache, session.policy.slm_cache, len(loop.text)
+    assert session.lengths[b] == n == session.length[b]
+    if cache.key.is_cuda:
+        torch.cuda.synchronize()
+    made = [torch.stack(rows) for rows in (loop.llm.key, loop.llm.value)]  # (L, G, n, D)
+    for kind, rows in enumerate(made):
+        close(cache.offloaded[:, b, :, :begun, kind], rows[:, :, :begun], 1e-4)
+    critical, marginal = (cache.critical_position, loop.critical), (cache.marginal_position, loop.marginal)
+    pools = [(cache.key, *critical, 0), (cache.value, *critical, 1)]
+    pools += [(cache.marginal, *marginal, 1)] if cache.marginal is not None else []
+    for tier, held in (("critical", loop.critical), ("marginal", loop.marginal)):
+        mean = sum(map(len, held.values())) / len(held)
+        assert not tiers or math.isclose(cache.tokens(b)[tier], mean, rel_tol=1e-6)
+    for (layer, g), (pool, table, held, kind) in itertools.product(loop.llm.heads if tiers else (), pools):
+        tokens, rows = in_slots(table[layer, b, g], held[layer, g], pool[layer, b, g])
+        close(rows, made[kind][layer, g, tokens], 1e-4)
+        old = tokens < begun  # what came back is the same to the bit
+        assert torch.equal(rows[old], cache.offloaded[layer, b, g, :, kind].cpu()[tokens[old]])
+    if isinstance(slm, CutCache):
+        for (layer, g), held in loop.slm.held.items():
+            pools = [pool[layer][b, g] for pool in (slm.key, slm.value, slm.heavy)]
+            tokens, key, value, heavy = in_slots(slm.position[layer][b, g], held, *pools)
+            close(key, loop.slm.key[layer][g, tokens], 1e-4)
+            close(value, loop.slm.value[layer][g, tokens], 1e-4)
+            close(heavy, torch.tensor([held[j] for j in tokens.tolist()]), 1e-4)
+    else:
+        close(slm.key[:, b, :, :n], torch.stack(loop.slm.key), 1e-4)
+        close(slm.value[:, b, :, :n], torch.stack(loop.slm.value), 1e-4)
+    if slm.score is not None:
+        close(slm.score[:, b, :, :n], loop.score, 1e-4)
+        assert not slm.score[:, b, :, n:].any()
+
+
+def in_slots(position: Tensor, held, *pools: Tensor) -> tuple[Tensor, ...]:
+    """The tokens of a table of slots (N,), which must be those held, and the pools' rows of the same slots."""
+    taken = position.cpu() >= 0
+    tokens = position.cpu()[taken].long()
+    assert sorted(tokens.tolist()) == sorted(held)
+    return tokens, *(pool.cpu()[taken] for pool in pools)

@@ -1,28 +1,26 @@
-"""bench.py: what it counts against a count by hand or on real tensors, and the whole command on the tiny pair; and
-overhead.py against arithmetic by hand, the paper's published values and the ledgers of real caches."""
+"""bench.py and floors.py: what they count against a count by hand or on real tensors; and the whole command on the tiny
+pair."""
 
 import json
-import re
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import overhead
 from baselines import BASELINES
 from bench import Setting, make_policy, make_session, random_decoder, table
 from cache import CutCache, FullCache, ScoredCache
-from checkpoint import weight_bytes
+from experiments.overhead import MODELS, parameters
+from floors import early, prefill_flops, product_bytes, products, step_bytes
 from match import match_heads
 from model import Config, Decoder
-from overhead import MODELS, PAPER_PAIRS, early, prefill_flops, product_bytes, step_bytes
 from quantize import int4_modules
 from smallkv import Settings, TierSizes
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 LLM, SLM = (Config.from_hf(raw) for raw in bench.PAIRS["tiny"])
-SEVEN, HALF = MODELS["Qwen2-7B"], MODELS["Qwen2-0.5B"]
+HALF = MODELS["Qwen2-0.5B"]
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def test_shapes_are_those_of_the_checkpoints():
     published = {"Qwen2-7B": 7.62, "Qwen2-0.5B": 0.49, "Qwen2-72B": 72.71, "Qwen2.5-14B": 14.77, "LLaMA-3.1-8B": 8.03,
                  "LLaMA-3.2-1B": 1.24}  # fmt: skip
     for name, size in published.items():
-        assert overhead.parameters(MODELS[name]) / 1e9 == pytest.approx(size, abs=0.006)
+        assert parameters(MODELS[name]) / 1e9 == pytest.approx(size, abs=0.006)
     for config in (LLM, SLM, HALF):
         with torch.device("meta"):
             sizes = [p.numel() for p in Decoder(config).layers.parameters() if p.dim() == 2]
@@ -85,7 +83,7 @@ def test_bytes_of_models_that_are_made_smaller():
     cut, gathered = ledger_of(CutCache(early(SLM, 1), 3, 100, "meta", FP32, 0.0, 0.4)), 3 * 2 * 40 * 4
     assert less["SLM K, V"] == cut["kept K, V"] and less["SLM slots"] == 3 * gathered
     assert cut["scores"] - gathered == 3 * 4 * (100 + 1) * 4  # logits, logs of sums
-    first = overhead.products(SLM)[0]
+    first = products(SLM)[0]
     assert less["SLM weights"] == 4 * first[0] * first[1]  # q, k and v, all that is asked of a single layer
     decoder = random_decoder(LLM, CPU, FP32, int4=True)
     held = sum(m.packed.nbytes + m.scale.nbytes + m.zero.nbytes for m in int4_modules(decoder).values())
@@ -215,19 +213,13 @@ def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
     (["--quantize", "int4", "--methods", "transformers"], "--quantize has no Transformers beside it"),
     (["--acceptance", "1.5"], "--acceptance: 1.5 is not a number of at least 0"),
     (["--settings", "2x100+5"], "--settings 2x100+5 leaves no steps to time; 6 new tokens at least"),
-    (["overhead", "--llm", "Qwen9"], "published shapes here: Qwen2-0.5B, "),
-    (["overhead", "--budget", "1"], "--budget 1.0 is outside"),
-    (["overhead", "--slm-budget", "0"], "--slm-budget: 0 is not a number above 0"),
-    (["overhead", "--slm-layers", "25"], "25 layers were asked for; 1 to 24 can run"),
-    (["overhead", "--length", "0"], "--length: 0 is not a whole number of at least 1"),
     (["--settings", "0x16+4"], "'0x16+4' should read BATCHxPROMPT+NEW"),
     (["--steps", "0"], "--steps: 0 is not a whole"),
     (["--turnover", "0.1,nan"], "--turnover: nan is not a number"), (["--chunk", "0"], "--chunk: 0 is not a whole"),
     (["--device", "cuda:77"], "no device cuda:77"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, said, capsys):
-    if flags[0] != "overhead":
-        flags = ["--pair", "tiny", *(["--device", "cpu"] * ("--device" not in flags)), *flags]
+    flags = ["--pair", "tiny", *(["--device", "cpu"] * ("--device" not in flags)), *flags]
     assert bench.main(flags) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -237,54 +229,3 @@ def test_models_that_do_not_fit_are_named(monkeypatch, capsys):
     monkeypatch.setattr("checkpoint.available_bytes", lambda device: 1 << 30)
     assert bench.main(["--device", "cpu", "--settings", "1x16+8"]) == 2
     assert "does not fit on cpu: 30.21 GiB needed (LLM weights 28.37, SLM weights 1.84)" in capsys.readouterr().err
-
-
-# ---- Appendix A ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pair", PAPER_PAIRS, ids=lambda pair: pair.llm)
-def test_the_paper_s_published_values(pair, capsys):
-    """Table 4's cache ratios; for Qwen2-72B A.1's 5.71 and 21.9 % and A.2's 14.9; for Qwen2-7B A.3's 7.14 %."""
-    assert bench.main(["overhead", "--llm", pair.llm, "--slm", pair.slm]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    plain, drafts, *_, best = report["uses"].values()
-    assert round(report["pairs"][f"{pair.llm} / {pair.slm}"]["cache"], 2) == pair.cache
-    if pair.llm == "Qwen2-72B":
-        assert round(plain["share_of_saving"], 3) == 0.219 and round(plain["layer_flops"], 1) == 14.9
-    if pair.llm == "Qwen2-7B":
-        assert [*report["uses"]][-1] == "0.4 of its cache, 20 of 24 layers" and round(best["slm_share"], 4) == 0.0714
-    assert drafts["added"]["held"][0] == drafts["added"]["moved"][0] == 0
-    assert min(plain["forward_flops"].values()) > pair.latency  # the latencies are no ratio of FLOPs
-
-
-@pytest.mark.parametrize("more", [(), (0.4,), (1.0, True)], ids=["whole", "cut", "drafting"])
-def test_bytes_added_are_those_of_the_ledgers_and_of_a_step(more):
-    """At 30,000 tokens, beside the LLM's K and V; and break-even is where the saving overtakes them."""
-    n, bf16, share = 30000, torch.bfloat16, more[0] if more else 1.0
-    added = overhead.added_bytes(SEVEN, HALF, *more)
-    found = {kind: fixed + each * n for kind, (fixed, each) in added.items()}
-    if len(more) < 2:
-        slm = CutCache(HALF, 1, n, "meta", bf16, 0.0, share) if more else ScoredCache(HALF, 1, n, "meta", bf16, 0.0)
-        small, memory = 4 * 24 * (14 + 2 * len(more)), 4 * 28 * 4 * n  # logs of sums, and where the newest token is
-        assert found["held"] == pytest.approx(sum(ledger_of(slm).values()) - small + memory + weight_bytes(HALF, bf16))
-        step = step_bytes(SEVEN, HALF, 1, n, 2, TierSizes(n, 1, 0), Settings(slm_budget=share))
-        assert found["moved"] == pytest.approx(sum(size for kind, size in step.items() if "LLM" not in kind))
-    for kind, tokens in overhead.compare(SEVEN, HALF, 0.2, [n], *more)["break_even"].items():
-        fixed, saved = added[kind][0], 0.8 * 2 * 28 * 4 * 128 * 2 - added[kind][1]
-        assert saved * tokens >= fixed and (tokens == 1 or saved * (tokens - 1) < fixed)
-    assert overhead.compare(HALF, SEVEN, 0.2, [n])["break_even"] == {"held": None, "moved": None}
-
-
-def test_flops_by_hand():
-    assert overhead.forward_flops(HALF, 10) == 24 * (10 * 24 * 896**2 + 4 * 100 * 896) + 2 * 10 * 896 * 151936
-    assert overhead.matching_flops(SEVEN, HALF, 200) == 2 * 200 * (28 * 28) * (24 * 14)
-    multiplied = sum(p.numel() for name, p in Decoder(LLM).named_parameters() if "embed_tokens" not in name)
-    assert overhead.decode_flops(LLM, 50) == 2 * (multiplied + 2 * LLM.layers * LLM.query_heads * LLM.head_dim * 50)
-
-
-def test_the_calculator_takes_folders_and_names(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({**overhead.SHAPES["Qwen2-0.5B"], "num_hidden_layers": 3}))
-    assert bench.main(["overhead", "--slm", str(tmp_path), "--length", "100"]) == 0  # the config alone is read
-    out = capsys.readouterr().out
-    assert re.search(r"\| as it is \| speculative decoding \| 0.4 of its cache \| 2 of 3 layers \|", out)
-    assert "| break-even length, held |" in out and "| layers | 28 | 3 |" in out

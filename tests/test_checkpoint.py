@@ -12,21 +12,19 @@ import checkpoint
 from checkpoint import CheckpointError, checkpoint_weights, load_decoder, resolve, weight_bytes
 from conftest import tiny_decoder
 from model import Decoder
+from test_model import LLAMA3, SMALL, YARN, transformers
 from text import Text, check_same_tokenizer
 
-transformers = pytest.importorskip("transformers", reason="the oracle of these tests; see requirements-dev.txt")
-
-SMALL = {
-    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama-yarn-mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": {**YARN, "factor": 2.5, "beta_fast": 16.0, "truncate": False}}),
     "qwen3": ("Qwen3", {"head_dim": 12}),
     "qwen3-tied-multihead": ("Qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
 }
@@ -50,20 +48,16 @@ def make_checkpoint(folder: Path, family: str, shard: str = "1GB"):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family, tmp_path, device):
+    """And the weights under the checkpoint's names are those of the file."""
     reference = make_checkpoint(tmp_path, family).to(device)
     decoder = load_decoder(tmp_path, device, torch.float32)
     tokens = torch.randint(61, (2, 50), generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
         difference = (decoder(tokens) - reference(tokens).logits).abs().max().item()
     assert difference < 1e-4, f"largest difference of logits {difference}"
-
-
-@pytest.mark.parametrize("family", ["llama", "llama-biases", "qwen2", "qwen3"])
-def test_the_weights_under_the_checkpoint_s_names_are_those_of_the_file(family, tmp_path):
-    make_checkpoint(tmp_path, family)
-    weights, stored = checkpoint_weights(load_decoder(tmp_path)), load_file(tmp_path / "model.safetensors")
+    weights, stored = checkpoint_weights(decoder), load_file(tmp_path / "model.safetensors")
     assert weights.keys() == stored.keys()
-    assert all(torch.equal(weights[name], stored[name]) for name in stored)
+    assert all(torch.equal(weights[name].cpu(), stored[name]) for name in stored)
 
 
 def test_sharded_equals_single_and_dtype_is_converted(tmp_path):
@@ -271,16 +265,20 @@ def write_checkpoint(folder: Path, vocab: int = 280, text: str = WORDS, **shape)
     return folder
 
 
-def test_chat_renders_the_checkpoint_s_template(tmp_path):
-    text = Text.load(write_checkpoint(tmp_path / "llm"))
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "llm")
+
+
+def test_chat_renders_the_checkpoint_s_template(folder):
+    text = Text.load(folder)
     assert text.chat("the dog") == text.tokenizer.encode("<user>the dog</><bot>").ids
     assert text.next_turn("the fox") == text.tokenizer.encode("</><user>the fox</><bot>").ids
     assert text.stop == {0} and text.special == {"eos_token": "<end>"}
 
 
-def test_a_template_sees_what_transformers_gives_it(tmp_path):
+def test_a_template_sees_what_transformers_gives_it(folder):
     """tools and documents are None; {% generation %} marks and changes nothing; special tokens of either file."""
-    folder = write_checkpoint(tmp_path / "llm")
     template = (
         "{{ bos_token }}{% if tools is not none or documents is not none %}tools{% endif %}{% for m in messages %}"
         "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% endfor %}"
@@ -297,8 +295,7 @@ def test_a_template_sees_what_transformers_gives_it(tmp_path):
     assert rendered == "<s>the dog<end><bot>" and text.chat("the dog") == text.encode(rendered)
 
 
-def test_truncation_and_padding_of_a_tokenizer_are_left_out(tmp_path):
-    folder = write_checkpoint(tmp_path / "llm")
+def test_truncation_and_padding_of_a_tokenizer_are_left_out(folder):
     long, text = "the quick brown fox " * 50, Text.load(folder)
     text.tokenizer.enable_truncation(16)
     text.tokenizer.enable_padding(length=300)
@@ -308,9 +305,8 @@ def test_truncation_and_padding_of_a_tokenizer_are_left_out(tmp_path):
         assert Text.load(folder).encode(words) == text.encode(words)
 
 
-def test_a_prompt_that_cannot_fit_is_refused_by_its_beginning(tmp_path, monkeypatch):
-    text, seen = Text.load(write_checkpoint(tmp_path / "llm")), []
-    encode = Text.encode
+def test_a_prompt_that_cannot_fit_is_refused_by_its_beginning(folder, monkeypatch):
+    text, seen, encode = Text.load(folder), [], Text.encode
     monkeypatch.setattr(Text, "encode", lambda self, words: seen.append(len(words)) or encode(self, words))
     text.check_length("the fox " * 100, 200)
     with pytest.raises(ValueError, match="a prompt of 8000000 characters has more than .* positions of the model"):
@@ -318,29 +314,23 @@ def test_a_prompt_that_cannot_fit_is_refused_by_its_beginning(tmp_path, monkeypa
     assert sum(seen) < 20_000
 
 
-def test_streamed_bytes_of_a_fallback_show_what_can_be_shown():
-    """A run of bytes that is no character, as LLaMA 2's tokenizer decodes it: nothing is raised, no tail is lost."""
+def test_streamed_pieces_make_the_text(folder):
+    """Even across characters, and of a run of bytes that is no character, as LLaMA 2's tokenizer decodes it: nothing is
+    raised, no tail is lost, and no replacement is shown before it is one."""
     words = [*(f"<0x{byte:02X}>" for byte in range(256)), "\u2581cat", "\u2581the", "s"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
     ])  # fmt: skip
-    text = Text(tokenizer)
-    for ids, shown in (([10, 0xE4, 256], "\n\ufffd cat"), ([256, 10, 0xE4, 0xBD, 0xA0, 258], "cat\n\u4f60s"),
-                       ([257, 0xE4], "the\ufffd"), ([0xF0, 0x9F, 0xA6], "\ufffd" * 3), ([257, 256], "the cat")):
-        stream = text.stream()  # fmt: skip
+    bytewise, own, fox = Text(tokenizer), Text.load(folder), "the café — naïve 🦊 fox"
+    for text, ids, shown in (
+        (bytewise, [10, 0xE4, 256], "\n\ufffd cat"), (bytewise, [256, 10, 0xE4, 0xBD, 0xA0, 258], "cat\n\u4f60s"),
+        (bytewise, [257, 0xE4], "the\ufffd"), (bytewise, [0xF0, 0x9F, 0xA6], "\ufffd" * 3),
+        (bytewise, [257, 256], "the cat"), (own, own.encode(fox), fox), (own, own.encode("🦊")[:2], "\ufffd"),
+    ):  # fmt: skip
+        stream = text.stream()
         pieces = [stream.push(token) for token in ids] + [stream.finish()]
         assert "".join(pieces) == shown and not any("\ufffd" in piece for piece in pieces[:2])
-
-
-def test_streamed_pieces_make_the_text_even_across_characters(tmp_path):
-    text = Text.load(write_checkpoint(tmp_path / "llm"))
-    words = "the café — naïve 🦊 fox"
-    stream = text.stream()
-    assert "".join(stream.push(token) for token in text.encode(words)) == words and stream.finish() == ""
-    half = text.encode("🦊")[:2]
-    stream = text.stream()
-    assert "".join(stream.push(token) for token in half) == "" and stream.finish() == text.decode(half)
 
 
 @pytest.mark.parametrize("file, content, message", [
@@ -357,20 +347,19 @@ def test_streamed_pieces_make_the_text_even_across_characters(tmp_path):
     ("generation_config.json", {"eos_token_id": [1, 10**30]}, "eos_token_id is .*, not a token id"),
     ("tokenizer.json", {"model": 1}, "tokenizer.json is not a readable tokenizer"),
 ])  # fmt: skip
-def test_odd_files_are_named(file, content, message, tmp_path):
-    folder = write_checkpoint(tmp_path / "llm")
+def test_odd_files_are_named(file, content, message, folder):
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         Text.load(folder).chat("hello")
 
 
-def test_different_tokenizers_are_named(tmp_path):
-    llm, same = Text.load(write_checkpoint(tmp_path / "llm")), check_same_tokenizer
-    same(llm, Text.load(tmp_path / "llm"))
+def test_different_tokenizers_are_named(folder, tmp_path):
+    llm, same = Text.load(folder), check_same_tokenizer
+    same(llm, Text.load(folder))
     other = write_checkpoint(tmp_path / "other", text="completely different words about stones and rivers " * 9)
     with pytest.raises(CheckpointError, match="tokenizers of LLM and SLM differ, first at id 257: LLM 'he', SLM 'er'"):
         same(llm, Text.load(other))
-    raw = json.loads((tmp_path / "llm" / "tokenizer.json").read_text())
+    raw = json.loads((folder / "tokenizer.json").read_text())
     raw["model"]["merges"].reverse()
     (other / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="differ, first at merge 0: LLM"):

@@ -1,9 +1,9 @@
 """Every Triton kernel compiles for an A100 (sm_80) and an H100 (sm_90) where there is no GPU.
 
-What the interpreter runs may not compile. As a script this file calls the functions that launch kernels, with tensors
-of the kinds used in practice; each launch compiles its kernel for the target instead, with the arguments specialised as
-Triton specialises them (None and 1 are constants, multiples of 16 are known to be such). It is a process of its own,
-because that of the tests has the interpreter's kernels. A kernel that no launch here reaches fails the test.
+What the interpreter runs may not compile. As a script this file runs steps with tensors of the kinds used in practice;
+each launch of a kernel compiles it for the target instead, with the arguments specialised as Triton specialises them
+(None and 1 are constants, multiples of 16 are known to be such). It is a process of its own, because that of the tests
+has the interpreter's kernels. A kernel that no launch here reaches fails the test.
 """
 
 import os
@@ -39,69 +39,39 @@ def empty(*shape, dtype=BF16):
     return torch.zeros(shape, dtype=dtype)
 
 
-def launch_ops(ops) -> None:
-    """Qwen2-7B's heads in bf16 with slots, Qwen3's with norms, fp32 with neither."""
-    for dtype, update in ((BF16, True), (FP32, False)):
-        x = empty(4, 1, 3584, dtype=dtype)
-        ops.add_norm_triton(x, x.clone() if update else None, x[0, 0].clone(), 1e-6)
-        ops.gate_triton(empty(4, 1, 2 * 18944, dtype=dtype))
-    for dtype, H, G, D, T, slots, norms in ((BF16, 28, 4, 128, 1, 3301, False), (BF16, 32, 8, 128, 5, 16416, True),
-                                            (FP32, 14, 2, 64, 1, None, False)):  # fmt: skip
-        weight = empty(D, dtype=dtype)
-        rope = ops.Rope(*(empty(2, T, D // 2, dtype=FP32) for _ in range(2)), (weight, weight, 1e-6) if norms else None)
-        pools = [empty(2, G, slots or 4096, D, dtype=dtype) for _ in "kv"]
-        slot = None if slots is None else empty(2, G, T, dtype=torch.int32)
-        qkv, position = empty(2, T, (H + 2 * G) * D, dtype=dtype), empty(2, T, dtype=torch.int32)
-        ops.rope_append_triton(qkv, rope, *pools, position, slot)
+def launch_sessions() -> None:
+    """Prompts and a step, or a round of drafts, under policies whose models have the heads of Qwen2-7B, Qwen2-0.5B and
+    Qwen3-8B; caches for 16,000 and 40,000 positions, which one block of a plan holds and does not hold."""
+    from baselines import BASELINES
+    from decode import Session
+    from model import Config, Decoder
+    from smallkv import Settings, SmallKV
+    from speculative import RoundSession
+
+    def decoder(kind, hidden, heads, kv_heads, head_dim, dtype=BF16):
+        return Decoder(Config.from_hf({
+            "model_type": kind, "vocab_size": 97, "hidden_size": hidden, "intermediate_size": 512,
+            "num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "head_dim": head_dim, "max_position_embeddings": 1 << 20,
+        })).to(dtype).requires_grad_(False)  # fmt: skip
+
+    large, small = decoder("qwen2", 3584, 28, 4, 128), decoder("qwen2", 896, 14, 2, 64)
+    normed, exact = decoder("qwen3", 4096, 32, 8, 128), decoder("qwen2", 896, 14, 2, 64, FP32)
+    for policy, capacity in (
+        (SmallKV(large, small, Settings()), 16_000), (SmallKV(exact, exact, Settings.paper()), 16_000),
+        (SmallKV(normed, small, Settings(scores="slm", marginal=False), drafts=4), 40_000),
+        (BASELINES["h2o"](large, 0.2), 16_000),
+    ):  # fmt: skip
+        session = (RoundSession if policy.drafts else Session)(policy, [[1] * 130] * 2, capacity)
+        session.prefill()
+        with torch.inference_mode():
+            session.forward()
 
 
-def launch_kernels(kernels) -> None:
-    for dtype, H, G, D, decay in ((BF16, 28, 4, 128, 0.5), (FP32, 14, 2, 64, 1.0)):
-        kernels.column_sums_triton(empty(1, H, 512, D, dtype=dtype), empty(1, G, 1024, D, dtype=dtype), decay)
-    for dtype, H, G, D, T, tiers in ((BF16, 28, 4, 128, 1, True), (BF16, 32, 8, 128, 5, False),
-                                     (BF16, 14, 2, 64, 1, False), (FP32, 14, 2, 64, 1, True)):  # fmt: skip
-        C, M, length = 3301, 1640, torch.ones(4, dtype=torch.int32)
-        query, pools = empty(4, T, H, D, dtype=dtype), [empty(4, G, C, D, dtype=dtype) for _ in "kv"]
-        row = (None, None) if T > 1 else (empty(4, T, H, C, dtype=FP32), empty(4, T, H, dtype=FP32))
-        position = empty(4, G, C, dtype=torch.int32) if tiers else None
-        lent = [empty(4, T, H, M, dtype=FP32), empty(4, G, M, D, dtype=dtype)] if tiers else []
-        kernels.decode_attention_triton(query, *pools, length, position, *row, *lent)
-
-
-def launch_scores(scores) -> None:
-    """Fused scores with the LLM's memory; the SLM's score with drafts."""
-    length, slots = torch.ones(4, dtype=torch.int32), empty(4, 4, 410, dtype=torch.int32)
-    row = empty(4, 28, 410, dtype=FP32), empty(4, 28, dtype=FP32)
-    for tokens, decay, position in ((2048, 0.5, slots), (410, 1.0, None)):
-        scores.add_weights_triton(empty(4, 4, tokens, dtype=FP32), *row, decay, None, position)
-    row = empty(96, 14, 2048, dtype=FP32), empty(96, 14, dtype=FP32)
-    scores.add_weights_triton(row[0].clone(), *row, 0.5, length)
-    index, memory = empty(4, 28, dtype=torch.int32), empty(4, 4, 2048, dtype=FP32)
-    for T, score in ((1, None), (5, empty(24, 4, 14, 2048, dtype=FP32))):
-        rows = empty(T, 24, 4, 14, 2048, dtype=FP32), empty(T, 24, 4, 14, dtype=FP32)
-        added = (memory, None) if score is None else (None, length)
-        scores.rank_scores_triton(*rows, score, index, 0.5, length, 4, *added)
-        scores.matched_rows_triton(*rows, index, slots, empty(4, T, 28, 410, dtype=FP32))
-
-
-def launch_tiers(tiers) -> None:
-    for S, T, marginal in ((16893, 1, True), (40000, 5, False)):
-        total, sizes = empty(4, 4, S, dtype=FP32), empty(S + 1, 3, dtype=torch.int32)
-        tables = [empty(4, 4, slots, dtype=torch.int32) for slots in (S // 6, S // 10, T)]
-        middle, memory = (tables[1], total.clone()) if marginal else (None, None)
-        length = torch.ones(4, dtype=torch.int32)
-        rows, count = empty(2, 2, 16 * (S // 6), dtype=torch.int32), empty(2, dtype=torch.int32)
-        mark = empty(4, 4, S, dtype=torch.int8)
-        tiers.plan_tiers_triton(total, length, sizes, tables[0], middle, memory, tables[2], rows, count, mark, S | 1)
-    for dtype, D, both in ((BF16, 128, True), (BF16, 128, False), (FP32, 64, True)):
-        pools = [empty(4, 4, 70, D, dtype=dtype) for _ in range(2)]
-        offloaded = empty(4, 4, 701, 2, D, dtype=dtype)
-        tiers.bring_rows_triton(pools[0] if both else None, pools[1], offloaded, rows[0], count[0])
-        tiers.store_rows_triton(*pools, offloaded, empty(4, 4, 5, dtype=torch.int32), length)
-
-
-def launch_quantize(quantize) -> None:
+def launch_quantize() -> None:
     """Qwen2-7B's o_proj, few outputs in splits, and a decode batch on gate and up; with the PTX that a GPU gets."""
+    import quantize
+
     code = quantize.pair_code
     quantize.pair_code = lambda x: code(SimpleNamespace(is_cuda=True, dtype=x.dtype))
     for dtype, M, K, N in ((BF16, 4, 3584, 3584), (torch.float16, 64, 3584, 37888), (FP32, 1, 896, 896)):
@@ -110,8 +80,6 @@ def launch_quantize(quantize) -> None:
     quantize.dequantize_triton(*layout, K, dtype)
 
 
-LAUNCHES = {"ops": launch_ops, "kernels": launch_kernels, "scores": launch_scores, "tiers": launch_tiers,
-            "quantize": launch_quantize}  # fmt: skip
 POINTERS = {BF16: "*bf16", FP32: "*fp32", torch.float16: "*fp16", torch.int32: "*i32", torch.int16: "*i16",
             torch.int8: "*i8", torch.uint8: "*u8"}  # fmt: skip
 
@@ -125,6 +93,8 @@ def main(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     from triton.runtime.jit import JITFunction
+
+    import ops
 
     target, made = GPUTarget("cuda", capability, 32), {}
 
@@ -157,14 +127,14 @@ def main(capability: int) -> None:
         if binary.metadata.shared > SHARED[capability]:
             sys.exit(f"{kernel.__name__} takes {binary.metadata.shared} bytes of shared memory: {signature}, {options}")
 
-    JITFunction.run = compiled
-    missing = []
-    for name, launch in LAUNCHES.items():
-        module = importlib.import_module(name)
-        kernels = {n for n, value in vars(module).items() if isinstance(value, JITFunction) and n.endswith("_kernel")}
-        own = {n for n in kernels if getattr(module, n).fn.__module__ == name}
-        launch(module)
-        missing += sorted(own - set(made))
+    ops.FORCE, JITFunction.run = True, compiled
+    launch_sessions()
+    launch_quantize()
+    kernels = set()
+    for name in ("ops", "kernels", "scores", "tiers", "quantize"):
+        found = vars(importlib.import_module(name)).items()
+        kernels |= {n for n, value in found if isinstance(value, JITFunction) and n.endswith("_kernel")}
+    missing = sorted(kernels - set(made))
     for name, sizes in made.items():
         print(name, *sizes)
     if missing:

@@ -16,8 +16,8 @@ import evaluate
 from conftest import random_prompts, tiny_decoder
 from experiments import attention, curve
 from generate import PAIR, Pair
-from match import MATCHERS, SINKS, match_heads, seen_window
-from ops import rotate
+from match import MATCHERS, SINKS, match_heads
+from naive import Evicting, matrices, top
 
 N = 120  # tokens of a text here
 
@@ -32,44 +32,17 @@ def ids():
     return random_prompts(N, seed=3)[0]
 
 
-def dense(model, ids):
-    """All attention matrices, (L * H, n, n)."""
-    return seen_window(model, torch.tensor([ids])).rows(slice(None))
-
-
 # ---- Fig. 1b ---------------------------------------------------------------------------------------------------------
-
-
-class NaiveDrops:
-    """Query by query: at the middle of the text every KV head forgets all but its heaviest tokens."""
-
-    def __init__(self, config, half: int, budget: float):
-        self.config, self.half, self.kept = config, half, int(budget * half)
-        self.left: list[dict[int, float]] = []  # of every layer and KV head: what each token that is left has gathered
-
-    def attend(self, layer, qkv, rope, span):
-        heads = rotate(qkv, rope, self.config.kv_heads, self.config.head_dim)
-        query, key, value = (x[0].transpose(0, 1) for x in heads)
-        out, group = torch.zeros_like(query), len(query) // len(key)
-        for g in range(len(key)):
-            left: dict[int, float] = {}
-            for q in range(query.shape[1]):
-                if q == self.half:
-                    left = dict(sorted(left.items(), key=lambda item: -item[1])[: self.kept])
-                left[q] = 0.0
-                tokens = list(left)
-                for h in range(g * group, (g + 1) * group):
-                    row = (key[g, tokens] @ query[h, q] * query.shape[-1] ** -0.5).softmax(-1)
-                    out[h, q] = row @ value[g, tokens]
-                    for token, weight in zip(tokens, row.tolist()):
-                        left[token] += weight
-            self.left.append(left)
-        return out.transpose(0, 1)[None]
 
 
 def best(scores, count):
     """The `count` tokens of largest score as a set."""
-    return set(sorted(range(len(scores)), key=lambda j: -scores[j])[:count])
+    return set(top(scores if isinstance(scores, dict) else dict(enumerate(scores)), count))
+
+
+def drop_once(held, n, kept):
+    """At the middle of the text every KV head forgets all but its heaviest tokens."""
+    return top(held, kept) if n == N // 2 + 1 else list(held)
 
 
 def mean_jaccard(sets, others):
@@ -80,14 +53,14 @@ def mean_jaccard(sets, others):
 def test_saliency_shift_equals_a_loop_over_queries(pair, ids, budget):
     llm, slm = pair.llm, pair.slm
     kept, rows = int(budget * N), llm.config.layers * llm.config.kv_heads
-    naive = NaiveDrops(llm.config, N // 2, budget)
-    llm(torch.tensor([ids]), cache=naive)
+    naive = Evicting(llm, ids[: N // 2], lambda n: int(budget * (N // 2)), drop_once)
+    for token in ids[N // 2 :]:
+        naive.step(token)
     chosen = match_heads(llm, slm, ids, "jaccard").index.flatten()
-    whole, borrowed = (x.sum(1).view(rows, -1, N).sum(1).tolist() for x in (dense(llm, ids), dense(slm, ids)[chosen]))
-    important = [best(scores, kept) for scores in whole]
-    second = [set(sorted(left, key=lambda j: -left[j])[:kept]) for left in naive.left]
-    expected = {"real drop": mean_jaccard(second, important),
-                "matched heads": mean_jaccard([best(scores, kept) for scores in borrowed], important)}  # fmt: skip
+    both = matrices(llm, ids), matrices(slm, ids)[chosen]
+    whole, borrowed = (x.sum(1).view(rows, -1, N).sum(1).tolist() for x in both)
+    important, left, lent = ([best(scores, kept) for scores in kind] for kind in (whole, naive.held.values(), borrowed))
+    expected = {"real drop": mean_jaccard(left, important), "matched heads": mean_jaccard(lent, important)}
     assert max(expected.values()) < 1  # or nothing would be tested
     assert attention.saliency_shift(pair, ids, budget) == pytest.approx(expected, abs=1e-6)
     same = Pair(llm, llm, None)
@@ -104,7 +77,7 @@ def naive_cosine(one, other):
 
 
 def test_similarities_equal_cosines_of_dense_sums(pair, ids):
-    rows, others = dense(pair.llm, ids), dense(pair.slm, ids)
+    rows, others = matrices(pair.llm, ids), matrices(pair.slm, ids)
     every = [[naive_cosine(one, other) for other in others.sum(1)] for one in rows.sum(1)]
     found = {row["matcher"]: row for row in attention.fig1c(pair, [ids], None)}
     heads = {row["head"]: row for row in attention.fig8(pair, [ids], None)}
@@ -128,16 +101,16 @@ def test_similarities_equal_cosines_of_dense_sums(pair, ids):
 
 def test_a_turn_s_similarity_is_that_of_its_own_queries(pair, ids):
     chosen = match_heads(pair.llm, pair.slm, ids, "jaccard").index.flatten()
-    matrices = dense(pair.llm, ids), dense(pair.slm, ids)[chosen]
+    attention_of = matrices(pair.llm, ids), matrices(pair.slm, ids)[chosen]
     expected = []
     for start, end in ((0, N), (0, 80), (80, 101), (101, N)):
-        both = [matrix[:, start:end, :end].sum(1) for matrix in matrices]
+        both = [matrix[:, start:end, :end].sum(1) for matrix in attention_of]
         expected.append(sum(map(naive_cosine, *both)) / len(chosen))
     assert attention.turn_similarity(pair, ids, [80, 101, N]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_bands_equal_sorting_by_hand(pair, ids):
-    scores = dense(pair.llm, ids).sum(1).tolist()  # (L * H) lists
+    scores = matrices(pair.llm, ids).sum(1).tolist()  # (L * H) lists
 
     def bands(values):
         ranked = sorted(values, reverse=True)
@@ -172,8 +145,8 @@ def test_a_dialogue_holds_the_full_cache_s_answers(pair):
 def command(tmp_path, capsys):
     """Run a command into tmp_path: (exit code, standard output, standard error)."""
 
-    def call(*line, main=attention.main):
-        code = main([str(part) for part in line] + ["--out", str(tmp_path / "out")])
+    def call(*line):
+        code = attention.main([str(part) for part in line] + ["--out", str(tmp_path / "out")])
         return code, *capsys.readouterr()
 
     return call

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -33,13 +34,15 @@ def pair(tmp_path_factory):
     return write_checkpoint(base / "llm", **shape), write_checkpoint(base / "slm", heads=4, head_dim=8, seed=1, **shape)
 
 
+@pytest.fixture(scope="module")
+def loaded(pair):
+    return program.load_pair(*map(str, pair), "cpu")
+
+
 @pytest.fixture
 def copied(pair, tmp_path):
     """A folder of the LLM's files to change."""
-    (tmp_path / "llm").mkdir()
-    for file in pair[0].iterdir():
-        (tmp_path / "llm" / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "llm"
+    return Path(shutil.copytree(pair[0], tmp_path / "llm"))
 
 
 @pytest.fixture
@@ -49,30 +52,24 @@ def run(pair, capsys):
     def call(*arguments, llm=pair[0], slm=pair[1]):
         models = ["--llm", str(llm)] + (["--slm", str(slm)] if slm else [])
         code = program.main([*models, "--device", "cpu", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, *capsys.readouterr()
 
     return call
 
 
 @pytest.fixture
 def results(run, tmp_path):
-    """Call the command with --json; returns its content and standard error."""
+    """Call the command with --json; returns its content, standard output and standard error."""
 
     def call(*arguments, **models):
-        code, _, err = run(*arguments, "--json", tmp_path / "r.json", **models)
+        code, out, err = run(*arguments, "--json", tmp_path / "r.json", **models)
         assert code == 0, err
-        return json.loads((tmp_path / "r.json").read_text()), err
+        return json.loads((tmp_path / "r.json").read_text()), out, err
 
     return call
 
 
-def load(pair):
-    return program.load_pair(*map(str, pair), "cpu")
-
-
-def expected_answer(pair, prompt: str, count: int, settings: Settings = Settings()) -> str:
-    loaded = load(pair)
+def expected_answer(loaded, prompt: str, count: int, settings: Settings = Settings()) -> str:
     policy = SmallKV(loaded.llm, loaded.slm, settings)
     return loaded.text.decode(generate(policy, [loaded.text.encode(prompt)], count, set(loaded.text.stop))[0])
 
@@ -105,20 +102,17 @@ def test_settings_are_what_was_typed():
 
 
 @pytest.mark.parametrize("offload", ["cpu", "none"])
-def test_streams_the_answer_and_reports(pair, run, tmp_path, offload):
-    options = "--budget", 0.2, "--offload", offload, "--max-new-tokens", 30, "--json", tmp_path / "r.json"
-    code, out, err = run(PROMPT, *options)
+def test_streams_the_answer_and_reports(loaded, results, offload):
     settings = Settings(budget=0.2, offload=offload)
-    assert code == 0 and out == expected_answer(pair, PROMPT, 30, settings) + "\n"
+    found, out, err = results(PROMPT, "--budget", 0.2, "--offload", offload, "--max-new-tokens", 30)
+    assert out == expected_answer(loaded, PROMPT, 30, settings) + "\n"
     for piece in ("runs on cpu", "float32: plain PyTorch", "critical K, V", "head similarity", "moved", "TTFT", "TPOT"):
         assert piece in err, piece
-    result = json.loads((tmp_path / "r.json").read_text())["smallkv"]
-    prompt, report = result["answers"][0]["prompt_tokens"], result["report"]
+    prompt, report = found["smallkv"]["answers"][0]["prompt_tokens"], found["smallkv"]["report"]
     assert report["prompt"] == {"tokens": prompt, "chunk": prompt} and report["decode_steps"] == 29
     size = settings.sizes(prompt + 29)  # the last token was sampled and not fed
     tokens = report["tokens"][0]  # counted in the slots
     assert (tokens["critical"], tokens["marginal"], tokens["all"]) == (size.critical, size.marginal, prompt + 29)
-    loaded = load(pair)
     predicted = SmallKV(loaded.llm, loaded.slm, settings).ledgers([prompt], prompt + 30)
     assert report["ledger"] == [
         {"model": model, "what": entry.what, "device": "host" if entry.host else "cpu", "bytes": entry.size}
@@ -130,8 +124,7 @@ def test_streams_the_answer_and_reports(pair, run, tmp_path, offload):
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_moved_counts_all_plans_but_the_first(pair, drafts):
-    loaded = load(pair)
+def test_moved_counts_all_plans_but_the_first(loaded, drafts):
     prompts = [loaded.text.encode(PROMPT), loaded.text.encode(PROMPT)[:120]]
     policy = program.make_policy("smallkv", loaded, Settings(scores="slm"), drafts)
     session = RoundSession(policy, prompts, 24) if drafts else Session(policy, prompts, 24)
@@ -147,34 +140,29 @@ def test_moved_counts_all_plans_but_the_first(pair, drafts):
     assert critical > 0 and marginal > 0
 
 
-def test_prompts_come_from_arguments_files_and_standard_input(pair, run, tmp_path, monkeypatch):
-    file, latin = tmp_path / "prompt.txt", tmp_path / "latin.txt"
-    file.write_text(PROMPT, encoding="utf-8")
-    latin.write_bytes("caf\xe9 au lait".encode("latin-1"))
-    assert "is not UTF-8: byte 0xe9 at offset 3" in run("--prompt-file", latin)[2]
-    answer = expected_answer(pair, PROMPT, 8)
-    assert run("--prompt-file", file, "--max-new-tokens", 8)[1] == answer + "\n"
+def test_prompts_come_from_arguments_files_and_standard_input(loaded, run, tmp_path, monkeypatch):
+    """A byte order mark is no part of a prompt."""
+    file, other = tmp_path / "prompt.txt", "the lazy dog " * 40
     file.write_text(PROMPT, encoding="utf-8-sig")
+    answer = expected_answer(loaded, PROMPT, 8)
     assert run("--prompt-file", file, "--max-new-tokens", 8)[1] == answer + "\n"
-    for mark in (b"", b"\xef\xbb\xbf"):  # a byte order mark is no part of a prompt
+    for mark in (b"", b"\xef\xbb\xbf"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(mark + PROMPT.encode())))
         assert run("--max-new-tokens", 8)[1] == answer + "\n"
-    code, out, _ = run(PROMPT, "the lazy dog " * 40, "--max-new-tokens", 8)
-    other = expected_answer(pair, "the lazy dog " * 40, 8)
-    assert code == 0 and out == f"--- answer 1\n{answer}\n--- answer 2\n{other}\n"
+    both = f"--- answer 1\n{answer}\n--- answer 2\n{expected_answer(loaded, other, 8)}\n"
+    assert run(PROMPT, other, "--max-new-tokens", 8)[:2] == (0, both)
 
 
-def test_compare_shows_where_they_part(run, tmp_path):
-    code, out, _ = run(PROMPT, "--compare", "--budget", 0.05, "--max-new-tokens", 20, "--json", tmp_path / "r.json")
-    result = json.loads((tmp_path / "r.json").read_text())
-    full, small = (result[name]["answers"][0]["tokens"] for name in ("full", "smallkv"))
+def test_compare_shows_where_they_part(results):
+    options = PROMPT, "--compare", "--max-new-tokens", 20
+    found, out, _ = results(*options, "--budget", 0.05)
+    full, small = (found[name]["answers"][0]["tokens"] for name in ("full", "smallkv"))
     parting = [one == other for one, other in zip(full, small)].index(False)
-    assert code == 0 and f"they part at token {parting + 1}:" in out
-    assert "the same 20 tokens" in run(PROMPT, "--compare", "--budget", 1.0, "--max-new-tokens", 20)[1]
+    assert f"they part at token {parting + 1}:" in out
+    assert "the same 20 tokens" in results(*options, "--budget", 1.0)[1]
 
 
-def test_full_method_needs_no_slm_and_stops_at_any_stop_token(pair, run, copied):
-    loaded = load(pair)
+def test_full_method_needs_no_slm_and_stops_at_any_stop_token(loaded, run, copied):
     ids = generate(Policy(loaded.llm), [loaded.text.encode(PROMPT)], 12)[0]
     options = PROMPT, "--method", "full", "--max-new-tokens", 12
     assert run(*options, slm=None)[:2] == (0, loaded.text.decode(ids) + "\n")
@@ -182,10 +170,9 @@ def test_full_method_needs_no_slm_and_stops_at_any_stop_token(pair, run, copied)
     assert run(*options, llm=copied, slm=None)[1] == loaded.text.decode(ids[: ids.index(ids[5])]) + "\n"
 
 
-def test_chat_renders_the_checkpoints_template(pair, results):
-    text, chat = Text.load(pair[0]), "<user>the dog</><bot>"
-    found, err = results("the dog", "--chat", "--max-new-tokens", 2)
-    assert found["smallkv"]["answers"][0]["prompt_tokens"] == len(text.tokenizer.encode(chat).ids)
+def test_chat_renders_the_checkpoints_template(loaded, results):
+    found, _, err = results("the dog", "--chat", "--max-new-tokens", 2)
+    assert found["smallkv"]["answers"][0]["prompt_tokens"] == len(loaded.text.chat("the dog"))
     assert "heads not matched: fewer than 100 tokens, so nothing was evicted either" in err
 
 
@@ -199,33 +186,25 @@ def test_readme_example(pair, capsys, monkeypatch):
     assert capsys.readouterr().out.strip()
 
 
-def test_ctrl_c_keeps_what_was_generated(pair, run, monkeypatch):
-    step, calls = Session.step, []
+@pytest.mark.parametrize("name, calls, made", [("step", 5, 5), ("prefill", 1, 0)])
+def test_ctrl_c_keeps_what_was_generated(name, calls, made, loaded, run, monkeypatch):
+    plain, before = getattr(Session, name), [None] * (calls - 1)
 
-    def interrupted(self, tokens):
-        calls.append(tokens)
-        if len(calls) == 5:
+    def interrupted(self, *given):
+        if not before:
             raise KeyboardInterrupt
-        return step(self, tokens)
+        before.pop()
+        return plain(self, *given)
 
-    monkeypatch.setattr(Session, "step", interrupted)
-    code, out, err = run(PROMPT, "--max-new-tokens", 20)
-    monkeypatch.setattr(Session, "step", step)
-    assert (code, out) == (130, expected_answer(pair, PROMPT, 5) + "\n")
-    assert "interrupted" in err and "TTFT" in err
-
-
-def test_interrupted_in_the_prefill_says_so(run, monkeypatch):
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Session, "prefill", interrupted)
-    code, out, err = run(PROMPT)
-    assert (code, out) == (130, "\n") and "ended in the prefill" in err and "TTFT" not in err
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, name, interrupted)
+        code, out, err = run(PROMPT, "--max-new-tokens", 20)
+    assert (code, out) == (130, (expected_answer(loaded, PROMPT, made) if made else "") + "\n")
+    assert "interrupted" in err and ("TTFT" in err) == bool(made) != ("ended in the prefill" in err)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_logits_that_are_not_finite_end_an_answer_and_keep_what_there_was(drafts, pair, run, monkeypatch, tmp_path):
+def test_logits_that_are_not_finite_end_an_answer_and_keep_what_there_was(drafts, loaded, run, monkeypatch, tmp_path):
     session, calls = RoundSession if drafts else Session, []
     attend = session.attend
 
@@ -238,7 +217,7 @@ def test_logits_that_are_not_finite_end_an_answer_and_keep_what_there_was(drafts
     code, out, err = run(*options)
     monkeypatch.undo()
     (kept,) = json.loads((tmp_path / "r.json").read_text())["smallkv"]["answers"]
-    right = expected_answer(pair, PROMPT, len(kept["tokens"]), Settings(budget=1.0))
+    right = expected_answer(loaded, PROMPT, len(kept["tokens"]), Settings(budget=1.0))
     assert code == 2 and out == right + "\n" and kept["text"] == right and 3 <= len(kept["tokens"]) < 20
     assert err.splitlines()[-1].startswith("error: the model's logits are NaN or infinite: its weights are damaged")
 
@@ -254,26 +233,14 @@ def test_damaged_weights_are_named(temperature, run, copied):
 
 
 def test_drafts_are_bounded_by_what_can_be_used(results):
-    found, _ = results(PROMPT, "--budget", 1, "--max-new-tokens", 4, "--speculate", 3_000_000)
-    alone, _ = results(PROMPT, "--budget", 1, "--max-new-tokens", 4)
-    assert found["smallkv"]["answers"] == alone["smallkv"]["answers"]
-    assert found["smallkv"]["report"]["speculation"]["drafts"] == 2
+    options = PROMPT, "--budget", 1, "--max-new-tokens", 4
+    drafted, alone = results(*options, "--speculate", 3_000_000)[0]["smallkv"], results(*options)[0]["smallkv"]
+    assert drafted["answers"] == alone["answers"] and drafted["report"]["speculation"]["drafts"] == 2
 
 
-def test_a_long_text_is_refused_by_its_beginning(run, tmp_path, monkeypatch):
-    """2 MB of text for 1,024 positions."""
-    (tmp_path / "book.txt").write_text("the quick brown fox " * 10**5)
-    seen, encode = [], Text.encode
-    monkeypatch.setattr(Text, "encode", lambda self, text: seen.append(len(text)) or encode(self, text))
-    code, _, err = run("--prompt-file", tmp_path / "book.txt")
-    assert code == 2 and "longer than the 1024 positions" in err and sum(seen) < 10**5
-
-
-@pytest.mark.parametrize("flags", [("--temperature", 2), ("--device", "cuda:99"), ("--slm-layers", 9)])
-def test_a_run_that_fails_leaves_no_file(flags, run, tmp_path):
-    assert run(PROMPT, "--json", tmp_path / "r.json", "--top-p", 2, *flags)[0] == 2
-    assert run("x " * 2000, "--json", tmp_path / "r.json", *flags)[0] == 2
-    assert not (tmp_path / "r.json").exists()
+def test_a_run_that_fails_leaves_no_file(run, tmp_path):
+    for flags in ((PROMPT, "--device", "cuda:99"), ("x " * 2000,)):
+        assert run(*flags, "--json", tmp_path / "r.json")[0] == 2 and not (tmp_path / "r.json").exists()
 
 
 @pytest.mark.parametrize("method", BASELINES)
@@ -282,7 +249,7 @@ def test_every_baseline_answers_one_prompt_and_several(method, results):
     options = ("--method", method, "--budget", 0.3, "--max-new-tokens", 12)
     prompts = (PROMPT, "the quick brown fox")
     alone = [results(prompt, *options, slm=None)[0][method]["answers"][0]["tokens"] for prompt in prompts]
-    found, err = results(*prompts, *options, slm=None)
+    found, _, err = results(*prompts, *options, slm=None)
     assert [answer["tokens"] for answer in found[method]["answers"]] == alone
     for tokens in found[method]["report"]["tokens"]:
         assert sum(count for tier, count in tokens.items() if tier != "all") == pytest.approx(tokens["all"])
@@ -293,7 +260,7 @@ def test_every_baseline_answers_one_prompt_and_several(method, results):
 def test_drafts_are_shown_beside_the_same_method_without(method, run, results):
     options = ("--max-new-tokens", 12, "--method", method, "--budget", 1.0)
     alone = results(PROMPT, *options)[0][method]["answers"][0]["tokens"]
-    both, err = results(PROMPT, *options, "--speculate", 3, "--compare")
+    both, _, err = results(PROMPT, *options, "--speculate", 3, "--compare")
     assert [result["answers"][0]["tokens"] for result in both.values()] == [alone, alone]
     plain, drafted = (result["report"] for result in both.values())
     assert list(both) == [method, f"{method}, 3 drafts"] and plain["speculation"] is None and "drafts: " in err
@@ -325,8 +292,8 @@ def test_a_reach_that_loses_similar_heads_is_named():
         assert ("--reach inf may answer better" in console.file.getvalue()) == named
 
 
-def test_comparison_shows_brackets_and_backslashes_as_they_are(pair):
-    text, console = Text.load(pair[0]), Console(file=io.StringIO(), width=200)
+def test_comparison_shows_brackets_and_backslashes_as_they_are(loaded):
+    text, console = loaded.text, Console(file=io.StringIO(), width=200)
     answers = {end: {"answers": [{"tokens": text.encode(r"\[x = 2\] [/b] C:\ " + end)}]} for end in ("fox", "dog")}
     program.print_comparison(text, answers, console)
     shown = console.file.getvalue()
@@ -370,11 +337,7 @@ def test_bare_command_demonstrates(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--budget", 0, "x"], "budget 0.0 is outside (0, 1]"),
-    (["--budget", "nan", "x"], "budget nan is outside (0, 1]"),
-    (["--score-decay", 2, "x"], "score decay 2.0 is outside [0, 1]"),
-    (["--scores", "llm", "x"], "unknown scores 'llm'; supported: slm, fused"),
     (["--scores", "fused", "--no-saliency-shift", "x"], "fused scores need the SLM's: without saliency shift"),
-    (["--slm-budget", 0, "x"], "SLM budget 0.0 is outside (0, 1]"),
     (["--max-new-tokens", 0, "x"], "argument --max-new-tokens: 0 is not a whole number of at least 1"),
     (["--temperature", "nan", "x"], "--temperature: nan is not a number of at least 0"),
     (["--temperature", 1e9, "x"], "temperature 1000000000.0 is not 0 (greedy) nor between"),
@@ -382,28 +345,23 @@ def test_bare_command_demonstrates(monkeypatch, capsys, tmp_path):
     (["--top-p", 0, "x"], "--top-p: 0 is not a number above 0 and at most 1"),
     (["--slm-layers", 0, "x"], "--slm-layers: 0 is not a whole number of at least 1"),
     (["--budget", "lots", "x"], "argument --budget: invalid float value: 'lots'"),
-    (["--budgets", 0.2, "x"], "unrecognized arguments: --budgets"),
     (["--paper\nx"], "unrecognized arguments: --paper x"),
     ([""], "prompt 1 is empty"),
     (["x", " \n"], "prompt 2 is empty"),
+    (["x " * 10**6], "a prompt of 2000000 characters has more than"),
     (["x " * 2000, "--max-new-tokens", 10], "longer than the 1024 positions"),
     (["x", "--max-new-tokens", 10**9], "longer than the 1024 positions"),
     (["--prompt-file", "nowhere.txt"], "cannot read nowhere.txt: No such file or directory"),
-    (["--prompt-file", "/"], "cannot read /: Is a directory"),
     (["--prompt-file", "/dev/zero"], "/dev/zero is larger than 67108864 bytes; give a shorter text"),
     (["caf\udce9 x"], "prompt 1 is not UTF-8: byte 0xe9 at offset 3"),
     (["x", "--json", ""], "an empty name was given for a file to write"),
-    (["x", "--json", "/"], "cannot write /: Is a directory"),
     (["x", "--json", "/dev/full", "--max-new-tokens", 2], "cannot write /dev/full: No space left on device"),
     (["x", "--device", "cuda:7"], "no device cuda:7: PyTorch sees"),
-    (["x", "--device", "abacus"], "no such device 'abacus'"),
-    (["x", "--device", "cpu:one"], "no such device 'cpu:one'"),
     (["x", "--json", "/nowhere/r.json"], "cannot write /nowhere/r.json: No such file or directory"),
     (["x", "--compare", "--method", "snapkv"], "leave --method snapkv out"),
     (["x", "--speculate", -1], "--speculate: -1 is not a whole number of at least 0"),
     (["x", "--speculate", 2, "--method", "h2o"], "--speculate works with --method full and smallkv, not h2o"),
     (["x", "--speculate", 2, "--slm-layers", 1], "--speculate needs the SLM's words, and --slm-layers 1 stops before"),
-    (["x", "--speculate", 2, "--no-saliency-shift"], "drafts need saliency shift"),
     (["x", "--speculate", 2, "--scores", "fused"], "drafts need scores slm"),
     (["x", "--trace", ""], "an empty name was given for a file to write"),
     (["x", "--trace", "/nowhere/page.html"], "cannot write /nowhere/page.html: No such file or directory"),
@@ -426,20 +384,16 @@ def test_slm_is_asked_for(run, flags):
 
 
 def test_models_that_do_not_belong_together(pair, run, tmp_path):
+    """But the larger embedding may have padding rows, as Qwen2.5's: its best id may be one, and is never sampled."""
     other = write_checkpoint(tmp_path / "other", text="completely different words about stones and rivers " * 9)
-    code, _, err = run("x", slm=other)
-    assert code == 2 and "tokenizers of LLM and SLM differ, first at id" in err
-    small = write_checkpoint(tmp_path / "slm", vocab=270)
-    (small / "tokenizer.json").write_bytes((pair[0] / "tokenizer.json").read_bytes())
-    code, _, err = run("x", slm=small)
-    assert code == 2 and "the tokenizer has id 279, but the SLM only 270 embeddings" in err
-
-
-def test_padding_rows_of_the_larger_embedding_are_never_sampled(pair, run, tmp_path):
-    """As in Qwen2.5: the LLM has more embeddings than the SLM and the tokenizer. Its best id may be one of those."""
-    folder = write_checkpoint(tmp_path / "llm", vocab=600)
-    (folder / "tokenizer.json").write_bytes((pair[0] / "tokenizer.json").read_bytes())
-    code, _, err = run(PROMPT, "--max-new-tokens", 30, llm=folder)
+    small, large = (write_checkpoint(tmp_path / f"{vocab}", vocab=vocab) for vocab in (270, 600))
+    for folder in (small, large):
+        shutil.copy(pair[0] / "tokenizer.json", folder)
+    for slm, message in ((other, "tokenizers of LLM and SLM differ, first at id"),
+                         (small, "the tokenizer has id 279, but the SLM only 270 embeddings")):  # fmt: skip
+        code, _, err = run("x", slm=slm)
+        assert code == 2 and message in err
+    code, _, err = run(PROMPT, "--max-new-tokens", 30, llm=large)
     assert code == 0, err
 
 
@@ -452,8 +406,8 @@ def test_a_model_that_does_not_fit(run, monkeypatch):
 
 
 @pytest.mark.parametrize("offload", ["cpu", "none"])
-def test_device_and_host_are_checked_apart(pair, monkeypatch, offload):
-    loaded, asked = load(pair), {}
+def test_device_and_host_are_checked_apart(loaded, monkeypatch, offload):
+    asked = {}
     policy = SmallKV(loaded.llm, loaded.slm, Settings(offload=offload))
     monkeypatch.setattr("checkpoint.check_fits", lambda needed, device: asked.update({device.type: needed}))
     on_gpu = SimpleNamespace(llm=SimpleNamespace(device=torch.device("cuda")), models=policy.models,

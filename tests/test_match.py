@@ -1,4 +1,7 @@
-"""Matching of heads (Eq. 1-3): loops over pairs of heads, planted answers, layers within reach, late matches."""
+"""Matching of heads (Eq. 1-3): loops over pairs of heads, planted answers, layers within reach.
+
+Sequences that are matched late are in test_smallkv.py.
+"""
 
 import itertools
 import math
@@ -7,20 +10,16 @@ import pytest
 import torch
 
 import match
-from conftest import randn, random_prompts, tiny_decoder
+from conftest import random_prompts, tiny_decoder
 from decode import Session
-from match import SINKS, Window, layers_within, match_heads, match_windows, seen_window
+from match import SINKS, layers_within, match_heads
+from naive import matrices
 from smallkv import Settings, SmallKV
 
 
 def models(device="cpu"):
     """An LLM of 5 layers of 6 heads, an SLM of 2 layers of 4."""
     return tiny_decoder(layers=5, device=device), tiny_decoder(heads=4, seed=1, device=device)
-
-
-def matrices(decoder, text):
-    """Attention matrices of every head on a whole text: (L * H, W, W) fp32."""
-    return seen_window(decoder, torch.tensor([text], device=decoder.device)).rows(slice(None))
 
 
 def alike(a, s, matcher, k):
@@ -57,23 +56,6 @@ def test_the_most_similar_head_is_found_pair_by_pair(matcher, reach):
     assert torch.equal(found.similarity, found.anywhere) == (reach == math.inf)
 
 
-def test_jaccard_is_set_arithmetic():
-    one, other = (torch.rand(h, 30, generator=torch.Generator().manual_seed(h)) for h in (4, 5))
-    similarity = match.jaccard_similarity(one, other, 7)
-    for i, s in itertools.product(range(4), range(5)):
-        a, b = set(one[i].topk(7).indices.tolist()), set(other[s].topk(7).indices.tolist())
-        assert similarity[i, s].item() == pytest.approx(len(a & b) / len(a | b))
-
-
-def test_scores_of_any_length_are_column_sums(device):
-    """Eq. 1 over a text longer than a block of queries."""
-    llm, _ = models(device)
-    (text,) = random_prompts(300)
-    expected = match.accumulated_scores(matrices(llm, text))
-    found = match.head_scores(llm, torch.tensor([text], device=device))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("matcher", match.MATCHERS)
 def test_a_planted_permutation_is_found(matcher, device):
     """An SLM that is the LLM with its heads shuffled in every layer: the map must undo the shuffle."""
@@ -104,9 +86,8 @@ def test_how_alike_two_models_attend_is_measured_pair_by_pair():
 
 
 def test_unknown_matchers_are_refused():
-    windows = [seen_window(model, torch.tensor(random_prompts(110))) for model in models()]
     with pytest.raises(ValueError, match="unknown matcher 'dice'; supported: jaccard, cosine"):
-        match_windows(*windows, "dice", math.inf)
+        match_heads(*models(), random_prompts(110)[0], "dice")
 
 
 # ---- Reach ---------------------------------------------------------------------------------------------------------
@@ -120,8 +101,6 @@ def test_layers_within_reach_are_counted_one_by_one():
 
 
 def test_head_maps_beyond_the_reach_are_refused():
-    with pytest.raises(ValueError, match="reach 0.5 is below 1"):
-        Settings(reach=0.5)
     llm, slm = tiny_decoder(layers=4), tiny_decoder(layers=4)
     head_map = torch.zeros(4, 6, dtype=torch.long)
     head_map[1, 2] = 12  # layer 2
@@ -130,21 +109,7 @@ def test_head_maps_beyond_the_reach_are_refused():
     assert SmallKV(llm, slm, Settings(reach=2.0), head_map).needed == [1, 3, 4, 4]
 
 
-# ---- The window of a sequence --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width, chunks", [(100, (7,) * 20), (130, (130,)), (120, (50, 200)), (150, (149, 1, 60))])
-def test_a_window_keeps_the_first_tokens(width, chunks):
-    """Whatever the chunks; what comes later changes nothing."""
-    llm, _ = models()
-    query, key = (randn(5, heads, sum(chunks), 16, seed=heads, device="cpu") for heads in (6, 2))
-    window, start = Window(llm, width), 0
-    for count in chunks:
-        assert (window.filled == width) == (start >= width)
-        for layer in range(5):
-            window.observe(layer, *(x[layer, :, start : start + count][None] for x in (query, key)))
-        start += count
-    assert torch.equal(window.query, query[:, :, :width]) and torch.equal(window.key, key[:, :, :width])
+# ---- In the prefill ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [7, 130, 256])
@@ -166,20 +131,3 @@ def test_matching_in_the_prefill_is_that_of_a_forward_of_its_own(matcher, chunk,
         assert torch.equal(policy.index[:, b], expected.index.int())
         torch.testing.assert_close(policy.maps[b].similarity, expected.similarity, atol=1e-5, rtol=1e-5)
     assert not torch.equal(maps[0].index, maps[1].index)
-
-
-def test_matching_waits_for_100_tokens_and_uses_at_most_200(device):
-    """Until then everything is kept; then 20 % of the bytes: 10 % critical and 5 % recent tokens."""
-    llm, slm = models(device)
-    short, long = random_prompts(97, 230)
-    policy = SmallKV(llm, slm, Settings.paper(budget=0.2))
-    session = Session(policy, [short, long], 10)
-    session.prefill()
-    assert policy.maps[0] is None
-    assert torch.equal(policy.maps[1].index, match_heads(llm, slm, long[:200], "jaccard").index)
-    kept = []
-    for token in (5, 6, 7, 8):
-        session.step([token, token])
-        kept.append((policy.cache.critical_position[:, 0] >= 0).sum(-1).unique().tolist())
-    assert kept == [[98], [99], [15], [15]]
-    assert torch.equal(policy.maps[0].index, match_heads(llm, slm, short + [5, 6, 7], "jaccard").index)

@@ -1,4 +1,7 @@
-"""The decoder against Transformers on tiny random models, and what it does with a cache against one whole pass."""
+"""Configs as Transformers reads them, and what the decoder does with a cache against one whole pass.
+
+Its logits are held against Transformers' where checkpoints are loaded: test_checkpoint.py.
+"""
 
 import copy
 import math
@@ -7,8 +10,8 @@ import pytest
 import torch
 
 from cache import FullCache
-from conftest import FP32, HERE, random_prompts, tiny_decoder
-from model import Config, Decoder, Span, rope_frequencies
+from conftest import FP32, close, random_prompts, tiny_decoder
+from model import Config, Span, rope_frequencies
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests; see requirements-dev.txt")
 
@@ -19,69 +22,17 @@ SMALL = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16, "rope_theta": 10000.0}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
-FAMILIES = {
-    "llama": ("Llama", {}),
-    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
-    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
-    "llama-yarn-mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-yarn": ("Qwen2", {"rope_parameters": {**YARN, "factor": 2.5, "beta_fast": 16.0, "truncate": False}}),
-    "qwen3": ("Qwen3", {"head_dim": 12}),
-    "qwen3-tied-multihead": ("Qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
-}
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def reference_of(family: str):
-    """A tiny random model of Transformers; biases and norms are random too."""
-    kind, changes = FAMILIES[family]
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**{**SMALL, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
-    return model.eval()
-
-
-def decoder_of(reference) -> Decoder:
-    """The same weights in our decoder, products of one input joined."""
-    given = {name.removeprefix("model."): tensor for name, tensor in reference.state_dict().items()}
-    decoder = Decoder(Config.from_hf(reference.config.to_dict()))
-    for name, parameter in decoder.named_parameters():
-        product = next((part for part in name.split(".") if part in JOINED), None)
-        parts = [name.replace(product, part) for part in JOINED[product]] if product else [name]
-        parameter.data = torch.cat([given.pop(part) for part in parts])
-    assert set(given) <= {"lm_head.weight"} and bool(given) == decoder.config.tied
-    return decoder.requires_grad_(False).eval()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family, device):
-    reference = reference_of(family).to(device)
-    decoder = decoder_of(reference).to(device)
-    tokens = torch.randint(61, (2, 50), generator=torch.Generator().manual_seed(1)).to(device)
-    with torch.no_grad():
-        difference = (decoder(tokens) - reference(tokens).logits).abs().max().item()
-    assert difference < 1e-4, f"largest difference of logits {difference}"
-
-
-def test_config_spelled_as_in_transformers_4():
-    config = transformers.LlamaConfig(**SMALL, rope_parameters=LLAMA3).to_dict()
-    expected = Config.from_hf(config)
-    rope = dict(config.pop("rope_parameters"))
-    config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
-    assert Config.from_hf(config) == expected and expected.rope["rope_type"] == "llama3"
+def raw_config(kind: str, changes: dict) -> dict:
+    """A config.json of the small model; what is changed to ... is not there."""
+    return {name: value for name, value in {**SMALL, "model_type": kind, **changes}.items() if value is not ...}
 
 
 def test_yarn_opens_the_positions_that_it_was_turned_on_for():
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    base = {**SMALL, "model_type": "qwen2"}
-    assert Config.from_hf({**base, "rope_scaling": yarn}).max_positions == 256
-    assert Config.from_hf(base).max_positions == 64
+    assert Config.from_hf(raw_config("qwen2", {"rope_scaling": yarn})).max_positions == 256
+    assert Config.from_hf(raw_config("qwen2", {})).max_positions == 64
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -106,12 +57,13 @@ def test_yarn_opens_the_positions_that_it_was_turned_on_for():
     ({"layer_types": ["full_attention"]}, "layer_types is .*; expected a list of 2"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
     ({"attention_bias": 1}, "attention_bias is 1; expected true or false"),
+    ({"intermediate_size": ..., "num_hidden_layers": ...}, "config.json lacks intermediate_size, num_hidden_layers"),
     ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
 ])  # fmt: skip
 def test_configs_that_are_refused(changes, message):
     """Others are named where checkpoints are loaded: test_checkpoint.py."""
     with pytest.raises(ValueError, match=message):
-        Config.from_hf({**SMALL, "model_type": "llama", **changes})
+        Config.from_hf(raw_config("llama", changes))
 
 
 TYPED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}  # as model cards spell it, no theta
@@ -130,7 +82,7 @@ TYPED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} 
 ])  # fmt: skip
 def test_configs_are_read_as_transformers_reads_them(kind, changes):
     """The frequencies, the factor on cos and sin, and the numbers of heads."""
-    raw = {name: value for name, value in {**SMALL, "model_type": kind, **changes}.items() if value is not ...}
+    raw = raw_config(kind, changes)
     expected = transformers.AutoConfig.for_model(**copy.deepcopy(raw))
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(expected)
     config = Config.from_hf(raw)
@@ -141,65 +93,33 @@ def test_configs_are_read_as_transformers_reads_them(kind, changes):
     assert (config.kv_heads, config.head_dim) == heads
 
 
-def test_a_config_that_lacks_a_number_says_which():
-    with pytest.raises(ValueError, match="config.json lacks intermediate_size, num_hidden_layers"):
-        Config.from_hf({name: SMALL[name] for name in SMALL if name[0] not in "in" or name == "num_attention_heads"}
-                       | {"model_type": "llama"})  # fmt: skip
-
-
 # ---- With a cache --------------------------------------------------------------------------------------------------
 
 
-def step_at(*lengths, tokens=1, device="cpu"):
-    return Span.step(torch.tensor(lengths, dtype=torch.int32, device=device), tokens)
-
-
-def test_spans_stand_where_they_say():
-    chunk, step = Span.chunk(3, 7, "cpu"), step_at(5, 9, tokens=3)
-    assert (chunk.length.tolist(), chunk.positions.tolist(), chunk.past) == ([4], [[3, 4, 5, 6]], 3)
-    assert (step.length.tolist(), step.positions.tolist(), step.past) == ([5, 9], [[4, 5, 6], [8, 9, 10]], None)
-    assert chunk.positions.dtype == step.positions.dtype == torch.int32
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 39, 40])
-def test_prefill_in_chunks_equals_one_pass(chunk, device):
-    decoder = tiny_decoder(device=device)
-    tokens = torch.tensor(random_prompts(40), device=device)
-    cache = FullCache(decoder.config, 1, 45, device, FP32)
-    spans = [Span.chunk(start, min(40, start + chunk), device) for start in range(0, 40, chunk)]
-    parts = [decoder(tokens[:, span.past : span.past + span.positions.shape[1]], span, cache) for span in spans]
-    torch.testing.assert_close(torch.cat(parts, 1), decoder(tokens), atol=1e-5, rtol=1e-4)
-    assert cache.key[:, :, :, 40:].isnan().all() and cache.value[:, :, :, :40].isfinite().all()
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_decode_steps_equal_one_pass(tokens, device):
-    """One token by itself and a few at once, from the first one on; sequences of other lengths are beside it."""
-    decoder = tiny_decoder(device=device)
-    prompts = torch.tensor(random_prompts(27, 27), device=device)
-    cache, made = FullCache(decoder.config, 2, 27, device, FP32), []
-    decoder(prompts[1:, :6], Span.chunk(0, 6, device), cache.staging(1, 6))
-    for at in range(0, 21, tokens):
-        new = torch.stack((prompts[0, at : at + tokens], prompts[1, at + 6 : at + 6 + tokens]))
-        made.append(decoder(new, step_at(at + 1, at + 7, tokens=tokens, device=device), cache))
-    first, second = torch.cat(made, 1)
-    torch.testing.assert_close(first, decoder(prompts[:1])[0, :21], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(second, decoder(prompts[1:])[0, 6:], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_decoder_on_kernels_equals_the_plain_one(family, request):
-    """Chunks, a step, a few tokens at once: where all small kernels and attention are Triton's."""
-    decoder = tiny_decoder(model_type=family)
-    tokens = torch.tensor(random_prompts(23))
-    expected = decoder(tokens)
-    request.getfixturevalue("kernels_on")
-    decoder, tokens = decoder.to(HERE), tokens.to(HERE)
-    cache = FullCache(decoder.config, 1, 23, HERE, FP32)
-    parts = [decoder(tokens[:, a:b], Span.chunk(a, b, HERE), cache) for a, b in ((0, 7), (7, 19))]
-    parts.append(decoder(tokens[:, 19:20], step_at(20, device=HERE), cache))
-    parts.append(decoder(tokens[:, 20:], step_at(21, tokens=3, device=HERE), cache))
-    torch.testing.assert_close(torch.cat(parts, 1).cpu(), expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("chunk, tokens, family, on_kernels", [
+    (1, 1, "llama", False), (7, 3, "qwen3", False), (40, 3, "llama", False), (7, 3, "llama", True),
+    (12, 1, "qwen3", True),
+])  # fmt: skip
+def test_chunks_and_steps_equal_one_pass(chunk, tokens, family, on_kernels, device, request):
+    """One sequence in chunks, then in steps of one token or of a few at once, beside one that has no prompt; on plain
+    PyTorch, and where all small kernels and attention are Triton's."""
+    decoder = tiny_decoder(model_type=family, device=device)
+    ids = [torch.tensor(prompt, device=device) for prompt in random_prompts(25, 6)]
+    whole, prompts = [decoder(own[None])[0] for own in ids], (19, 0)
+    if on_kernels:
+        request.getfixturevalue("kernels_on")
+    cache, parts = FullCache(decoder.config, 2, 30, device, FP32), [[], []]
+    for start in range(0, 19, chunk):
+        end = min(19, start + chunk)
+        parts[0] += decoder(ids[0][None, start:end], Span.chunk(start, end, device), cache.staging(0, 19))
+    for at in range(0, 6, tokens):
+        new = torch.stack([own[n + at : n + at + tokens] for own, n in zip(ids, prompts)])
+        length = torch.tensor(prompts, dtype=torch.int32, device=device) + at + 1
+        for part, logits in zip(parts, decoder(new, Span.step(length, tokens), cache)):
+            part.append(logits)
+    for b, part in enumerate(parts):
+        close(torch.cat(part), whole[b], 1e-4)
+        assert cache.key[:, b, :, len(whole[b]) :].isnan().all()
 
 
 def test_what_is_asked_of_a_forward(device):
@@ -220,23 +140,6 @@ def test_what_is_asked_of_a_forward(device):
     assert decoder(tokens[:1], span, caches[1], logits="scores") is None
     assert torch.equal(caches[0].key, caches[1].key) and torch.equal(caches[0].value, caches[1].value)
     assert ran[-3:] == ["layers.1.self_attn.qkv_proj", "layers.1.self_attn", ""]
-
-
-def test_what_attends_is_shown(device):
-    """To `observe`, without a cache and, chunk by chunk, with one: queries and keys after RoPE."""
-    decoder = tiny_decoder(device=device)
-    tokens, seen, chunks = torch.tensor(random_prompts(19), device=device), [], []
-    decoder(tokens, logits="none", observe=lambda *shown: seen.append(shown))
-    cache = FullCache(decoder.config, 1, 19, device, FP32)
-    cache.observe = lambda *shown: chunks.append(shown)
-    for start, end in ((0, 8), (8, 19)):
-        decoder(tokens[:, start:end], Span.chunk(start, end, device), cache)
-    assert [layer for layer, *_ in seen] == [0, 1] and [layer for layer, *_ in chunks] == [0, 1, 0, 1]
-    for layer, query, key in seen:
-        assert query.shape == (1, 6, 19, 16) and key.shape == (1, 2, 19, 16)
-        for whole, i in ((query, 1), (key, 2)):
-            parts = torch.cat([shown[i] for shown in chunks[layer::2]], 2)
-            torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_angles_are_in_fp32_whatever_the_weights_are():

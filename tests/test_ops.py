@@ -1,15 +1,19 @@
 """Norm, RoPE with append, gate: each Triton kernel against its plain PyTorch twin, on shapes that fill no block.
 
+The twins are held against Transformers in test_checkpoint.py, and what they append against naive.py in test_smallkv.py.
 On a GPU the kernels are compiled, on a CPU they are interpreted (conftest.py). Pools come full of NaN: what is compared
 with NaN equal to NaN is also what was not written.
 """
 
-import itertools
+import inspect
 
 import pytest
 import torch
 
+import kernels
 import ops
+import scores
+import tiers
 from conftest import FP32, HALF, HERE, close, randn
 from ops import Rope
 
@@ -33,72 +37,49 @@ def test_gate_equals_its_twin(shape, dtype):
     close(ops.gate_triton(both), ops.gate_torch(both), dtype)
 
 
-def rope_case(T, group, D, dtype, normed):
-    """qkv of 3 sequences at positions far apart, 2 KV heads; RoPE tables; position and slot of each new token."""
-    B, G, S = 3, 2, 40
-    qkv = randn(B, T, (G * group + 2 * G) * D, dtype=dtype)
-    angle = 9 * randn(B, T, D // 2, seed=1)
-    norms = tuple(1 + randn(D, seed=seed, dtype=dtype) / 4 for seed in (2, 3)) + (1e-6,)
-    rope = Rope(1.3 * angle.cos(), 1.3 * angle.sin(), norms if normed else None)
-    position = torch.tensor([0, 17, S - T])[:, None] + torch.arange(T)
-    slot = torch.stack([torch.randperm(11, generator=torch.Generator().manual_seed(i))[:T] for i in range(B * G)])
-    return qkv, rope, position.int().to(HERE), slot.view(B, G, T).int().to(HERE), (B, G, S, D)
-
-
 @pytest.mark.parametrize("normed, T, group, D, dtype", [
     (False, 1, 1, 64, FP32), (True, 5, 3, 128, FP32), (False, 5, 7, 16, HALF), (True, 1, 7, 64, HALF),
     (True, 5, 1, 64, HALF), (False, 1, 3, 128, HALF),
 ])  # fmt: skip
 def test_rope_and_append_equal_their_twin(normed, T, group, D, dtype):
-    """At the position and at a slot."""
-    qkv, rope, position, slot, (B, G, S, _) = rope_case(T, group, D, dtype, normed)
-    for slotted in (False, True):
+    """3 sequences at positions far apart, 2 KV heads; K and V go to the position, or to a slot."""
+    B, G, S = 3, 2, 40
+    qkv, angle = randn(B, T, (G * group + 2 * G) * D, dtype=dtype), 9 * randn(B, T, D // 2, seed=1)
+    norms = tuple(1 + randn(D, seed=seed, dtype=dtype) / 4 for seed in (2, 3)) + (1e-6,)
+    rope = Rope(1.3 * angle.cos(), 1.3 * angle.sin(), norms if normed else None)
+    position = (torch.tensor([0, 17, S - T])[:, None] + torch.arange(T)).int().to(HERE)
+    slot = torch.stack([torch.randperm(11, generator=torch.Generator().manual_seed(i))[:T] for i in range(B * G)])
+    for size, where in ((S, None), (11, slot.view(B, G, T).int().to(HERE))):
         results = []
         for append in (ops.rope_append_torch, ops.rope_append_triton):
-            pools = [torch.empty(B, G, 11 if slotted else S, D, device=HERE, dtype=dtype) for _ in "kv"]
-            results.append((append(qkv, rope, *pools, position, slot if slotted else None), *pools))
+            pools = [torch.empty(B, G, size, D, device=HERE, dtype=dtype) for _ in "kv"]
+            results.append((append(qkv, rope, *pools, position, where), *pools))
         for ours, twins in zip(results[1], results[0]):
             close(ours, twins, dtype)
 
 
-def test_append_puts_the_rows_of_rotate_where_they_belong(device):
-    """Slot by slot, or at the position; and nothing is written beside them."""
-    qkv, rope, position, slot, (B, G, S, D) = rope_case(5, 3, 16, FP32, True)
-    qkv, position, slot = (x.to(device) for x in (qkv, position, slot))
-    rope = Rope(*(x.to(device) for x in rope[:2]), tuple(w.to(device) for w in rope.norms[:2]) + (1e-6,))
-    query, key, value = ops.rotate(qkv, rope, G, D)
-    slots, whole = ([torch.empty(B, G, size, D, device=device) for _ in "kv"] for size in (11, S))
-    for pools, where in ((slots, slot), (whole, None)):
-        assert torch.equal(ops.rope_append_torch(qkv, rope, *pools, position, where), query)
-    for b, t, g, (kind, rows) in itertools.product(range(B), range(5), range(G), enumerate((key, value))):
-        assert torch.equal(slots[kind][b, g, slot[b, g, t]], rows[b, t, g])
-        assert torch.equal(whole[kind][b, g, position[b, t]], rows[b, t, g])
-    assert all(pool.isfinite().sum() == B * G * 5 * D for pool in slots + whole)
+@pytest.mark.parametrize("module, name", [
+    (ops, "add_norm"), (ops, "rope_append"), (ops, "gate"), (kernels, "column_sums"), (kernels, "decode_attention"),
+    (scores, "add_weights"), (scores, "rank_scores"), (scores, "matched_rows"), (tiers, "plan_tiers"),
+    (tiers, "bring_rows"), (tiers, "store_rows"),
+])  # fmt: skip
+def test_both_versions_are_given_what_was_given(module, name, monkeypatch):
+    ran, function = [], getattr(module, name)
+    for kind in ("torch", "triton"):
+        monkeypatch.setattr(module, f"{name}_{kind}", lambda *given, kind=kind: ran.append((kind, given)))
+    given = tuple(range(len(inspect.signature(function).parameters)))
+    for forced in (False, True):
+        monkeypatch.setattr(ops, "FORCE", forced)
+        function(*given)
+    assert ran == [("torch", given), ("triton", given)]
 
 
-def test_rotation_is_a_product_of_complex_numbers():
-    """Dimension i and i + D/2 are one number; the angle is the table's."""
-    qkv, rope, _, _, (_, G, _, D) = rope_case(5, 3, 16, FP32, False)
-    query, key, value = ops.rotate(qkv, rope, G, D)
-    heads = qkv.unflatten(-1, (-1, D))
-    turn = torch.complex(rope.cos, rope.sin)[:, :, None]
-    turned = torch.complex(*heads[:, :, : 3 * G + G].chunk(2, -1)) * turn
-    close(torch.cat((query, key), 2), torch.cat((turned.real, turned.imag), -1))
-    assert torch.equal(value, heads[:, :, 4 * G :])
-
-
-def test_which_version_runs(device, monkeypatch):
+def test_which_version_runs(device):
     """On a CPU plain PyTorch; on a GPU a kernel, but where a gradient is asked for."""
     x, weight = randn(2, 3, 32, device=device), torch.ones(32, device=device)
     assert ops.use_triton(x) == (device == "cuda") and not ops.use_triton(x.clone().requires_grad_())
     with torch.no_grad():
         assert ops.use_triton(x.clone().requires_grad_()) == (device == "cuda")
-    for forced in (True, False):
-        monkeypatch.setattr(ops, "FORCE", forced)
-        if not forced or device == HERE:
-            ours = x.clone()
-            assert (ops.add_norm(ours, x, weight, 1e-6)[0] is ours) == forced  # the kernel writes into it
-    monkeypatch.undo()
     ours = x.clone().requires_grad_()
     ops.gate(ops.add_norm(ours, x, weight, 1e-6)[1]).sum().backward()
     assert ours.grad.abs().sum() > 0

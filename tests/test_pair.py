@@ -11,9 +11,8 @@ import torch
 
 import evaluate
 from command import read_lines, read_text
-from decode import Policy, Session, generate
+from decode import Policy, generate
 from generate import PAIR, load_pair
-from smallkv import Settings, SmallKV
 from training.distill import figures_of, similarity
 from training.recall import Recall, document_ids
 
@@ -21,13 +20,6 @@ from training.recall import Recall, document_ids
 @pytest.fixture(scope="module")
 def pair():
     return load_pair(str(PAIR / "llm"), str(PAIR / "slm"), "cpu")
-
-
-@pytest.fixture(scope="module")
-def first_prompt(pair):
-    """The demonstration's text and its first question."""
-    document = json.loads((PAIR / "demo.json").read_text(encoding="utf-8"))
-    return pair.text.encode(document["text"]) + pair.text.encode(document["turns"][0]["question"])
 
 
 def test_the_answer_to_a_fixed_prompt(pair):
@@ -39,12 +31,6 @@ def test_the_answer_to_a_fixed_prompt(pair):
     assert pair.text.decode(answer).split("\n")[0] == " The code of the south gate is 4071."
 
 
-def test_the_whole_budget_is_the_full_cache(pair, first_prompt):
-    policies = [Policy(pair.llm), SmallKV(pair.llm, pair.slm, Settings(budget=1.0))]
-    full, whole = (generate(policy, [first_prompt], 24)[0] for policy in policies)
-    assert whole == full
-
-
 def test_heads_attend_alike_on_held_out_text(pair):
     source = Recall.from_books([read_text(PAIR / "prose.txt")], pair.text.tokenizer, "test", 4)
     sample = document_ids(source.document(random.Random(1), 512))[0][:512]
@@ -53,17 +39,6 @@ def test_heads_attend_alike_on_held_out_text(pair):
     shipped = json.loads((PAIR / "slm" / "similarity.json").read_text())
     means = {kind: torch.tensor(shipped[kind]).mean().item() for kind in ("best", "jaccard")}
     assert means["best"] > 0.95 and means["jaccard"] > 0.90
-
-
-def test_an_slm_that_stops_early_matches_and_keeps_only_what_runs(pair, first_prompt):
-    short = load_pair(str(PAIR / "llm"), str(PAIR / "slm"), "cpu", slm_layers=2).slm
-    policies = [SmallKV(pair.llm, slm, Settings(scores="slm")) for slm in (pair.slm, short)]
-    for policy in policies:
-        Session(policy, [first_prompt], 1).prefill()
-    whole, early = policies
-    assert torch.equal(early.slm_cache.score, whole.slm_cache.score[:2])
-    assert early.slm_cache.key.nbytes == whole.slm_cache.key.nbytes / 2
-    assert early.index.max() < 2 * short.config.query_heads <= whole.index.max()
 
 
 def test_the_pair_is_small_and_its_slm_smaller(pair):

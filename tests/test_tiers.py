@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiers
-from conftest import BF16, FP32, HERE, randint, randn
+from conftest import BF16, FP32, randint, randn, versions
 
 
 def naive_tiers(scores: list[float], size: tuple[int, int, int]) -> tuple[set[int], set[int]]:
@@ -73,32 +73,36 @@ class State:
             assert sorted(zip(*self.rows[tier, :, : len(expected)].tolist())) == sorted(expected)
 
 
-def states(device, *shape, **options):
-    """One for the twin, and one for the kernel where it runs."""
-    plans = tiers.plan_tiers_torch, tiers.plan_tiers_triton
-    return [State(plan, device, *shape, **options) for plan in plans[: 1 + (device == HERE)]]
-
-
-def by_length(S, device, critical, recent, marginal):
-    """Sizes (S + 1, 3) by functions of the length."""
-    rows = [(critical(n), recent(n), marginal(n)) for n in range(S + 1)]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
 def scores_of(kind, B, S, seed):
-    """(B, 2, S) on the CPU. ties: 4 values; tiny: a sharp softmax with zeros; negative: two in three are below 0."""
+    """(B, 2, S) on the CPU. ties: 4 values; tiny: a sharp softmax with zeros; negative: three in four are below 0, so
+    that fewer compete than there are places."""
     uniform = torch.rand(B, 2, S, generator=torch.Generator().manual_seed(seed))
-    if kind == "ties":
-        return (4 * uniform).floor() / 4
     if kind == "tiny":
         sharp = (12 * randn(B, 2, S, seed=seed, device="cpu")).softmax(-1)
         sharp[..., ::3] = 0
         return sharp
-    return uniform - 2 / 3 if kind == "negative" else uniform
+    plain = {"uniform": uniform, "ties": (4 * uniform).floor() / 4, "negative": uniform - 3 / 4, "zero": 0 * uniform}
+    return plain[kind]
 
 
-def fifth(n):
-    return max(1, n // 5)
+def check_plans(device, lengths, kinds, T, split, remembers=True, grow=(), spare=0):
+    """One step for each kind of scores, by both versions. split: critical, recent and marginal tokens by length. grow:
+    by how many tokens sequences grow after each step (1): the newest, then drafts; the slots of the others are
+    freed."""
+    grow = grow or [1] * len(kinds)
+    B, S = len(lengths), max(lengths) + sum(grow) + T
+    sizes = torch.tensor([[part(n) for part in split] for n in range(S + 1)], dtype=torch.int32, device=device)
+    critical, _, marginal = sizes.amax(0).tolist()
+    slots = critical + T - 1 + spare, marginal + spare if marginal else 0
+    states = [State(plan, device, B, S, *slots, T, remembers) for plan in versions(tiers, "plan_tiers", device)]
+    length = torch.tensor(lengths, dtype=torch.int32, device=device)
+    for step, (kind, more) in enumerate(zip(kinds, grow, strict=True)):
+        late = torch.arange(S) >= length.cpu()[:, None, None]
+        total = scores_of(kind, B, S, step).masked_fill(late, torch.nan).to(device)
+        length = length + more
+        for state in states:
+            state.step(total, length - more, sizes)
+            state.critical.masked_fill_(state.critical >= length[:, None, None] - 1, -1)
 
 
 CASES = [  # lengths of the first step, kind of scores, T, marginal tier, memory, steps
@@ -111,82 +115,29 @@ CASES = [  # lengths of the first step, kind of scores, T, marginal tier, memory
 
 @pytest.mark.parametrize("case, row", [*((case, tiers.ROW) for case in CASES), (CASES[5], 64), (CASES[7], 64)])
 def test_plans_step_by_step(case, row, device, monkeypatch):
-    """Tokens come and go while the sequences grow; with drafts by as many as were accepted, the others' slots freed.
-    The kernel's block holds the row, or a part of it."""
+    """Tokens come and go while the sequences grow; with drafts by as many as were accepted. The kernel's block holds
+    the row, or a part of it."""
     monkeypatch.setattr(tiers, "ROW", row)
     lengths, kind, T, middle, remembers, steps = case
-    grow = [1, 2, T, 3][:steps] if T > 1 else [1] * steps
-    B, S = len(lengths), max(lengths) + sum(grow) + T
-    sizes = by_length(S, device, fifth, lambda n: max(1, n // 20), lambda n: n // 5 if middle else 0)
-    slots = sizes.amax(0)
-    ends = states(device, B, S, slots[0].item() + T + 1, slots[2].item() + 1 if middle else 0, T, remembers=remembers)
-    length = torch.tensor(lengths, dtype=torch.int32, device=device)
-    for step, more in enumerate(grow):
-        total = scores_of(kind, B, S, step) * (0 if kind == "zero" else 1)
-        total = total.masked_fill(torch.arange(S) >= length.cpu()[:, None, None], torch.nan).to(device)
-        for state in ends:
-            state.step(total, length, sizes)
-            state.critical.masked_fill_(state.critical >= (length + more)[:, None, None] - 1, -1)
-        length = length + more
+    split = lambda n: max(1, n // 5), lambda n: max(1, n // 20), lambda n: n // 5 if middle else 0
+    grow = [1, 2, T, 3][:steps] if T > 1 else ()
+    check_plans(device, lengths, [kind] * steps, T, split, remembers, grow, spare=2)
 
 
 @pytest.mark.parametrize("S, T, share", [(tiers.ROW, 5, 0.03), (9000, 1, 0.97), (tiers.ROW + 7000, 1, 0.03)])
 def test_plans_of_long_rows(S, T, share, device):
     """The longest that a block holds, one that is critical nearly as a whole, and one of several blocks."""
-    sizes = by_length(S, device, lambda n: int(share * n), lambda n: n // 100, lambda n: n // 60)
-    ends = states(device, 1, S, int(share * S) + T, S // 60, T, remembers=True)
-    length = torch.tensor([S - T], dtype=torch.int32, device=device)
-    for step, kind in enumerate(("tiny", "ties")):
-        total = scores_of(kind, 1, S, step).masked_fill(torch.arange(S) >= S - T + step, torch.nan).to(device)
-        for state in ends:
-            state.step(total, length + step, sizes)
-            state.critical.masked_fill_(state.critical >= (length + step)[:, None, None], -1)
+    split = lambda n: int(share * n), lambda n: n // 100, lambda n: n // 60
+    check_plans(device, (S - 2 - T,), ("tiny", "ties"), T, split)
 
 
-def test_a_budget_that_pays_for_all_keeps_all(device):
-    """Before and after some steps of a small one, in which there is a marginal tier."""
-    small = range(40, 44)
-    sizes = by_length(60, device, lambda n: 8 if n in small else n, lambda n: 3, lambda n: 20 if n in small else 0)
-    for state in states(device, 2, 60, 60, 20, 1, remembers=True):
-        for n in range(38, 46):
-            total = scores_of("uniform", 2, 60, n).to(device)
-            state.step(total, torch.tensor([n, n - 5], dtype=torch.int32, device=device), sizes)
-
-
-def test_fewer_competitors_than_places(device):
-    """All scores but two are below 0: the tiers have the recent tokens and these two."""
-    total = torch.full((1, 2, 30), -1.0)
-    total[0, 0, 4], total[0, 1, 9], total[0, :, 11] = 0.0, 0.3, 0.5
-    sizes = by_length(30, device, lambda n: 4, lambda n: 3, lambda n: 5)
-    length = torch.tensor([20], dtype=torch.int32, device=device)
-    for state in states(device, 1, 30, 9, 6, 1, remembers=False):
-        state.step(total.to(device), length, sizes)
-        tokens = [[sorted(t for t in row if t >= 0) for row in table[0].tolist()] for table in
-                  (state.critical, state.marginal)]  # fmt: skip
-        assert tokens == [[[11, 17, 18, 19]] * 2, [[4], [9]]]
-
-
-def test_no_places_but_for_recent_tokens(device):
-    """One is the newest alone."""
-    sizes = by_length(30, device, lambda n: 1 + n % 3, lambda n: 1 + n % 3, lambda n: 2)
-    for state in states(device, 2, 30, 4, 2, 1, remembers=True):
-        for n in range(10, 14):
-            length = torch.tensor([n, n + 1], dtype=torch.int32, device=device)
-            state.step(scores_of("uniform", 2, 30, n).to(device), length, sizes)
-
-
-def test_a_layer_of_a_cache_is_planned_in_place(kernels_on):
-    """Tables and lists are the layer's own, whatever stands before and behind them."""
-    whole = torch.full((3, 2, 2, 9), -1, dtype=torch.int32, device=HERE)
-    newest = torch.zeros(3, 2, 2, 1, dtype=torch.int32, device=HERE)
-    sizes = by_length(40, HERE, lambda n: 6, lambda n: 2, lambda n: 0)
-    length = torch.tensor([30, 12], dtype=torch.int32, device=HERE)
-    total = scores_of("uniform", 2, 40, 0).to(HERE)
-    rows, count = (torch.zeros(3, 2, *shape, dtype=torch.int32, device=HERE) for shape in ((2, 36), ()))
-    mark = torch.zeros(2, 2, 40, dtype=torch.int8, device=HERE)
-    tiers.plan_tiers(total, length, sizes, whole[1], None, None, newest[1], rows[1], count[1], mark, 41)
-    assert count[1].tolist() == [20, 0] and (whole[1] >= 0).sum() == 24 and (whole[::2] == -1).all()
-    assert not mark.any() and not any(table[::2].any() for table in (newest, rows, count))
+@pytest.mark.parametrize("lengths, steps, split", [
+    ((38, 33), 8, lambda n: (8, 3, 20) if 40 <= n < 44 else (n, 3, 0)),  # all stay, but in some steps
+    ((10, 11), 4, lambda n: (1 + n % 3, 1 + n % 3, 2)),  # recent tokens alone, or the newest alone
+], ids=["all", "recent"])  # fmt: skip
+def test_plans_at_the_edges_of_a_budget(lengths, steps, split, device):
+    parts = [lambda n, i=i: split(n)[i] for i in range(3)]
+    check_plans(device, lengths, ["uniform"] * steps, 1, parts)
 
 
 # ---- Movement ------------------------------------------------------------------------------------------------------
@@ -210,7 +161,7 @@ def test_rows_arrive_to_the_bit(D, dtype, count, bytes_at_once, device, monkeypa
             pool.view(-1, D)[slot] = host[source // 198, source // 99 % 2, source % 99, kind]
     offloaded = host.pin_memory() if device == "cuda" else host
     listed, how_many = rows.to(device), torch.tensor(count, dtype=torch.int32, device=device)
-    for bring in (tiers.bring_rows_torch, tiers.bring_rows_triton)[device == "cuda" : 1 + (device == HERE)]:
+    for bring in versions(tiers, "bring_rows", device)[device == "cuda" :]:
         for both in (True, False):
             key, value = (pool.to(device, copy=True) for pool in before)
             bring(key if both else None, value, offloaded, listed, how_many)
@@ -224,7 +175,7 @@ def test_newest_rows_are_stored(T, device):
     newest = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(s))[:T] for s in range(6)])
     newest = newest.view(3, 2, T).int().to(device)
     start = torch.tensor([4, -1, 0], dtype=torch.int32, device=device)
-    for store in (tiers.store_rows_torch, tiers.store_rows_triton)[: 1 + (device == HERE)]:
+    for store in versions(tiers, "store_rows", device):
         offloaded = torch.zeros(3, 2, 11, 2, 64, dtype=BF16, device=device)
         store(key, value, offloaded, newest, start)
         expected = torch.zeros_like(offloaded)

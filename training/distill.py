@@ -34,11 +34,10 @@ import command
 from baselines import BASELINES
 from checkpoint import CheckpointError, load_decoder, read_config, resolve
 from command import number, read_json, whole, write_json
-from evaluate import markdown_table
+from floors import cache_ratio
 from generate import Pair
 from match import SINKS, WINDOW_MIN, score_similarity
 from model import Config, Decoder
-from overhead import cache_ratio
 from samples import Sample, answered, run_batch
 from smallkv import Settings, SmallKV
 from text import Text
@@ -261,7 +260,7 @@ windows of {args.eval_length} tokens.
 Held-out prompts of about {JUDGED_PROMPT} tokens, each with {JUDGED_STEPS} tokens of the full cache's own greedy answer:
 similarity of the matched heads, KL(full cache || SmallKV) in nats at a budget of {JUDGED:.0%}, beside exact top-k's.
 
-{markdown_table(*judged_rows(judged))}
+{command.markdown_table(*judged_rows(judged))}
 """
 
 
@@ -310,7 +309,8 @@ def check_flags(args: argparse.Namespace, llm: Config, chats: bool) -> None:
     writes for minutes."""
     if args.self_text is None:
         args.self_text = SELF_TOKENS if chats else 0
-    if args.self_text and args.self_share + args.recall_share > 1:
+    args.self_share = args.self_share if args.self_text else 0.0
+    if args.self_share + args.recall_share > 1:
         raise ValueError(f"--self-share {args.self_share:g} and --recall-share {args.recall_share:g} are more than all "
                          "of the sequences; lower one of them")  # fmt: skip
     if args.seq_length is None:

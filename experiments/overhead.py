@@ -1,13 +1,13 @@
-"""What a pair of models costs, counted from two config.json: the floors of bench.py, and appendix A (Eq. 7-9).
+"""What an SLM costs beside an LLM, counted from two config.json: appendix A of the paper (Eq. 7-9, Tables 3 and 4).
 
-    python bench.py overhead --llm Qwen2-7B --slm Qwen2-0.5B
-    python bench.py overhead --llm DIR_OR_ID --slm DIR_OR_ID --budget 0.2 --slm-budget 0.4 --slm-layers 20
+    python -m experiments.overhead --llm Qwen2-7B --slm Qwen2-0.5B
+    python -m experiments.overhead --llm DIR_OR_ID --slm DIR_OR_ID --budget 0.2 --slm-budget 0.4 --slm-layers 20
 
-Where it sits: beside the flow: it reads shapes, of the published models here or of folders and hub ids, loads no
-weights and runs nothing. The paper's formulas are missing in the text that this was written from; they stand here as
-its words and its figures give them: Eq. 7 yields its 5.71 and 21.9 %, the layers' part of Eq. 8 its 14.9; the rest of
-Eq. 8, and Eq. 9, are our reading. The latencies of Table 4 are no ratio of shapes: by all signs they were timed, so
-they are shown and not reproduced.
+Where it sits: beside the flow, on floors.py: it reads shapes, of the published models there or of folders and hub ids.
+The paper's formulas are missing in the text that this was written from; they stand here as its words and its figures
+give them: Eq. 7 (floors.cache_bytes) yields its 5.71 and 21.9 %, the layers' part of Eq. 8 its 14.9; the rest of Eq. 8,
+and Eq. 9, are our reading. The latencies of Table 4 are no ratio of shapes: by all signs they were timed, so they are
+shown and not reproduced.
 
 A.3 makes the SLM cost less: as the drafter of speculative decoding, where its steps, weights and cache are the drafts'
 and SmallKV adds scores alone; with a share of its own cache; stopped early; with both.
@@ -15,45 +15,18 @@ and SmallKV adds scores alone; with a share of its own cache; stopped early; wit
 
 import json
 import math
+import sys
 from collections import namedtuple
 from dataclasses import replace
 
 import torch
 
 import command
-from cache import kept_tokens
 from checkpoint import CheckpointError, read_config, resolve, weight_bytes
+from floors import FP32, SHAPES, cache_bytes, cache_ratio, early, product_bytes, step_bytes
 from model import Config
-from quantize import int4_bytes
-from smallkv import Settings, TierSizes
 
-FP32, BF16 = 4, 2  # bytes of a score; of a weight, and of a number of K or V
-
-# ---- Shapes ----------------------------------------------------------------------------------------------------------
-
-COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size",
-          "vocab_size", "tie_word_embeddings")  # fmt: skip
-QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-LLAMA_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-              "original_max_position_embeddings": 8192}  # fmt: skip
-LLAMA = {"model_type": "llama", "max_position_embeddings": 131072, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
-LLAMA_1B, LLAMA_8B = ({**LLAMA, "rope_scaling": {**LLAMA_ROPE, "factor": factor}} for factor in (32.0, 8.0))
-
-
-def raw_config(family: dict, *counts) -> dict:
-    """A config.json: what its family has in common, and COUNTS."""
-    return {**family, **dict(zip(COUNTS, counts))}
-
-
-SHAPES = {  # as published
-    "Qwen2-0.5B": raw_config(QWEN, 24, 14, 2, 896, 4864, 151936, True),
-    "Qwen2-7B": raw_config(QWEN, 28, 28, 4, 3584, 18944, 152064, False),
-    "Qwen2-72B": raw_config(QWEN, 80, 64, 8, 8192, 29568, 152064, False),
-    "Qwen2.5-0.5B": raw_config(QWEN, 24, 14, 2, 896, 4864, 151936, True),
-    "Qwen2.5-14B": raw_config(QWEN, 48, 40, 8, 5120, 13824, 152064, False),
-    "LLaMA-3.2-1B": raw_config(LLAMA_1B, 16, 32, 8, 2048, 8192, 128256, True),
-    "LLaMA-3.1-8B": raw_config(LLAMA_8B, 32, 32, 8, 4096, 14336, 128256, False),
-}
+BF16 = 2  # bytes of a weight, and of a number of K or V
 MODELS = {name: Config.from_hf(raw) for name, raw in SHAPES.items()}
 PaperPair = namedtuple("PaperPair", "slm llm latency cache")  # a column of Table 4, ratios of the LLM to the SLM
 PAPER_PAIRS = (
@@ -72,73 +45,7 @@ def shape(name: str) -> Config:
         raise CheckpointError(f"{error}; published shapes here: {', '.join(MODELS)}") from None
 
 
-def early(config: Config, layers: int | None) -> Config:
-    """The shape of an SLM that stops after so many layers; None: all. ValueError if it has not so many."""
-    layers = config.layers if layers is None else layers
-    if not 1 <= layers <= config.layers:
-        raise ValueError(f"{layers} layers were asked for; 1 to {config.layers} can run")
-    return replace(config, layers=layers)
-
-
-# ---- What a step moves, what a prefill computes ----------------------------------------------------------------------
-
-
-def cache_bytes(config: Config, length: int, batch: int, value_bytes: int) -> int:
-    """Eq. 7: K and V of every layer, KV head, dimension, token and sequence."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * length * batch * value_bytes
-
-
-def products(config: Config, observed: bool = False) -> list[tuple[int, int]]:
-    """Inputs and outputs of all matrix products of the layers. observed: up to the last attention, all that is asked of
-    an SLM without drafts."""
-    D, hidden, inner = config.head_dim, config.hidden_size, config.intermediate_size
-    qkv, query = (config.query_heads + 2 * config.kv_heads) * D, config.query_heads * D
-    layer = [(hidden, qkv), (query, hidden), (hidden, 2 * inner), (inner, hidden)]
-    return layer * (config.layers - observed) + layer[:1] * observed
-
-
-def product_bytes(config: Config, itemsize: int, int4: bool = False, observed: bool = False) -> int:
-    """Bytes of their weights, in INT4 with scales and zeros; biases and norms, too few to show, are left out."""
-    return sum(int4_bytes(*each) if int4 else itemsize * each[0] * each[1] for each in products(config, observed))
-
-
-def step_bytes(
-    llm: Config, slm: Config | None, batch: int, length: int, itemsize: int, size: TierSizes | None = None,
-    settings: Settings = Settings(), int4: tuple[bool, bool] = (False, False), drafts: int = 0,
-) -> dict[str, float]:  # fmt: skip
-    """Bytes that a decode step, or a round of drafts, cannot avoid to move on the device, by kind.
-
-    size None is the full cache, slm None a method without one. Weights, K and V are read; the SLM's newest rows, of the
-    model's itemsize, its scores and the LLM's memory, both fp32, count twice: written and read. The LLM's output
-    projection counts, its embedding does not (one row a token). int4: whether the layers of LLM and SLM are INT4.
-    """
-    held = length if size is None else size.critical + size.marginal / 2
-    found = {
-        "LLM weights": product_bytes(llm, itemsize, int4[0]) + itemsize * llm.vocab_size * llm.hidden_size,
-        "LLM K, V": cache_bytes(llm, 1, batch, itemsize) * held,
-    }
-    if slm is None:
-        return found
-    drafting = product_bytes(slm, itemsize, int4[1]) + itemsize * slm.vocab_size * slm.hidden_size
-    kept = length if settings.slm_budget == 1 else int(kept_tokens(settings.slm_budget, torch.tensor(length)))
-    found["SLM weights"] = drafts * drafting + product_bytes(slm, itemsize, int4[1], observed=True)
-    found["SLM K, V"] = (drafts + 1) * cache_bytes(slm, kept, batch, itemsize)
-    if size is not None:
-        past = FP32 * (not settings.fused and settings.score_decay > 0)  # the score; fused ones have the memory
-        rows = ((drafts + 1) * itemsize + past) * slm.layers * slm.query_heads
-        found["scores"] = 2 * batch * length * (rows + FP32 * settings.fused * llm.layers * llm.kv_heads)
-    if settings.slm_budget < 1:  # attention gathered, written and read, and position of each slot
-        found["SLM slots"] = 3 * FP32 * batch * kept * slm.layers * slm.kv_heads
-    return found
-
-
-def prefill_flops(llm: Config, slm: Config | None, batch: int, prompt: int) -> int:
-    """Multiplications and additions of a prefill: matrix products of every token, causal attention, the last logits."""
-    total = 2 * batch * llm.vocab_size * llm.hidden_size
-    for config in (llm, slm) if slm else (llm,):
-        attention = 2 * 2 * config.layers * config.query_heads * config.head_dim * prompt * (prompt + 1) // 2
-        total += batch * (2 * product_bytes(config, 1, observed=config is slm) * prompt + attention)
-    return total
+# ---- Eq. 8 and 9, and a pair -----------------------------------------------------------------------------------------
 
 
 def parameters(config: Config) -> int:
@@ -151,9 +58,6 @@ def decode_flops(config: Config, length: int) -> int:
     """One token on `length` cached ones as the checkpoint really is: two a weight (less a lookup), QK^T and AV."""
     lookup = 0 if config.tied else config.vocab_size * config.hidden_size
     return 2 * (parameters(config) - lookup) + 4 * config.layers * config.query_heads * config.head_dim * length
-
-
-# ---- Eq. 8 and 9, and a pair -----------------------------------------------------------------------------------------
 
 
 def layer_flops(config: Config, length: int) -> int:
@@ -170,10 +74,6 @@ def forward_flops(config: Config, length: int) -> int:
 def matching_flops(llm: Config, slm: Config, window: int) -> int:
     """Eq. 9: a product of two membership vectors of `window` tokens for each pair of heads (match.py)."""
     return 2 * window * (llm.layers * llm.query_heads) * (slm.layers * slm.query_heads)
-
-
-def cache_ratio(llm: Config, slm: Config) -> float:
-    return cache_bytes(llm, 1, 1, 1) / cache_bytes(slm, 1, 1, 1)
 
 
 def slm_share(llm: Config, slm: Config, slm_budget: float = 1.0) -> float:
@@ -227,15 +127,10 @@ def compare(
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def markdown(rows: list[list[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "| " + " | ".join("---" for _ in rows[0]) + " |", *body])
-
-
-def main(argv: list[str]) -> int:
+def run(argv: list[str] | None) -> int:
     """Three tables: the shapes (Table 3), what follows from them (Table 4), and what the SLM adds; the last line is
     JSON."""
-    parser = command.Parser("bench.py overhead", description=__doc__.splitlines()[0])
+    parser = command.Parser("experiments.overhead", description=__doc__.splitlines()[0])
     add, some, count = parser.add_argument, command.number(0, 1, above=True), command.whole(1)
     add("--llm", default="Qwen2-7B", help=f"folder, hub id or one of {', '.join(MODELS)}")
     add("--slm", default="Qwen2-0.5B", help="the same")
@@ -273,7 +168,16 @@ def main(argv: list[str]) -> int:
         costs.append([name, f"{found['slm_share']:.2%}", f"{found['share_of_saving']:.2%}", f"{fixed / 1e9:.2f}",
                       f"{each:,.0f}", *(f"{share:.1%}" for share in found["moved_share"].values()),
                       *("never" if count is None else f"{count:,}" for count in even)])  # fmt: skip
-    print(markdown(shapes), markdown(list(zip(*ratios))), markdown(list(zip(*costs))), sep="\n\n")
+    for head, *rows in (shapes, list(zip(*ratios)), list(zip(*costs))):
+        print(command.markdown_table(head, rows), end="\n\n")
     pairs = {" / ".join(names): found for names, found in pairs.items()}
     print(json.dumps({**vars(args), "pairs": pairs, "uses": uses}))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.ended(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
