@@ -41,6 +41,7 @@ from report import make_report, print_comparison, print_report, run_line
 from smallkv import Settings, SmallKV
 from speculative import DraftedFull, RoundSession, speculate_ids
 from text import Text, check_same_tokenizer
+from trace import Trace, Traced, check_size, page
 
 PAIR = Path(__file__).parent / "pair"  # the embedded pair and the demonstration's text
 PROGRESS_FROM = 2048  # prompt tokens from which the prefill shows a bar
@@ -92,10 +93,11 @@ def load_pair(
     return Pair(models[0], models[1] if slm else None, texts[0], team)
 
 
-def make_policy(method: str, pair: Pair, settings: Settings, drafts: int = 0) -> Policy:
-    """The policy of one --method; a baseline takes the budget from the settings, and the rest means nothing to it."""
+def make_policy(method: str, pair: Pair, settings: Settings, drafts: int = 0, traced: bool = False) -> Policy:
+    """The policy of one --method; a baseline takes the budget from the settings, and the rest means nothing to it.
+    traced: SmallKV for a `Trace`."""
     if method == "smallkv":
-        return SmallKV(pair.llm, pair.slm, settings, drafts=drafts)
+        return (Traced if traced else SmallKV)(pair.llm, pair.slm, settings, drafts=drafts)
     if method == "full":
         return DraftedFull(pair.llm, pair.slm, drafts) if drafts else Policy(pair.llm)
     return BASELINES[method](pair.llm, settings.budget, settings.budget_tokens)
@@ -122,9 +124,10 @@ def check_caches_fit(policy: Policy, lengths: list[int], capacity: int) -> None:
 
 def answer(
     pair: Pair, policy: Policy, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler,
-    show: Callable[[int], None] | None = None,
+    show: Callable[[int], None] | None = None, watch: Trace | None = None,
 ) -> tuple[dict, KeyboardInterrupt | NotFinite | None]:  # fmt: skip
-    """Run one method on all prompts (token ids). show(token) is called for every new token that is not a stop token.
+    """Run one method on all prompts (token ids). show(token) is called for every new token that is not a stop token;
+    `watch` is given the session after each step.
 
     Returns "answers" and "report" as JSON types, and what cut the answers short: Ctrl-C, logits that are not finite.
     """
@@ -144,6 +147,8 @@ def answer(
     try:
         for step in steps:
             bar.close()
+            if watch is not None:
+                watch.add(session)
             for own, token in ((own, token) for own, new in zip(answers, step) for token in new):
                 own["stopped"] = token in stop
                 if token not in stop:
@@ -158,25 +163,43 @@ def answer(
     return {"answers": answers, "report": pair.team.report(make_report(session, timing))}, cut
 
 
+def share_of(settings: Settings) -> str:
+    return f"{settings.budget:.0%}" if settings.budget_tokens is None else f"{settings.budget_tokens} tokens"
+
+
+def write_trace(args, pair: Pair, settings: Settings, watch: Trace, ids: list[int]) -> dict:
+    """The page of --trace, with H2O beside SmallKV if they are compared; its record. ids: of prompt and answer."""
+    h2o = make_policy("h2o", pair, settings) if args.compare else None
+    record = watch.record(pair.text, ids, f"SmallKV{' --paper' * args.paper}, {share_of(settings)}", h2o)
+    command.write_text(args.trace, page(record))
+    return record
+
+
 # ---- The demonstration -----------------------------------------------------------------------------------------------
 
 
-def ask(pair: Pair, policy: Policy, document: dict) -> tuple[list[tuple[str, int, int]], dict]:
+def ask(
+    pair: Pair, policy: Policy, document: dict, watch: Trace | None = None
+) -> tuple[list[tuple[str, int, int]], list[int], dict]:
     """All questions of a document (pair/demo.json), one after the other, answered greedily on one kept cache.
 
     Of each turn the answer, and how many KV heads have most of its fact in their critical tier: when the question
-    begins, and at most during the answer. And the report.
+    begins, and at most during the answer. Then the tokens of all that was read and answered, and the report.
     """
     questions = [pair.text.encode(turn["question"]) for turn in document["turns"]]
     room = sum(map(len, questions)) + ANSWER_TOKENS * len(questions)
-    session, timing, told = Session(policy, [pair.text.encode(document["text"])], room), Timing(), []
+    read = pair.text.encode(document["text"])
+    session, timing, told = Session(policy, [read[:]], room), Timing(), []
     begin = time.perf_counter()
     session.prefill()
     timing.first_token = time.perf_counter() - begin
     for turn, question in zip(document["turns"], questions):
         ids, holding, feed, (first, end) = [], [], list(question), turn["tokens"]
         while feed:
-            logits, held = session.step([feed.pop(0)]), torch.zeros(1)
+            read.append(feed.pop(0))
+            logits, held = session.step(read[-1:]), torch.zeros(1)
+            if watch is not None:
+                watch.add(session)
             if isinstance(policy.cache, TieredCache):
                 position = policy.cache.critical_position[:, 0]  # (L, G, C)
                 held = ((position >= first) & (position < end)).sum(-1) > (end - first) / 2
@@ -187,27 +210,50 @@ def ask(pair: Pair, policy: Policy, document: dict) -> tuple[list[tuple[str, int
         told.append((pair.text.decode(ids).strip(), holding[0], max(holding[len(question) :])))
     timing.steps = session.steps
     timing.per_token = (time.perf_counter() - begin - timing.first_token) / timing.steps
-    return told, make_report(session, timing)
+    return told, read, make_report(session, timing)
 
 
-def demonstrate(pair: Pair, settings: Settings, console: Console) -> None:
-    """Full cache, SmallKV and the newest tokens alone: answers side by side on standard output, report on `console`."""
+def demonstrate(pair: Pair, settings: Settings, args, console: Console) -> None:
+    """Full cache, SmallKV, the paper's setting of it and the newest tokens alone: answers side by side on standard
+    output, report on `console`, and the page of --trace."""
     document = json.loads((PAIR / "demo.json").read_text(encoding="utf-8"))
     turns, heads = document["turns"], pair.llm.config.layers * pair.llm.config.kv_heads
-    share = f"{settings.budget:.0%}" if settings.budget_tokens is None else f"{settings.budget_tokens} tokens"
-    names = {"full": "full cache", "smallkv": f"SmallKV, {share}", "window": f"the newest {share} alone"}
-    told, reports = zip(*(ask(pair, make_policy(method, pair, settings), document) for method in names))
+    budget = {"budget": settings.budget, "budget_tokens": settings.budget_tokens, "offload": settings.offload}
+    share, paper = share_of(settings), Settings.paper(**budget)
+    runs = {
+        "full cache": ("full", settings),
+        f"SmallKV, {share}": ("smallkv", settings),
+        "the paper's setting": ("smallkv", paper),
+        f"the newest {share} alone": ("window", settings),
+    }
+    if settings == paper:
+        del runs[f"SmallKV, {share}"]
+    told, reports = [], {}
+    for name, (method, own) in runs.items():
+        traced = args.trace is not None and method == "smallkv" and not reports  # the first of them
+        policy = make_policy(method, pair, own, traced=traced)
+        watch = Trace(policy) if traced else None
+        answers, read, report = ask(pair, policy, document, watch)
+        told.append(answers)
+        if method == "smallkv":
+            reports[name] = report
+        if traced:
+            write_trace(args, pair, settings, watch, read)
     right = [[text == turn["answer"] for turn, (text, _, _) in zip(turns, answers)] for answers in told]
-    columns = [f"{name}: {sum(found)} right" for name, found in zip(names.values(), right)]
-    title = f"a text of {reports[0]['prompt']['tokens']} tokens, then {len(turns)} questions one after the other"
-    table = Table("question", *columns, "KV heads that hold the fact", title=title, show_lines=True)
+    columns = [f"{name}: {sum(found)} right" for name, found in zip(runs, right)]
+    title = f"a text of {report['prompt']['tokens']} tokens, then {len(turns)} questions one after the other"
+    table = Table("question, fact", *columns, title=title, show_lines=True)
     for i, turn in enumerate(turns):
-        cells = [Words(own[i][0], "green" if found[i] else "red") for own, found in zip(told, right)]
-        _, before, during = told[1][i]
         question = turn["question"].strip().removesuffix("\nAnswer:").removeprefix("Question: ")
-        table.add_row(question, *cells, f"{before} -> {during} of {heads}: {turn['fact']}")
+        cells = []
+        for name, own, found in zip(runs, told, right):
+            text, before, during = own[i]
+            held = f"\n{before} -> {during} of {heads} KV heads hold the fact" if name in reports else ""
+            cells.append(Words.assemble((text, "green" if found[i] else "red"), (held, "dim")))
+        table.add_row(Words.assemble(question, (f"\n{turn['fact']}", "dim")), *cells)
     Console().print(table)
-    print_report("smallkv", reports[1], console)
+    for name, report in reports.items():
+        print_report(name, report, console)
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -249,6 +295,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         add(flag, type=kind, default=default, metavar=metavar, help=f"{text} [{default}]")
     add("--json", metavar="FILE", help="write answers and report for machines")
+    add("--trace", metavar="FILE", help="write a page of every token's tier by step; --compare: H2O's too")
     return parser
 
 
@@ -269,6 +316,11 @@ def check_arguments(args) -> None:
         (drafts and not two, f"--speculate works with --method full and smallkv, not {args.method}"),
         (drafts and layers is not None, f"--speculate needs the SLM's words, and --slm-layers {layers} stops before "
          "them; leave one of the two out"),
+        (args.trace is not None and args.method != "smallkv", "--trace shows the tiers of SmallKV, and --method "
+         f"{args.method} has none; leave one of the two out"),
+        (args.trace is not None and drafts, f"--trace shows steps of one token; leave --speculate {drafts} out"),
+        (args.trace is not None and args.max_new_tokens < 2, "--trace shows decode steps, and the first token takes "
+         "none; --max-new-tokens 2 at least"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -308,12 +360,13 @@ def run(args) -> int:
         raise ValueError("no prompt, and the demonstration takes one process and SmallKV's flags alone; give a prompt")
     if args.llm is None:
         args.llm, args.slm = str(PAIR / "llm"), str(PAIR / "slm")
-    if args.json is not None and team.rank == 0:
-        command.check_writable(args.json)
+    for path in (args.json, args.trace):
+        if path is not None and team.rank == 0:
+            command.check_writable(path)
     slm = args.slm if args.method == "smallkv" or args.compare or args.speculate else ""
     if slm is None:
         raise ValueError("--slm is missing: SmallKV needs a small model of the same series (or use --method full)")
-    team.check_method(args.method, speculate=args.speculate, quantize=args.quantize)
+    team.check_method(args.method, speculate=args.speculate, quantize=args.quantize, trace=args.trace)
     if not texts:
         torch.set_num_threads(1)  # models this small: threads that wait for one another cost more than they bring
     pair = load_pair(args.llm, slm, args.device, args.dtype, args.slm_layers, args.quantize, team)
@@ -322,23 +375,29 @@ def run(args) -> int:
     prompts = [pair.text.chat(text) if args.chat else pair.text.encode(text) for text in texts]
     if not all(prompts):
         raise ValueError("a prompt is empty once tokenised: there is nothing to continue")
+    if args.trace is not None and texts:
+        if len(prompts) > 1:
+            raise ValueError(f"--trace shows one answer, and {len(prompts)} prompts were given; give one")
+        check_size(pair.llm, len(prompts[0]) + args.max_new_tokens, args.max_new_tokens - 1)
     drafts = min(args.speculate, max(1, args.max_new_tokens - 2))  # more of them could not count
     runs = {args.method: (args.method, drafts)}  # what is shown -> method, drafts
     if args.compare and drafts:
         runs = {args.method: (args.method, 0), f"{args.method}, {drafts} drafts": runs[args.method]}
-    elif args.compare:
+    elif args.compare and texts:
         runs = {"full": ("full", 0), "smallkv": ("smallkv", 0)}
-    results, cut = {}, None
+    results, cut, watch = {}, None, None
     for name, (method, drafts) in runs.items():
-        policy = make_policy(method, pair, settings, drafts)
+        traced = args.trace is not None and method == "smallkv"
+        policy = make_policy(method, pair, settings, drafts, traced)
+        watch = Trace(policy) if traced else None
         console.print(run_line(pair.llm, policy), style="dim", highlight=False, soft_wrap=True)
         if not texts:
-            demonstrate(pair, settings, console)
+            demonstrate(pair, settings, args, console)
             return 0
         stream = pair.text.stream()
         live = len(prompts) == 1 and not args.compare  # several answers at once cannot be streamed into one column
         show = (lambda token: print(stream.push(token), end="", flush=True)) if live else None
-        results[name], cut = answer(pair, policy, prompts, args.max_new_tokens, sampler, show)
+        results[name], cut = answer(pair, policy, prompts, args.max_new_tokens, sampler, show, watch)
         if live:
             print(stream.finish())
         if cut is not None:
@@ -350,6 +409,11 @@ def run(args) -> int:
             print(f"--- answer {number}\n{own['text']}")
     for name, result in results.items():
         print_report(name, result["report"], console)
+    if watch is not None and watch.states:
+        ids = prompts[0] + results["smallkv"]["answers"][0]["tokens"]
+        results["smallkv"]["trace"] = write_trace(args, pair, settings, watch, ids)
+    elif watch is not None:
+        console.print(f"no step was taken, so there is nothing in {args.trace}", style="yellow")
     if args.json and team.rank == 0:
         command.write_json(args.json, results)
     if isinstance(cut, NotFinite):

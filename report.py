@@ -21,6 +21,7 @@ from speculative import RoundSession
 from text import Text
 
 REACH_LOSS = 0.01  # of the mean similarity of heads: a reach that costs more is named
+HOLDS = {"critical": "critical: K, V", "marginal": "marginal: V alone", "offloaded": "offloaded: K, V elsewhere"}
 ALIKE = 0.85  # mean similarity of heads below which an SLM's scores are a poor guide
 
 
@@ -106,7 +107,8 @@ def print_report(name: str, report: dict, console: Console) -> None:
     if report["ttft_s"] is None:
         return say("ended in the prefill: nothing was generated")
     tiers = [tier for tier in report["tokens"][0] if tier != "all"]
-    table = Table("sequence", "tokens", *tiers, title=f"{name}: tokens per KV head (mean)")
+    names = (HOLDS.get(tier, tier) for tier in tiers)
+    table = Table("sequence", "tokens", *names, title=f"{name}: tokens per KV head (mean)")
     for number, held in enumerate(report["tokens"], 1):
         shares = [f"{held[tier]:.0f} ({held[tier] / held['all']:.0%})" for tier in tiers]
         table.add_row(f"{number}", f"{held['all']:.0f}", *shares)

@@ -82,7 +82,7 @@ def test_flags_fit_on_one_screen(monkeypatch):
     parser = program.make_parser()
     flags = {action.dest for action in parser._actions if action.option_strings} - {"help"}
     lines = parser.format_help().splitlines()
-    assert len(flags) <= 28 and len(lines) <= 50 and max(map(len, lines)) <= 100
+    assert len(flags) <= 29 and len(lines) <= 50 and max(map(len, lines)) <= 100
     assert {field.name for field in fields(Settings)} <= flags
 
 
@@ -312,16 +312,25 @@ def test_the_demonstrations_facts_are_where_they_are_said_to_be():
         assert text.decode(ids[slice(*turn["tokens"])]).strip() == turn["fact"]
 
 
-def test_bare_command_demonstrates(monkeypatch, capsys):
+def test_bare_command_demonstrates(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setenv("COLUMNS", "250")
     assert program.main([]) == 0
     out, err = capsys.readouterr()
-    for piece in ("full cache: 4 right", "SmallKV, 20%: 4 right", "the newest 20% alone: 0 right", "0 -> 4 of 40"):
+    for piece in ("full cache: 4 right", "SmallKV, 20%: 4 right", "the paper's setting: 1 right",
+                  "the newest 20% alone: 0 right", "1 -> 6 of 40 KV heads hold the fact"):  # fmt: skip
         assert piece in out, piece
-    assert all(tier in err for tier in ("critical K, V", "marginal V", "offloaded K, V"))
+    for piece in ("critical: K, V", "marginal: V alone", "offloaded: K, V", "marginal V", "160 (15%)", "111 (10%)"):
+        assert piece in err, piece
+    assert not list(tmp_path.iterdir())
     assert program.main(["--speculate", "2"]) == 2
     assert "the demonstration takes one process and SmallKV's flags alone" in capsys.readouterr().err
+    assert program.main(["--paper", "--trace", "page.html"]) == 0
+    out, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    assert "SmallKV, 20%" not in out and "the paper's setting: 1 right" in out
+    record = json.loads(page.partition('id="record">')[2].partition("</script>")[0])
+    assert record["prompt"] == 967 and len(record["tokens"]) == 967 + record["steps"]
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -354,6 +363,13 @@ def test_bare_command_demonstrates(monkeypatch, capsys):
     (["x", "--speculate", 2, "--method", "h2o"], "--speculate works with --method full and smallkv, not h2o"),
     (["x", "--speculate", 2, "--slm-layers", 1], "--speculate needs the SLM's words, and --slm-layers 1 stops before"),
     (["x", "--speculate", 2, "--scores", "fused"], "drafts need scores slm"),
+    (["x", "--trace", ""], "an empty name was given for a file to write"),
+    (["x", "--trace", "/nowhere/page.html"], "cannot write /nowhere/page.html: No such file or directory"),
+    (["x", "--trace", "/dev/full", "--max-new-tokens", 3], "cannot write /dev/full: No space left on device"),
+    (["x", "--trace", "p.html", "--method", "h2o"], "--trace shows the tiers of SmallKV, and --method h2o has none"),
+    (["x", "--trace", "p.html", "--speculate", 2], "--trace shows steps of one token; leave --speculate 2 out"),
+    (["x", "--trace", "p.html", "--max-new-tokens", 1], "--trace shows decode steps, and the first token takes none"),
+    (["x", "y", "--trace", "p.html"], "--trace shows one answer, and 2 prompts were given; give one"),
 ])  # fmt: skip
 def test_mistakes_get_one_line_and_exit_code_2(run, arguments, message):
     code, _, err = run(*arguments)
