@@ -167,7 +167,7 @@ def test_an_llm_that_assists_itself_is_matched_with_its_own_heads(matcher, devic
 # ---- Saliency shift --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "no marginal tier", "newest row", "5 %", "no shift"])
+@pytest.mark.parametrize("name", ["default", "three tiers", "newest row", "5 %", "no shift"])
 def test_what_was_dropped_comes_back_but_without_saliency_shift(name, device):
     """Offloaded tokens that are critical or marginal in a later step; without saliency shift there is none."""
     session = Session(SmallKV(*models(device), METHODS[name]), random_prompts(150, 120), 30)
