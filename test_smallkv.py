@@ -21,26 +21,26 @@ from smallkv import SMALL_BUDGET, Settings, SmallKV, TierSizes
 STEPS = 20
 METHODS = {
     "default": Settings(),
-    "no marginal tier": Settings(marginal=False),
+    "three tiers": Settings(marginal=True),
     "paper": Settings.paper(),
     "paper, no marginal tier": Settings.paper(marginal=False),
-    "newest row": Settings(scores="slm", score_decay=0.0),
-    "slm alone": Settings(scores="slm", score_decay=0.5),
-    "fused, all of the past": Settings(score_decay=1.0, marginal=False),
-    "fused, nothing of the past": Settings(score_decay=0.0),
-    "no shift": Settings(scores="slm", saliency_shift=False),
-    "no shift, no marginal tier": Settings(scores="slm", saliency_shift=False, marginal=False, score_decay=1.0),
-    "5 %": Settings(budget=0.05),
-    "60 %": Settings(budget=0.6, scores="slm"),
-    "90 %": Settings(budget=0.9),
-    "tokens": Settings(budget_tokens=40),
-    "jaccard": Settings(matcher="jaccard", reach=math.inf),
-    "reach 1": Settings(reach=1.0),
-    "SLM's cache cut": Settings(slm_budget=0.4),
+    "newest row": Settings(scores="slm", score_decay=0.0, marginal=True),
+    "slm alone": Settings(scores="slm", score_decay=0.5, marginal=True),
+    "fused, all of the past": Settings(score_decay=1.0),
+    "fused, nothing of the past": Settings(score_decay=0.0, marginal=True),
+    "no shift": Settings(scores="slm", saliency_shift=False, marginal=True),
+    "no shift, no marginal tier": Settings(scores="slm", saliency_shift=False, score_decay=1.0),
+    "5 %": Settings(budget=0.05, marginal=True),
+    "60 %": Settings(budget=0.6, scores="slm", marginal=True),
+    "90 %": Settings(budget=0.9, marginal=True),
+    "tokens": Settings(budget_tokens=40, marginal=True),
+    "jaccard": Settings(matcher="jaccard", reach=math.inf, marginal=True),
+    "reach 1": Settings(reach=1.0, marginal=True),
+    "SLM's cache cut": Settings(slm_budget=0.4, marginal=True),
     "SLM's cache cut, its scores": Settings(slm_budget=0.2, scores="slm", score_decay=0.7),
-    "SLM's cache cut, no shift": Settings(slm_budget=0.1, scores="slm", saliency_shift=False),
+    "SLM's cache cut, no shift": Settings(slm_budget=0.1, scores="slm", saliency_shift=False, marginal=True),
     "SLM's cache of one token": Settings(slm_budget=0.003, scores="slm"),
-    "third tier on the device": Settings(offload="none"),
+    "third tier on the device": Settings(offload="none", marginal=True),
 }
 
 
@@ -167,7 +167,7 @@ def test_an_llm_that_assists_itself_is_matched_with_its_own_heads(matcher, devic
 # ---- Saliency shift --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "no marginal tier", "newest row", "5 %", "no shift"])
+@pytest.mark.parametrize("name", ["default", "three tiers", "newest row", "5 %", "no shift"])
 def test_what_was_dropped_comes_back_but_without_saliency_shift(name, device):
     """Offloaded tokens that are critical or marginal in a later step; without saliency shift there is none."""
     session = Session(SmallKV(*models(device), METHODS[name]), random_prompts(150, 120), 30)
@@ -188,17 +188,17 @@ def test_what_was_dropped_comes_back_but_without_saliency_shift(name, device):
 @pytest.mark.parametrize("length", [100, 137, 1000, 16384])
 def test_the_budget_is_split_two_to_one_to_two(length):
     """2:1:2 at 20 %, the floor below 7.5 %, the ceiling from 80 %; never more bytes than the budget."""
-    at_20 = Settings(budget=0.2).sizes(length)
+    at_20 = Settings(budget=0.2, marginal=True).sizes(length)
     assert at_20.recent == int(0.05 * length + 1e-9)
     assert at_20.critical - at_20.recent == int(0.1 * length + 1e-9)
     assert abs(at_20.marginal - 0.1 * length) <= 4  # the odd rows that rounding leaves go here
-    at_5 = Settings(budget=0.05).sizes(length)
+    at_5 = Settings(budget=0.05, marginal=True).sizes(length)
     assert at_5.critical - at_5.recent == int(SMALL_BUDGET / 2 * length + 1e-9)
     assert at_5.recent == max(1, int(0.00625 * length + 1e-9))
-    at_90 = Settings(budget=0.9).sizes(length)
+    at_90 = Settings(budget=0.9, marginal=True).sizes(length)
     assert at_90.critical + at_90.marginal == length and at_90.critical == int(1.8 * length + 1e-9) - length
     assert Settings(budget=1.0).sizes(length) == TierSizes(length, int(0.25 * length + 1e-9), 0)
-    assert Settings(marginal=False).sizes(length) == TierSizes(int(0.2 * length + 1e-9), int(0.05 * length + 1e-9), 0)
+    assert Settings().sizes(length) == TierSizes(int(0.2 * length + 1e-9), int(0.05 * length + 1e-9), 0)
     assert Settings(budget_tokens=length).sizes(length) == Settings(budget=1.0).sizes(length)
     assert Settings(budget_tokens=2 * length).sizes(length) == Settings(budget=1.0).sizes(length)
     for percent, marginal in itertools.product(range(1, 101), (True, False)):

@@ -22,10 +22,11 @@ from smallkv import Settings, SmallKV
 from speculative import DraftedFull, RoundSession, speculate_ids
 
 SETTINGS = {
-    "default": Settings(), "paper": Settings.paper(), "no marginal tier": Settings(marginal=False),
-    "slm alone": Settings(scores="slm"), "slm's cache cut": Settings(slm_budget=0.4),
+    "default": Settings(), "paper": Settings.paper(), "three tiers": Settings(marginal=True),
+    "slm alone": Settings(scores="slm", marginal=True), "slm's cache cut": Settings(slm_budget=0.4, marginal=True),
     "slm's cache cut, its scores": Settings(slm_budget=0.4, scores="slm"), "reach 1": Settings(reach=1.0),
-    "no shift": Settings(scores="slm", saliency_shift=False), "on the device": Settings(offload="none"),
+    "no shift": Settings(scores="slm", saliency_shift=False, marginal=True),
+    "on the device": Settings(offload="none", marginal=True),
 }  # fmt: skip
 STEPS = {
     "full": lambda llm, slm: Policy(llm),
@@ -34,7 +35,7 @@ STEPS = {
 }
 ROUNDS = {
     "full, drafts": lambda llm, slm: DraftedFull(llm, slm, 3),
-    "smallkv, drafts": lambda llm, slm: SmallKV(llm, slm, Settings(scores="slm"), drafts=3),
+    "smallkv, drafts": lambda llm, slm: SmallKV(llm, slm, Settings(scores="slm", marginal=True), drafts=3),
     "paper, drafts": lambda llm, slm: SmallKV(llm, slm, Settings.paper(marginal=False), drafts=3),
 }
 POLICIES = {**STEPS, **ROUNDS}

@@ -126,7 +126,7 @@ def test_streams_the_answer_and_reports(loaded, results, offload):
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_moved_counts_all_plans_but_the_first(loaded, drafts):
     prompts = [loaded.text.encode(PROMPT), loaded.text.encode(PROMPT)[:120]]
-    policy = program.make_policy("smallkv", loaded, Settings(scores="slm"), drafts)
+    policy = program.make_policy("smallkv", loaded, Settings(scores="slm", marginal=True), drafts)
     session = RoundSession(policy, prompts, 24) if drafts else Session(policy, prompts, 24)
     session.prefill()
     totals = []

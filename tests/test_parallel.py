@@ -28,7 +28,7 @@ from test_checkpoint import WORDS, save_decoder, write_checkpoint
 ROOT = Path(__file__).parents[1]
 LENGTHS = (130, 63, 97, 157)  # two of them meet the matching window, one while it decodes
 SETTINGS = {"default": Settings(), "sampled": Settings(), "paper": Settings.paper(),
-            "no marginal tier": Settings(marginal=False, budget=0.1)}  # fmt: skip
+            "three tiers": Settings(marginal=True, budget=0.1)}  # fmt: skip
 PROMPT = WORDS.strip()
 
 

@@ -14,11 +14,11 @@ from speculative import DraftedFull, RoundSession
 from test_decode import SAMPLED, answers_of
 
 METHODS = {
-    "newest row": Settings(scores="slm", score_decay=0.0, marginal=False),
-    "slm alone": Settings(scores="slm"),
+    "newest row": Settings(scores="slm", score_decay=0.0),
+    "slm alone": Settings(scores="slm", marginal=True),
     "paper": Settings.paper(),
-    "5 %": Settings(scores="slm", score_decay=0.9, budget=0.05),
-    "tokens": Settings(scores="slm", budget_tokens=40),
+    "5 %": Settings(scores="slm", score_decay=0.9, budget=0.05, marginal=True),
+    "tokens": Settings(scores="slm", budget_tokens=40, marginal=True),
     "third tier on the device": Settings.paper(offload="none", marginal=False),
 }
 
