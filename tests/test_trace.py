@@ -347,7 +347,7 @@ def test_the_page_shows_the_record(browser, traced):
     browser.js(f"spans.tiers[{back[0]}].dispatchEvent(new PointerEvent('pointerover', {{bubbles: true}}))")
     told = browser.js("$('token').textContent")
     layer, head, alike = record["slm_heads"][1][0][0]
-    assert f"SLM layer {layer} head {head} ({alike:.2f})" in told and "about" in told
+    assert f"SLM layer {layer:.0f} head {head:.0f} ({alike:.2f})" in told and "about" in told
     browser.js("document.querySelector('.text').focus()")
     browser.press("ArrowRight")
     assert browser.js("shown") == back[0] + 1 and browser.js("step") == STEPS - 1
