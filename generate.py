@@ -41,7 +41,7 @@ from report import make_report, print_comparison, print_report, run_line
 from smallkv import Settings, SmallKV
 from speculative import DraftedFull, RoundSession, speculate_ids
 from text import Text, check_same_tokenizer
-from trace import Trace, Traced, check_size, page
+from tracing import Trace, Traced, check_size, page
 
 PAIR = Path(__file__).parent / "pair"  # the embedded pair and the demonstration's text
 PROGRESS_FROM = 2048  # prompt tokens from which the prefill shows a bar

@@ -4,7 +4,7 @@
 
 Where it sits: behind a session (decode.py), in front of generate.py. When a step is over `Trace.add` reads the cache's
 tables of positions by slot; a step knows nothing of it. `Trace.record` makes plain JSON types of that, which `--json`
-carries; `page` puts them into trace.html, whose script shows them.
+carries; `page` puts them into tracing.html, whose script shows them.
 
 The record is of n steps; in step i the sequence has prompt + i + 1 tokens:
 
@@ -175,6 +175,6 @@ def check_size(llm, tokens: int, steps: int) -> None:
 
 
 def page(record: dict) -> str:
-    """The record in trace.html: no part of it can end the script that it lies in."""
+    """The record in tracing.html: no part of it can end the script that it lies in."""
     before, _, after = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").partition("@record@")
     return before + json.dumps(record, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c") + after

@@ -15,7 +15,7 @@ import torch
 
 import cache
 import generate as program
-import trace
+import tracing
 from cache import TieredCache
 from decode import Session
 from smallkv import Settings
@@ -178,27 +178,27 @@ def test_changes_lead_back_to_what_they_are_made_of(often):
     states[0].view(-1)[:800] = 0
     states[0].view(-1)[[0, 254, 509, 765]] = 1
     record = {"layers": 2, "kv_heads": 3, "tokens": [""] * 600, "steps": 5}
-    assert decoded(record, trace.changes(states)) == states.flatten(1, 2).tolist()
+    assert decoded(record, tracing.changes(states)) == states.flatten(1, 2).tolist()
 
 
 def test_a_record_cannot_end_the_script_that_it_lies_in(traced):
     record = {**traced()[1]["trace"], "tokens": ["</script>", "<!--", "@record@", "\u2028", '"']}
-    start, _, rest = trace.page(record).partition('id="record">')
-    assert json.loads(rest.partition("</script>")[0]) == record and trace.page(record).count("</script>") == 2
+    start, _, rest = tracing.page(record).partition('id="record">')
+    assert json.loads(rest.partition("</script>")[0]) == record and tracing.page(record).count("</script>") == 2
 
 
 @pytest.mark.parametrize("flags", [("--compare",), ("--paper",)], ids=" ".join)
 def test_a_page_of_a_thousand_tokens_is_small_and_soon_there(flags, traced, monkeypatch):
     """64 steps of the embedded pair."""
-    document, spent, record = json.loads((program.PAIR / "demo.json").read_text()), [], trace.Trace.record
+    document, spent, record = json.loads((program.PAIR / "demo.json").read_text()), [], tracing.Trace.record
 
     def timed(*given):
         begin = time.perf_counter()
-        made = trace.page(record(*given))
+        made = tracing.page(record(*given))
         spent.append(time.perf_counter() - begin)
         return json.loads(made.partition('id="record">')[2].partition("</script>")[0])
 
-    monkeypatch.setattr(trace.Trace, "record", timed)
+    monkeypatch.setattr(tracing.Trace, "record", timed)
     text, models = document["text"] + document["turns"][0]["question"], (program.PAIR / "llm", program.PAIR / "slm")
     path, result, _ = traced("--max-new-tokens", 65, *flags, prompt=text, models=models)
     assert (result["trace"]["steps"], len(result["trace"]["tokens"])) == (64, 984 + 65)
@@ -206,7 +206,7 @@ def test_a_page_of_a_thousand_tokens_is_small_and_soon_there(flags, traced, monk
 
 
 def test_a_record_that_is_too_large_is_refused_before_the_work(pair, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trace, "MOST", 10_000)
+    monkeypatch.setattr(tracing, "MOST", 10_000)
     names = ["--llm", pair[0], "--slm", pair[1], "--device", "cpu", "--trace", tmp_path / "page.html"]
     assert program.main([*map(str, names), PROMPT]) == 2 and not (tmp_path / "page.html").exists()
     out, err = capsys.readouterr()
