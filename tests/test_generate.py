@@ -280,16 +280,18 @@ def test_a_smaller_slm(results):
     assert kept == 2 * 1 * 2 * 8 * 4 * int(0.4 * capacity)
 
 
-def test_a_reach_that_loses_similar_heads_is_named():
+def test_heads_that_do_not_match_are_named():
     report = {
         "tokens": [{"critical": 1, "marginal": 1, "offloaded": 2, "all": 4}], "ledger": [], "full_cache_bytes": 1,
         "moved": None, "speculation": None, "prompt": {"tokens": 4, "chunk": 4}, "ttft_s": 1.0, "tpot_ms": None,
     }  # fmt: skip
-    for anywhere, named in ((0.9, False), (0.95, True)):
-        similarity = {"mean": 0.9, "worst": 0.5, "mean_anywhere": anywhere, "worst_anywhere": 0.5}
-        console = Console(file=io.StringIO(), width=200)
+    for mean, anywhere, reach, unlike in ((0.9, 0.9, False, False), (0.9, 0.95, True, False), (0.84, 0.84, False, True)):
+        similarity = {"mean": mean, "worst": 0.5, "mean_anywhere": anywhere, "worst_anywhere": 0.5}
+        console = Console(file=io.StringIO(), width=300)
         program.print_report("smallkv", {**report, "similarity": similarity}, console)
-        assert ("--reach inf may answer better" in console.file.getvalue()) == named
+        shown = console.file.getvalue()
+        assert ("--reach inf may answer better" in shown) == reach
+        assert ("below 0.85 this SLM does not look at this text as the LLM does" in shown) == unlike
 
 
 def test_comparison_shows_brackets_and_backslashes_as_they_are(loaded):
