@@ -285,7 +285,8 @@ def test_heads_that_do_not_match_are_named():
         "tokens": [{"critical": 1, "marginal": 1, "offloaded": 2, "all": 4}], "ledger": [], "full_cache_bytes": 1,
         "moved": None, "speculation": None, "prompt": {"tokens": 4, "chunk": 4}, "ttft_s": 1.0, "tpot_ms": None,
     }  # fmt: skip
-    for mean, anywhere, reach, unlike in ((0.9, 0.9, False, False), (0.9, 0.95, True, False), (0.84, 0.84, False, True)):
+    cases = (0.9, 0.9, False, False), (0.9, 0.95, True, False), (0.84, 0.84, False, True)
+    for mean, anywhere, reach, unlike in cases:
         similarity = {"mean": mean, "worst": 0.5, "mean_anywhere": anywhere, "worst_anywhere": 0.5}
         console = Console(file=io.StringIO(), width=300)
         program.print_report("smallkv", {**report, "similarity": similarity}, console)

@@ -575,7 +575,7 @@ def test_sequences_begin_with_a_conversation(mixture):
     assert 25 < len(first) < 55 and {300, 400} == set(first)  # of 80 rows, and never a short one first
 
 
-def test_distilling_on_self_text(chatty, text, tmp_path, capsys):
+def test_distilling_on_self_text(chatty, llm_run, text, tmp_path):
     more = ("--self-text", "400", "--seq-length", "120", "96", "--batch-tokens", "240")
     runs = [distill.run(distill_args(chatty, text, tmp_path / name, *more))[1] for name in ("one", "two")]
     kept = [(tmp_path / name / "self_text.jsonl").read_bytes() for name in ("one", "two")]
@@ -583,6 +583,10 @@ def test_distilling_on_self_text(chatty, text, tmp_path, capsys):
     assert runs[0].tokens == 3 * (2 * 120 + 2 * 96)
     card = (tmp_path / "one" / "README.md").read_text()
     assert "| chat |" in card and "| books |" in card and runs[0].figures["prompts_kl"] >= 0
+    plain = distill_args(llm_run[0], text, tmp_path / "plain", "--self-text", "400")  # without a template
+    distill.run(plain)
+    assert "| chat |" not in (tmp_path / "plain" / "README.md").read_text()
+    assert len(read_lines(tmp_path / "plain" / "self_text.jsonl")) >= 4
     figures = distill.judge(*(load_decoder(chatty, "cpu", torch.float32) for _ in range(2)), Text.load(chatty),
                             answered(load_decoder(chatty, "cpu", torch.float32), [[5] * 150], ["x"], 4, 1))  # fmt: skip
     assert figures["x"]["similarity"] == pytest.approx(1) and figures["all"] == figures["x"]
