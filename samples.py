@@ -60,6 +60,8 @@ def kl_samples(args, pair: Pair) -> list[Sample]:
     """Windows spread evenly over the file: --prompt tokens to prefill, --steps to feed; targets, what follows each."""
     if args.file.endswith(".jsonl"):
         return prompt_samples(args, pair)
+    if args.chat:
+        raise ValueError(f"--chat is for prompts, a file of JSON lines, and {args.file} is a text; leave one of them out")
     ids, length, count = pair.text.encode(read_text(args.file)), args.prompt + args.steps + 1, args.limit or WINDOWS
     if len(ids) < count * length:
         raise ValueError(f"{args.file} has {len(ids)} tokens, too few for --limit {count} samples of {length}")
@@ -73,6 +75,8 @@ def prompt_samples(args, pair: Pair) -> list[Sample]:
     answer of --steps tokens, which does not end at a stop token. A prompt of more than --prompt tokens loses its
     middle."""
     prompts, rows = [], read_lines(args.file, ("prompt",))[: args.limit]
+    if not rows:
+        raise ValueError(f"{args.file} has no prompts")
     for number, row in enumerate(rows, 1):
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise ValueError(f"{args.file}: prompt {number} is {row['prompt']!r:.40}, not a text")

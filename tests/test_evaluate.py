@@ -45,7 +45,7 @@ def text(tmp_path_factory):
 
 @pytest.mark.parametrize("method,budget", [("full", 1.0), ("smallkv", 0.3), ("smallkv-paper", 0.2), ("window", 0.2)])
 def test_kl_equals_a_naive_teacher_forced_loop(pair, text, method, budget):
-    args = Namespace(file=str(text), prompt=110, steps=5, limit=2)
+    args = Namespace(file=str(text), prompt=110, steps=5, limit=2, chat=False)
     samples, ids = load_samples("kl", pair, args), pair.text.encode(text.read_text())
     assert [sample.prompt + sample.turns[0] for sample in samples] == [ids[:115], ids[-116:-1]]
     found = run_batch("kl", pair, make_policy_from(method, pair, budget), samples)
@@ -86,6 +86,11 @@ def test_kl_on_prompts_follows_the_full_cache_s_own_answers(pair, text, tmp_path
     pair.text.template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     chat = load_samples("kl", pair, Namespace(**{**vars(args), "chat": True, "limit": 1}))
     assert [sample.prompt for sample in chat] == [pair.text.chat(pair.text.decode(samples[0].prompt))]
+    with pytest.raises(ValueError, match="--chat is for prompts, a file of JSON lines"):
+        load_samples("kl", pair, Namespace(**{**vars(args), "chat": True, "file": str(text)}))
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="has no prompts"):
+        load_samples("kl", pair, args)
     for wrong, message in (({"prompt": " "}, "prompt 1 is ' ', not a text"), ({"text": "a"}, "has no 'prompt'"),
                            ({"prompt": 3}, "prompt 1 is 3, not a text")):  # fmt: skip
         file.write_text(json.dumps(wrong))
