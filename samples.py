@@ -61,7 +61,7 @@ def kl_samples(args, pair: Pair) -> list[Sample]:
     if args.file.endswith(".jsonl"):
         return prompt_samples(args, pair)
     if args.chat:
-        raise ValueError(f"--chat is for prompts, a file of JSON lines, and {args.file} is a text; leave one of them out")
+        raise ValueError(f"--chat is for prompts, a file of JSON lines, and {args.file} is a text; leave it out")
     ids, length, count = pair.text.encode(read_text(args.file)), args.prompt + args.steps + 1, args.limit or WINDOWS
     if len(ids) < count * length:
         raise ValueError(f"{args.file} has {len(ids)} tokens, too few for --limit {count} samples of {length}")
