@@ -112,19 +112,6 @@ def prefill_chunk(models: list[Decoder], free: int) -> int:
     return max(CHUNK_MIN, free // 2 // (numbers * max(model.dtype.itemsize for model in models)))
 
 
-def strip_pads(padded: Tensor, mask: Tensor) -> list[list[int]]:
-    """Left-padded tokens (B, T) and attention mask (B, T), as tokenizers give them, to lists of token ids.
-
-    A batch is never padded inside the models: each prompt is prefilled alone, and token j of a sequence is at index j
-    of its cache, so no pad can be attended to, scored or kept. ValueError if a pad stands anywhere but on the left.
-    """
-    lengths = mask.sum(-1)
-    tail = torch.arange(mask.shape[1], device=mask.device) >= mask.shape[1] - lengths[:, None]
-    if not torch.equal(tail, mask.bool()):
-        raise ValueError("a batch must be padded on the left: the attention mask has a 0 after a 1")
-    return [row[len(row) - n :].tolist() for row, n in zip(padded, lengths.tolist())]
-
-
 def check_positions(models: list[Decoder], lengths: list[int], max_new_tokens: int) -> None:
     """ValueError if the longest prompt and its answer do not fit the positions of the models."""
     total, limit = max(lengths) + max_new_tokens, min(model.config.max_positions for model in models)

@@ -206,14 +206,6 @@ def test_progress_counts_the_tokens_of_all_prompts():
         assert seen == [60, 60, 30, 60, 37, 60, 60, 60, 30]
 
 
-def test_left_padded_batches_are_taken_as_tokenizers_make_them():
-    padded = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]])
-    assert decode.strip_pads(padded, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])) == [[5, 6], [1, 2, 3, 4]]
-    for mask in ([[1, 1, 0, 0], [1, 1, 1, 1]], [[1, 0, 1, 1], [1, 1, 1, 1]]):
-        with pytest.raises(ValueError, match="padded on the left"):
-            decode.strip_pads(padded, torch.tensor(mask))
-
-
 def test_what_does_not_fit_is_named():
     llm, slm = tiny_decoder(max_position_embeddings=200), tiny_decoder(max_position_embeddings=160)
     decode.check_positions([llm], [150, 20], 50)

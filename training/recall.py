@@ -122,10 +122,6 @@ class Document:
     def kinds(self) -> list[str]:
         return [turn.kind for turn in self.turns]
 
-    @property
-    def depths(self) -> list[float]:
-        return [turn.depth for turn in self.turns]
-
 
 def encoder(tokenizer: Tokenizer) -> Encode:
     return lambda texts: [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
