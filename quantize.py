@@ -254,11 +254,8 @@ class Int4Linear(nn.Module):
 
 def pack(nibbles: Tensor, group: int) -> Tensor:
     """(K, N) uint8 -> (rows, N) int16, a short last group filled up with zeros that meet no input."""
-    inputs, N = nibbles.shape
-    groups = math.ceil(inputs / group)
-    padded = nibbles.new_zeros(groups * group, N)
-    padded[:inputs] = nibbles
-    lines = padded.view(groups, 4, group // 4, N).short()  # nibble i of row r: input i * group / 4 + r
+    padded = nn.functional.pad(nibbles, (0, 0, 0, -len(nibbles) % group))
+    lines = padded.unflatten(0, (-1, 4, group // 4)).short()  # nibble i of row r: input i * group / 4 + r
     words = lines[:, 0] | lines[:, 1] << 4 | lines[:, 2] << 8 | lines[:, 3] << 12
     return words.flatten(0, 1)
 
@@ -266,9 +263,8 @@ def pack(nibbles: Tensor, group: int) -> Tensor:
 def round_to_int4(weight: Tensor, group: int = GROUP) -> Packed:
     """weight (N, K), rounded: no number is off by more than half its group's scale. That is rounded up to bf16 before
     the weights are rounded with it, which makes a step wider by less than a 128th."""
-    inputs, groups = weight.shape[1], math.ceil(weight.shape[1] / group)
-    wide = weight.float().T
-    lines = nn.functional.pad(wide, (0, 0, 0, groups * group - inputs)).view(groups, group, -1)
+    inputs = weight.shape[1]
+    lines = nn.functional.pad(weight.float().T, (0, 0, 0, -inputs % group)).unflatten(0, (-1, group))
     low, high = lines.amin(1).clamp(max=0), lines.amax(1).clamp(min=0)  # (groups, N)
     step = ((high - low) / 15).clamp(min=1e-30)
     scale = ((step.view(torch.int32) + 0xFFFF) >> 16).short().view(torch.bfloat16)

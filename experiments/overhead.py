@@ -100,15 +100,11 @@ def compare(
 
     share_of_saving: the SLM's K and V of what the LLM's cache saves. moved_share: bytes that SmallKV adds to a step, of
     the LLM's own with a full cache, one sequence, by length. break_even: tokens (length x batch) from which the bytes
-    that the LLM's cache saves are more than those added, held and moved; None: never. ValueError names what is out of
-    range.
+    that the LLM's cache saves are more than those added, held and moved; None: never. ValueError: a budget that saves
+    nothing.
     """
     if not 0 < budget < 1:
         raise ValueError(f"--budget {budget} is outside (0, 1): at 1 nothing is saved; the paper's is 0.2")
-    if not 0 < slm_budget <= 1:
-        raise ValueError(f"--slm-budget {slm_budget} is outside (0, 1]; the paper's best is 0.4")
-    if not lengths or min(lengths) < 1:
-        raise ValueError("--length: at least one context of at least 1 token")
     added, even, share = added_bytes(llm, slm, slm_budget, drafting), {}, slm_share(llm, slm, slm_budget)
     for kind, (fixed, each) in added.items():
         saved = (1 - budget) * cache_bytes(llm, 1, 1, BF16) - each
