@@ -164,6 +164,7 @@ def read_lines(path: str | Path, needed: tuple[str, ...] = (), torn: bool = Fals
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """What README.md and docs/ show, and what commands print where there is no terminal."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 

@@ -38,8 +38,7 @@ from smallkv import SmallKV
 from text import Text
 
 MARGINAL, CRITICAL = 1, 2
-MOST = 1 << 27  # numbers of (n, L, G, S) that a page opens without a long wait; 64 steps of 1,000 tokens and 40 KV
-# heads have 2.6 million of them, and 150 KB, with --marginal 250 KB
+MOST = 1 << 27  # numbers of (n, L, G, S) that a page opens without a long wait
 
 
 # ---- What is held ----------------------------------------------------------------------------------------------------

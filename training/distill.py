@@ -285,14 +285,18 @@ def learning_text(args: argparse.Namespace, llm: Decoder, text: Text, end: int) 
             document = test.document(random.Random(f"evaluation-{i}"), args.eval_length)
             windowed[i] = document_ids(document)[0][: args.eval_length]
     stages = [Stage(args.seq_length[step % len(args.seq_length)], step + 1) for step in range(args.steps)]
-    longest, shares = max(args.seq_length), (args.recall_share, args.seed, end)
-    data = Rows(Mixture(prose, recall, stages, args.batch_tokens, *shares), args.rows, args.seed)
+    longest = max(args.seq_length)
+
+    def rows(*own) -> Rows:
+        mixed = Mixture(prose, recall, stages, args.batch_tokens, args.recall_share, args.seed, end, *own)
+        return Rows(mixed, args.rows, args.seed)
+
+    data = rows()  # what cannot be is said before the LLM writes for minutes
     if args.self_text:
         sources = distinct(kept)
         path = Path(args.self_text_file or Path(args.out) / SELF_TEXT)
         told = write(Writer(llm, text, sources, end, longest, args.seed), path, args.self_text)
-        shares += encode_each(told, tokenizer, end), args.self_share
-        data = Rows(Mixture(prose, recall, stages, args.batch_tokens, *shares), args.rows, args.seed)
+        data = rows(encode_each(told, tokenizer, end), args.self_share)
     unseen = Writer(llm, text, distinct(held_out), end, longest, args.seed)
     prompts = unseen.prompts(JUDGED_PROMPTS, min(JUDGED_PROMPT, longest, llm.config.max_positions // 2))
     asked = answered(llm, [ids for _, ids in prompts], [kind for kind, _ in prompts], JUDGED_STEPS, JUDGED_TOGETHER)

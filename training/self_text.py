@@ -14,6 +14,7 @@ on, and a file that is long enough is only read.
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from json import dumps
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from command import read_lines, write_text
+from command import read_lines, write_lines
 from decode import Policy, Sampler, Session
 from model import Decoder
 from text import Text
@@ -173,23 +174,23 @@ class Writer:
 
 def write(writer: Writer, path: Path, tokens: int) -> list[str]:
     """Texts of at least `tokens` tokens in all: those that the file has, then the rounds that it lacks."""
-    done: dict[int, list[dict]] = {}
-    for line in read_lines(path, ("round", "tokens", "text"), torn=True):
-        done.setdefault(line["round"], []).append(line)
-    had = sum(line["tokens"] for lines in done.values() for line in lines)
-    if had < tokens:
-        done = {n: lines for n, lines in done.items() if len(lines) == writer.plan(n)[1]}  # not one that was cut short
-        write_text(path, "".join(dumps(line, ensure_ascii=False) + "\n" for lines in done.values() for line in lines))
-        had = sum(line["tokens"] for lines in done.values() for line in lines)
-    with tqdm(total=max(had, tokens), initial=had, desc="the LLM writes", unit="token", unit_scale=True) as bar:
-        while had < tokens:
-            number = max(done, default=-1) + 1
-            lines = []
+    lines = read_lines(path, ("round", "tokens", "text"), torn=True)
+
+    def had() -> int:
+        return sum(line["tokens"] for line in lines)
+
+    if had() < tokens:
+        sizes = Counter(line["round"] for line in lines)
+        whole = {number for number, size in sizes.items() if size == writer.plan(number)[1]}  # not one cut short
+        lines = [line for line in lines if line["round"] in whole]
+        write_lines(path, lines)
+    with tqdm(total=max(had(), tokens), initial=had(), desc="the LLM writes", unit="token", unit_scale=True) as bar:
+        while had() < tokens:
+            number, new = max((line["round"] for line in lines), default=-1) + 1, []
             for own in writer.round(number, bar):
                 words = writer.text.tokenizer.decode(own.ids, skip_special_tokens=False)
-                lines.append({"round": number, "tokens": len(own.ids), "text": words})
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            done[number] = lines
-            had += sum(line["tokens"] for line in lines)
-    return [line["text"] for lines in done.values() for line in lines]
+                new.append({"round": number, "tokens": len(own.ids), "text": words})
+            with path.open("a", encoding="utf-8") as file:  # a kill costs this round alone
+                file.writelines(dumps(line, ensure_ascii=False) + "\n" for line in new)
+            lines += new
+    return [line["text"] for line in lines]
