@@ -31,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Cache, FullCache, Prompt, SlotCache, best_slots, heavy_order, kept_tokens
+from cache import Cache, FullCache, Prompt
 from decode import Policy, read_prompt
+from evicting import SlotCache, best_slots, heavy_order, kept_tokens
 from kernels import SCORE_BLOCK, attention_rows, causal_attention, decode_attention
 from model import Config, Decoder, Span
-from ops import Rope, rotate
+from ops import Rope, Slots, rotate
 
 SINKS = 4  # StreamingLLM's default, and PyramidInfer's as shipped
 
@@ -198,8 +199,8 @@ class OracleCache(FullCache):
         best = mass.topk(self.most).indices  # (B, G, most), largest first
         counts = self.kept[span.length.long()][:, None, None]
         position = best.where(torch.arange(self.most, device=mass.device) < counts, -1).int()
-        rows = (pool.gather(2, best[..., None].expand(*best.shape, D)) for pool in (key, value))
-        return decode_attention(query, *rows, span.length, position)[0]
+        rows = (pool.gather(2, best[..., None].expand(*best.shape, D)).flatten(1, 2) for pool in (key, value))
+        return decode_attention(query, *rows, span.length, Slots.of(position))[0]
 
 
 class Oracle(Evicting):

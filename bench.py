@@ -9,7 +9,8 @@ must move on the device over the copy bandwidth, for TTFT the operations of the 
 measured in the same run. Under torchrun the LLM is split over the processes, and every figure is one rank's.
 
 With random weights a plan is noise, so `--turnover 0.1` puts a ring in its place: the tokens rank by their place on it,
-and it is turned before each plan, so that a tenth of the critical set leaves and another tenth comes. `--decode-only`
+and it is turned before each plan, so that a tenth of the critical set leaves and another tenth comes; `--lopsided`
+gives one KV head of a layer nearly all of its slots. `--decode-only`
 fills the caches with random K and V and takes random heads as matched ones. Drafts are accepted by the chance
 `--acceptance`. What moved and what was accepted is counted, and printed as counted.
 """
@@ -155,25 +156,32 @@ def weights_of(model: Decoder) -> int:
 
 
 class DrivenSmallKV(SmallKV):
-    """SmallKV whose plans follow a ring (B, G, S) fp32 of ranks, turned by `shift` places before each step's first."""
+    """SmallKV whose plans follow a ring (B, G, S) fp32 of scores below `period` (G, 1), turned by `shift` of it before
+    each step's first. A KV head whose period is larger takes more of the slots that the heads share."""
 
     def allocate(self, lengths: list[int], capacity: int) -> None:
         super().allocate(lengths, capacity)
         generator, device = torch.Generator().manual_seed(0), self.llm.device
         ranks = torch.stack([torch.randperm(capacity, generator=generator) for _ in lengths])
-        self.ring = ranks.to(device).float()[:, None].repeat(1, self.llm.config.kv_heads, 1)
-        self.shift = torch.zeros((), device=device)
+        self.ring = (ranks / capacity).to(device)[:, None].repeat(1, self.llm.config.kv_heads, 1)
+        self.period = torch.ones(self.llm.config.kv_heads, 1, device=device)
+        self.shift = torch.zeros_like(self.period)
 
     def rank(self, layer: int, span: Span) -> Tensor:
         super().rank(layer, span)  # its time counts, what it finds is noise
         if layer == 0:  # plans follow one another on one stream
-            self.ring.add_(self.shift).remainder_(self.ring.shape[-1])
+            self.ring.add_(self.shift).remainder_(self.period)
         return self.ring
 
     def turn_by(self, turnover: float, length: int) -> None:
-        """So many places that this share of the critical set changes; recent tokens stay in any case."""
+        """So far that this share of the critical set changes; recent tokens stay in any case."""
         size = self.settings.sizes(length, self.drafts)
-        self.shift.fill_(round(turnover * size.critical * self.ring.shape[-1] / (length - size.recent)))
+        self.shift.copy_(self.period * turnover * size.critical / (length - size.recent))
+
+    def favour(self, head: int) -> None:
+        """One KV head scores so much higher that it gets nearly all slots but the others' recent ones."""
+        self.ring[:, head] *= 64
+        self.period[head] *= 64
 
 
 class TransformersPolicy(Policy):
@@ -354,6 +362,8 @@ def measure(method: str, models: list[Decoder], setting: Setting, settings: Sett
     on_host, here = (sum(entry["size"] for entry in entries if entry["host"] == host) for host in (True, False))
     weights = sum(map(weights_of, policy.models))
     memory = {"ledger": entries, "host_bytes": on_host, "ledger_bytes": here + weights, "peak_bytes": None}
+    if args.lopsided and method == "smallkv":
+        policy.favour(0)
     if filled:
         fill(session)
     else:
@@ -425,6 +435,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--largest", type=Setting.many, default=[], metavar="1xPROMPT+NEW", help="the largest batch that fits, too")
     add("--methods", type=lambda text: text.split(","), default=[*OWN], help=f"of {', '.join(METHODS)}; with commas")
     add("--turnover", type=shares, default=[0.1], help="share of the critical set that a plan changes; or several")
+    add("--lopsided", action="store_true", help="one KV head of each layer takes nearly all of its slots")
     add("--decode-only", action="store_true", help="random caches instead of a prefill; methods that evict have one")
     add("--prefill", type=lambda text: text.split(","), default=[], metavar="SETTINGS", help="prefilled all the same")
     add("--chunk", type=command.whole(1), help="prompt tokens that go through a model at once (default: by memory)")
@@ -463,6 +474,7 @@ def run(args) -> int:
     cuda = device.type == "cuda"
     dtype, name = (torch.bfloat16, torch.cuda.get_device_name()) if cuda else (torch.float32, "CPU")
     settings = Settings(**{"scores": "slm" if args.speculate else Settings.scores, **command.typed(args, Settings)})
+    settings = team.settings(settings)
     llm, slm = (Config.from_hf(raw) for raw in PAIRS[args.pair])
     kinds = {"LLM": (llm, args.quantize is not None, team),
              "SLM": (early(slm, args.slm_layers), args.quantize == "int4-both", parallel.Team())}  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from cache import kept_tokens
+from evicting import kept_tokens
 from model import Config
 from quantize import int4_bytes
 from smallkv import Settings, TierSizes

@@ -41,7 +41,7 @@ from report import make_report, print_comparison, print_report, run_line
 from smallkv import Settings, SmallKV
 from speculative import DraftedFull, RoundSession, speculate_ids
 from text import Text, check_same_tokenizer
-from tracing import Trace, Traced, check_size, page
+from tracing import CRITICAL, Trace, Traced, check_size, page, tiers
 
 PAIR = Path(__file__).parent / "pair"  # the embedded pair and the demonstration's text
 PROGRESS_FROM = 2048  # prompt tokens from which the prefill shows a bar
@@ -201,8 +201,8 @@ def ask(
             if watch is not None:
                 watch.add(session)
             if isinstance(policy.cache, TieredCache):
-                position = policy.cache.critical_position[:, 0]  # (L, G, C)
-                held = ((position >= first) & (position < end)).sum(-1) > (end - first) / 2
+                fact = tiers(policy.cache, session.capacity)[..., first:end]  # (L, G, tokens of the fact)
+                held = (fact == CRITICAL).sum(-1) > (end - first) / 2
             holding.append(int(held.sum()))
             if not feed and len(ids) < ANSWER_TOKENS and "." not in pair.text.decode(ids):
                 ids.append(logits.argmax(-1).item())
@@ -291,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--top-p", command.number(0, 1, above=True), "X", 1.0, "draw from the likely tokens of this mass"),
         ("--top-k", count, "N", 0, "draw from the N most likely tokens; 0: from all"),
         ("--seed", command.seed, "N", 0, "of the draws"),
-        ("--speculate", count, "K", 0, "the SLM drafts K tokens a step; --compare: beside the same without"),
+        ("--speculate", count, "K", 0, "the SLM drafts K tokens a step; --compare: without, too"),
     ):
         add(flag, type=kind, default=default, metavar=metavar, help=f"{text} [{default}]")
     add("--json", metavar="FILE", help="write answers and report for machines")
@@ -355,6 +355,7 @@ def run(args) -> int:
     settings, sampler = make_settings(args), Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     check_arguments(args)
     team, console = parallel.start(args.device), Console(stderr=True)
+    settings = team.settings(settings)
     texts = team.from_first(read_prompts, args)
     if not texts and (team.size > 1 or args.method != "smallkv" or args.chat or args.json or args.speculate):
         raise ValueError("no prompt, and the demonstration takes one process and SmallKV's flags alone; give a prompt")

@@ -51,6 +51,11 @@ class Team:
         """Prompt tokens at once (decode.Session): ranks must agree, and their free memory differs; None: by memory."""
         return 2048 if self.size > 1 else None
 
+    def settings(self, settings):
+        """SmallKV's settings as this team can have them: the heads of a layer lie on several ranks, which do not know
+        one another's scores, so each head has as many slots."""
+        return replace(settings, uniform=True) if self.size > 1 else settings
+
     def share(self, size: int) -> slice:
         """This rank's of `size` rows or columns; shares differ by one where it does not divide."""
         return slice(size * self.rank // self.size, size * (self.rank + 1) // self.size)

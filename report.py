@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Words
 
-from cache import SlotCache, TieredCache
+from cache import TieredCache
 from decode import Policy, Session, Timing
+from evicting import SlotCache
 from model import Decoder
 from quantize import int4_modules
 from smallkv import SmallKV
@@ -81,6 +82,7 @@ def run_line(llm: Decoder, policy: Policy) -> str:
     third = "no third tier"
     if isinstance(policy, SmallKV):
         third = f"third tier in {memory if policy.settings.offload == 'cpu' else 'the device memory'}"
+        third += ", as many slots for every KV head" * policy.settings.uniform
     dtype = str(llm.dtype).removeprefix("torch.") + ", INT4 weights" * bool(int4_modules(llm))
     return f"runs on {device} ({name}), {dtype}: {steps}, {third}"
 

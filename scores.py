@@ -5,7 +5,8 @@ as powers of two and lse, the log of their sum, so that a weight is 2 ** (logit 
 
 | function        | flow                                                                             | paper      |
 | --------------- | -------------------------------------------------------------------------------- | ---------- |
-| `add_weights`   | an attention row -> a score table: the SLM's, the LLM's own memory, H2O's        | Eq. 1      |
+| `add_weights`   | an attention row -> the SLM's scores                                             | Eq. 1      |
+| `add_held`      | an attention row of slots -> the LLM's own memory                                | Eq. 1      |
 | `rank_scores`   | scores of the matched heads f(i) -> what the tokens of one LLM layer rank by     | Eq. 4, 5   |
 | `matched_rows`  | newest rows of the matched heads -> what the marginal slots borrow               | Eq. 6      |
 
@@ -16,11 +17,12 @@ Shapes follow the legend in model.py.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops import use_triton
+from ops import Slots, use_triton
 
 TOKENS = 1024  # of a program
 
@@ -28,68 +30,92 @@ TOKENS = 1024  # of a program
 # ---- An attention row into a table -----------------------------------------------------------------------------------
 
 
-def add_weights_torch(
-    table: Tensor, logits: Tensor, lse: Tensor, decay: float, length: Tensor | None, position: Tensor | None = None
-) -> None:
+def add_weights_torch(table: Tensor, logits: Tensor, lse: Tensor, decay: float, length: Tensor) -> None:
     """table = decay * table + weight in place, for the tokens that the row sees.
 
-    logits (B, H, C), lse (B, H). table (B, H, S), or (B, G, S), which takes the sum over the query heads of a KV head.
-    length (n,) int32: a row sees the tokens before length[b % n]; 0 leaves the table as it is; None: all. position (B,
-    G, C) int32, if given: the token in each slot, -1 if none; tokens in no slot stay as they are, length is not asked.
+    table, logits (B, H, S), lse (B, H). length (n,) int32: a row sees the tokens before length[b % n]; 0 leaves the
+    table as it is.
     """
-    B, H, C = logits.shape
-    rows, S = table.shape[1:]
-    weight = torch.exp2(logits.float() - lse[..., None]).view(B, rows, -1, C).sum(2)  # (B, rows, C)
-    if position is None:
-        end = torch.full((B,), C, device=table.device) if length is None else length.repeat(B // len(length))
-        seen = torch.arange(S, device=table.device) < end[:, None, None]
-        table.copy_((decay * table + weight).where(seen, table))
-        return
-    token = position.repeat_interleave(rows // position.shape[1], 1).long()  # (B, rows, C)
-    held, token = token >= 0, token.clamp(min=0)
-    change = (decay - 1) * table.gather(-1, token) + weight
-    table.scatter_add_(-1, token, change.where(held, 0))
+    weight = torch.exp2(logits.float() - lse[..., None])
+    end = length.repeat(len(table) // len(length))[:, None, None]
+    table.copy_((decay * table + weight).where(torch.arange(table.shape[2], device=table.device) < end, table))
 
 
 @triton.jit
 def _weights_kernel(
-    table_ptr, logit_ptr, lse_ptr, length_ptr, position_ptr, lengths, capacity, slots, decay,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+    table_ptr, logit_ptr, lse_ptr, length_ptr, lengths, capacity, decay, H: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
-    """TOKENS slots of one row of the table; GROUP query heads add up to it."""
-    line, slot = tl.program_id(0), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    seen, token = slot < slots, slot
-    if position_ptr is not None:
-        token = tl.load(position_ptr + line.to(tl.int64) * slots + slot, mask=seen, other=-1)
-        seen = token >= 0
-    elif length_ptr is not None:
-        seen = seen & (token < tl.load(length_ptr + line // ROWS % lengths))
-    cell = table_ptr + line.to(tl.int64) * capacity + token
-    total = decay * tl.load(cell, mask=seen, other=0.0)
-    for i in tl.static_range(GROUP):
-        head = line.to(tl.int64) * GROUP + i
-        logit = tl.load(logit_ptr + head * slots + slot, mask=seen, other=-float("inf"))
-        total += tl.exp2(logit.to(tl.float32) - tl.load(lse_ptr + head))
-    tl.store(cell, total, mask=seen)
+    """TOKENS tokens of one head."""
+    line, token = tl.program_id(0), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    seen = (token < capacity) & (token < tl.load(length_ptr + line // H % lengths))
+    cell = line.to(tl.int64) * capacity + token
+    logit = tl.load(logit_ptr + cell, mask=seen, other=-float("inf"))
+    weight = tl.exp2(logit.to(tl.float32) - tl.load(lse_ptr + line))
+    tl.store(table_ptr + cell, decay * tl.load(table_ptr + cell, mask=seen, other=0.0) + weight, mask=seen)
 
 
-def add_weights_triton(
-    table: Tensor, logits: Tensor, lse: Tensor, decay: float, length: Tensor | None, position: Tensor | None = None
-) -> None:
-    B, H, C = logits.shape
-    rows, S = table.shape[1:]
-    assert all(x.is_contiguous() for x in (table, logits, lse)) and (position is None or position.is_contiguous())
-    assert position is None or position.shape[1] == rows, "with slots, the table's rows are the KV heads"
-    _weights_kernel[(B * rows, triton.cdiv(C, TOKENS))](
-        table, logits, lse, length, position, 1 if length is None else len(length), S, C, decay,
-        ROWS=rows, GROUP=H // rows, TOKENS=TOKENS, num_warps=4,
+def add_weights_triton(table: Tensor, logits: Tensor, lse: Tensor, decay: float, length: Tensor) -> None:
+    B, H, S = table.shape
+    assert all(x.is_contiguous() for x in (table, logits, lse))
+    _weights_kernel[(B * H, triton.cdiv(S, TOKENS))](
+        table, logits, lse, length, len(length), S, decay, H=H, TOKENS=TOKENS, num_warps=4
     )  # fmt: skip
 
 
-def add_weights(
-    table: Tensor, logits: Tensor, lse: Tensor, decay: float, length: Tensor | None, position: Tensor | None = None
-) -> None:
-    (add_weights_triton if use_triton(table) else add_weights_torch)(table, logits, lse, decay, length, position)
+def add_weights(table: Tensor, logits: Tensor, lse: Tensor, decay: float, length: Tensor) -> None:
+    (add_weights_triton if use_triton(table) else add_weights_torch)(table, logits, lse, decay, length)
+
+
+def add_held_torch(table: Tensor, logits: Tensor, lse: Tensor, decay: float, slots: Slots) -> None:
+    """table (B, G, S) = decay * table + weight in place, for the tokens that are in slots; others stay as they are.
+
+    logits (B, H/G, N): of each place the query heads of its KV head, whose weights are summed; lse (B, H).
+    """
+    (B, G, S), H = table.shape, lse.shape[1]
+    head, cell = slots.heads().clamp(max=G - 1), slots.cells(S)  # (B, N)
+    own = lse.view(B, G, H // G).gather(1, head[..., None].expand(-1, -1, H // G))  # (B, N, H/G)
+    weight = torch.exp2(logits.float().transpose(1, 2) - own).sum(-1)  # (B, N)
+    wide = F.pad(table.flatten(1), (0, 1))  # places without a token have the last column
+    wide.scatter_(1, cell, decay * wide.gather(1, cell) + weight)
+    table.copy_(wide[:, :-1].view_as(table))
+
+
+@triton.jit
+def _head_of(place, begin_ptr, G: tl.constexpr):
+    """The KV head of places of a sequence's list; the last one for free places."""
+    head = tl.zeros_like(place)
+    for g in tl.static_range(1, G):
+        head += (place >= tl.load(begin_ptr + g)).to(tl.int32)
+    return head
+
+
+@triton.jit
+def _held_kernel(
+    table_ptr, logit_ptr, lse_ptr, token_ptr, begin_ptr, capacity, slots, decay,
+    G: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """TOKENS places of one sequence."""
+    b, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.load(token_ptr + b * slots + place, mask=place < slots, other=-1)
+    held, head = token >= 0, b * G + _head_of(place, begin_ptr + b * (G + 2), G)
+    cell = table_ptr + head * capacity + token
+    total = decay * tl.load(cell, mask=held, other=0.0)
+    for i in tl.static_range(GROUP):
+        logit = tl.load(logit_ptr + (b * GROUP + i) * slots + place, mask=held, other=-float("inf"))
+        total += tl.exp2(logit.to(tl.float32) - tl.load(lse_ptr + head * GROUP + i, mask=held, other=0.0))
+    tl.store(cell, total, mask=held)
+
+
+def add_held_triton(table: Tensor, logits: Tensor, lse: Tensor, decay: float, slots: Slots) -> None:
+    (B, G, S), (GROUP, N) = table.shape, logits.shape[1:]
+    assert all(x.is_contiguous() for x in (table, logits, lse, *slots))
+    _held_kernel[(B, triton.cdiv(N, TOKENS))](
+        table, logits, lse, slots.token, slots.begin, S, N, decay, G=G, GROUP=GROUP, TOKENS=TOKENS, num_warps=4
+    )  # fmt: skip
+
+
+def add_held(table: Tensor, logits: Tensor, lse: Tensor, decay: float, slots: Slots) -> None:
+    (add_held_triton if use_triton(table) else add_held_torch)(table, logits, lse, decay, slots)
 
 
 # ---- Scores of the matched heads -------------------------------------------------------------------------------------
@@ -187,43 +213,45 @@ def rank_scores(
 # ---- Rows that are borrowed ------------------------------------------------------------------------------------------
 
 
-def matched_rows_torch(logits: Tensor, lse: Tensor, index: Tensor, position: Tensor, out: Tensor) -> None:
-    """What the marginal tokens borrow, A'_f(i) (Eq. 6): out (B, T, H, M) fp32 is written, 0 in free slots.
-
-    index (B, H) int32 as above; position (B, G, M) int32: the token in each slot of the marginal tier, -1 if none.
-    """
-    (T, _, B, heads, _), H = logits.shape, index.shape[1]
-    at = index.long() // heads, torch.arange(B, device=index.device)[:, None], index.long() % heads
-    token = position.repeat_interleave(H // position.shape[1], 1).long()  # (B, H, M)
+def matched_rows_torch(logits: Tensor, lse: Tensor, index: Tensor, slots: Slots, out: Tensor) -> None:
+    """What the marginal tokens borrow, A'_f(i) (Eq. 6): out (B, T, H/G, M) fp32 is written, for each place of the
+    marginal slots the query heads of its KV head; 0 where there is no token. index (B, H) int32 as above."""
+    (T, _, B, heads, _), (GROUP, M) = logits.shape, out.shape[2:]
+    head, token = slots.heads(), slots.token.long()
+    first = head.clamp(max=index.shape[1] // GROUP - 1)[:, None] * GROUP
+    own = first + torch.arange(GROUP, device=head.device)[:, None]  # (B, H/G, M)
+    match = index.long().gather(1, own.flatten(1)).view(B, GROUP, M)
+    at = match // heads, torch.arange(B, device=index.device)[:, None, None], match % heads
     for t in range(T):
-        weight = torch.exp2(logits[t][at].gather(-1, token.clamp(min=0)).float() - lse[t][at][..., None])
-        out[:, t] = weight.where(token >= 0, 0)
+        weight = torch.exp2(logits[t][(*at, token.clamp(min=0)[:, None])].float() - lse[t][at])
+        out[:, t] = weight.where(token[:, None] >= 0, 0)
 
 
 @triton.jit
 def _borrow_kernel(
-    out_ptr, logit_ptr, lse_ptr, index_ptr, position_ptr, layers, B, S, slots,
-    H: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr,
+    out_ptr, logit_ptr, lse_ptr, index_ptr, token_ptr, begin_ptr, layers, B, S, slots,
+    G: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS slots of one query head of one sequence."""
-    line, slot = tl.program_id(0), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    b, head = line // H, tl.load(index_ptr + line)
-    token = tl.load(position_ptr + (line // GROUP).to(tl.int64) * slots + slot, mask=slot < slots, other=-1)
+    """TOKENS places of one sequence, for one query head of each place's KV head."""
+    b, i, place = tl.program_id(0), tl.program_id(2), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.load(token_ptr + b.to(tl.int64) * slots + place, mask=place < slots, other=-1)
+    own = (b * G + _head_of(place, begin_ptr + b * (G + 2), G)) * GROUP + i
+    match = tl.load(index_ptr + own)
     for t in tl.static_range(T):
-        row, lse = _row_at(logit_ptr, lse_ptr, head, t, b, layers, B, S, HEADS)
+        row, lse = _row_at(logit_ptr, lse_ptr, match, t, b, layers, B, S, HEADS)
         weight = tl.exp2(tl.load(row + token, mask=token >= 0, other=-float("inf")).to(tl.float32) - lse)
-        out = ((b * T + t) * H + line % H).to(tl.int64) * slots + slot
-        tl.store(out_ptr + out, weight, mask=slot < slots)
+        line = ((b * T + t) * GROUP + i).to(tl.int64) * slots
+        tl.store(out_ptr + line + place, weight, mask=place < slots)
 
 
-def matched_rows_triton(logits: Tensor, lse: Tensor, index: Tensor, position: Tensor, out: Tensor) -> None:
-    (T, layers, B, heads, S), (G, slots), H = logits.shape, position.shape[1:], index.shape[1]
-    assert all(x.is_contiguous() for x in (logits, lse, index, position, out))
-    _borrow_kernel[(B * H, triton.cdiv(slots, TOKENS))](
-        out, logits, lse, index, position, layers, B, S, slots,
-        H=H, GROUP=H // G, HEADS=heads, T=T, TOKENS=TOKENS, num_warps=4,
+def matched_rows_triton(logits: Tensor, lse: Tensor, index: Tensor, slots: Slots, out: Tensor) -> None:
+    (T, layers, B, heads, S), (GROUP, M), H = logits.shape, out.shape[2:], index.shape[1]
+    assert all(x.is_contiguous() for x in (logits, lse, index, *slots, out))
+    _borrow_kernel[(B, triton.cdiv(M, TOKENS), GROUP)](
+        out, logits, lse, index, slots.token, slots.begin, layers, B, S, M,
+        G=H // GROUP, GROUP=GROUP, HEADS=heads, T=T, TOKENS=TOKENS, num_warps=4,
     )  # fmt: skip
 
 
-def matched_rows(logits: Tensor, lse: Tensor, index: Tensor, position: Tensor, out: Tensor) -> None:
-    (matched_rows_triton if use_triton(logits) else matched_rows_torch)(logits, lse, index, position, out)
+def matched_rows(logits: Tensor, lse: Tensor, index: Tensor, slots: Slots, out: Tensor) -> None:
+    (matched_rows_triton if use_triton(logits) else matched_rows_torch)(logits, lse, index, slots, out)

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cache import Cache, CutCache, ScoredCache, TieredCache
+from cache import Cache, ScoredCache, TieredCache
 from decode import Policy, read_prompt
+from evicting import CutCache
 from match import MATCHERS, WINDOW_MAX, WINDOW_MIN, HeadMap, Window, layers_within, match_heads, match_windows
 from model import Decoder, Span
 from scores import matched_rows, rank_scores
@@ -68,8 +69,9 @@ class Settings:
     reach: float = choice(2.0, "SLM layers an LLM layer is matched with: 1, as deep as it; 2, twice that; inf, all")
     marginal: bool = choice(False, "keep a marginal tier; off, its bytes buy critical tokens")
     saliency_shift: bool = choice(True, "let tokens come back")
+    uniform: bool = choice(False, "as many slots for every KV head; off, a layer's heads share them")
     slm_budget: float = choice(1.0, "share of the SLM's own cache that stays, by H2O's rule")
-    offload: str = choice("cpu", "where the third tier lies: on the host, or in the GPU's own memory (none)")
+    offload: str = choice("cpu", "where the third tier lies: the host, or the GPU itself (none)")
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
@@ -93,7 +95,7 @@ class Settings:
     def paper(cls, **changes) -> "Settings":
         """The paper's setting: three tiers, accumulated scores of the SLM, Jaccard matcher over all layers."""
         theirs = {"marginal": True, "score_decay": 1.0, "scores": "slm", "matcher": "jaccard", "reach": math.inf}
-        return cls(**theirs | changes)
+        return cls(**theirs | {"uniform": True} | changes)
 
     @property
     def fused(self) -> bool:
@@ -192,7 +194,7 @@ class SmallKV(Policy):
         own = settings.score_decay if settings.fused or not settings.saliency_shift else None
         slots = critical + self.drafts, marginal
         llm = self.llm.config, batch, capacity, *slots, device, self.llm.dtype, own, self.drafts + 1, settings.offload
-        return {"LLM": TieredCache(*llm), "SLM": slm_cache}
+        return {"LLM": TieredCache(*llm, not settings.uniform), "SLM": slm_cache}
 
     def allocate(self, lengths: list[int], capacity: int) -> None:
         super().allocate(lengths, capacity)
@@ -261,18 +263,18 @@ class SmallKV(Policy):
             cache.place(layer, cache.memory[layer], self.sizes, span.length, memory=False)
             self._drop(layer, total, span.length)
         if cache.marginal is not None:
-            matched_rows(slm.logits, slm.lse, self.index[layer], cache.marginal_position[layer], cache.borrowed[layer])
+            matched_rows(slm.logits, slm.lse, self.index[layer], cache.slots_of(layer)[1], cache.borrowed[layer])
 
     def _drop(self, layer: int, total: Tensor, length: Tensor) -> None:
         """Without saliency shift: a token in no tier never comes back, its score is below 0; marginal tokens are
         remembered with the row that they borrow; the critical ones get their own weights in the LLM's attention."""
         cache, memory = self.cache, self.cache.memory[layer]
-        marks = torch.zeros(*memory.shape[:2], memory.shape[2] + 1, dtype=torch.int8, device=memory.device)
-        for mark, table in ((1, cache.critical_position), (2, cache.marginal_position)):
-            if table is not None:
-                token = table[layer].long()
-                marks.scatter_(-1, token.where(token >= 0, memory.shape[2]), mark)
-        marks, coming = marks[..., :-1], torch.arange(memory.shape[2], device=memory.device) >= length[:, None, None]
+        (B, G, S), device = memory.shape, memory.device
+        marks = torch.zeros(B, G * S + 1, dtype=torch.int8, device=device)
+        for mark, slots in enumerate(cache.slots_of(layer), 1):
+            if slots is not None:
+                marks.scatter_(1, slots.cells(S), mark)
+        marks, coming = marks[:, :-1].view(B, G, S), torch.arange(S, device=device) >= length[:, None, None]
         memory.copy_(memory.where((marks == 1) | coming, total.where(marks == 2, -1)))
 
     def migrate(self, layer: int) -> None:

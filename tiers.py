@@ -1,113 +1,144 @@
-"""From scores to tiers, from tiers to slots, from slots to rows that move: nothing of it reaches the host.
+"""From scores to tiers, from tiers to slots and to lists of rows that move: nothing of it reaches the host.
 
-Where it sits: scores -> **tier plan -> slots -> migration** -> LLM, for one layer of the LLM at a time. Each function
-stands here twice with one signature, `NAME_torch` (the plain PyTorch truth) and `NAME_triton`; `NAME` chooses (ops.py).
+Where it sits: scores -> **tier plan -> slots** -> migration (ops.py) -> LLM, for one layer of the LLM at a time (Eq. 4,
+5). `plan_tiers` stands here twice with one signature, `NAME_torch` (the plain PyTorch truth) and `NAME_triton`; the one
+without a suffix chooses (ops.py).
 
-| function     | flow                                                                    | paper               |
-| ------------ | ----------------------------------------------------------------------- | ------------------- |
-| `plan_tiers` | scores -> critical and marginal tokens -> slots -> lists of rows        | Eq. 4, 5            |
-| `store_rows` | the newest rows into the offloaded tier                                 |                     |
-| `bring_rows` | rows out of the offloaded tier into slots                               | Algorithm 1, line 9 |
+A list of places (ops.Slots) is the only link between slots and tokens. A token that stays in its tier keeps its slot
+and its row; one that leaves frees the slot; one that comes, of whatever KV head, takes a free slot, and its row is
+listed to be brought.
 
-The table of positions by slot is the only link between slots and tokens. A token that stays in its tier keeps its slot
-and its row; one that leaves frees the slot; one that comes takes a free slot, and its row is listed to be brought.
+Beyond the paper, the KV heads of a layer share its slots: a head that looks at hundreds of tokens gets more of them
+than one that looks at three (AdaKV, arXiv 2407.11550, does so once, for a prompt). Between heads, scores are compared
+by their level, an eighth of an octave, so that a count of tokens by head and level is all that a head needs to know of
+the others.
 
-The Triton plan ranks without sorting: positive floats order like their bits, so the bits of the last token that is in
-are found by search, each time counting how many tokens are above. A row of up to ROW tokens stays in registers; of a
-longer one the rest is read again.
+The Triton plan is three launches. `_levels_kernel` counts tokens by level. `_plan_kernel`, one program for a KV head,
+finds the head's share and its tokens, without sorting: positive floats order like their bits, so the bits of the last
+token that is in are searched within its level, each time counting how many tokens are above; a row of up to ROW tokens
+stays in registers, of a longer one the rest is read again. `_deal_kernel` gives the slots that heads have freed to the
+tokens that come.
 
 Shapes follow the legend in model.py.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops import use_triton
+from ops import Slots, use_triton
 
 RECENT, NEWEST = 0x7F7FFFFF, 0x7F800000  # bits of the largest fp32 and of infinity: what these tokens rank by
+LEVELS = 256  # 0: never taken; 1 to 254: eighths of an octave from 2 ** -27 to 26, and what is beyond; 255: recent
+LEVEL_BITS, LEVEL_BASE = 20, 799  # of a score's bits, those below its level; the level before the first
 ROW = 32768  # tokens of a row that a program holds in registers
-BRING_BYTES = 1 << 17  # that a program of the mover has under way: a thousand rows fill PCIe
-MOVERS = 3  # programs of the mover, each with a multiprocessor that the LLM's products do without meanwhile
-LARGE = 1 << 26  # bytes of a pool beyond which its moves outlast a layer, and one program more is worth it
+COUNTED = 1024  # tokens of a program that counts
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
 
 
+def shares_torch(counts: Tensor, most: Tensor, shared: bool) -> Tensor:
+    """How many of its best tokens each KV head takes: (B, G) int64.
+
+    counts (B, G, LEVELS): tokens of each level or above; most (B, 1): tokens a head on average. shared: as many levels,
+    from the top, as fit into G * most; of the next level the heads take what is left, the first ones first. Else `most`
+    for each. No head takes more than it has.
+    """
+    G = counts.shape[1]
+    if not shared:
+        return counts[..., 1].minimum(most)
+    level = (counts[..., 1:].sum(1) > G * most).sum(-1, keepdim=True) + 1  # the last that fits; 256: none does
+    padded = F.pad(counts, (0, 1))
+    taken, more = (padded.gather(2, at[:, None].expand(-1, G, 1))[..., 0] for at in (level, (level - 1).clamp(min=1)))
+    extra, left = more - taken, G * most - taken.sum(-1, keepdim=True)
+    return taken + (left - extra.cumsum(-1) + extra).clamp(min=0).minimum(extra)
+
+
 def plan_tiers_torch(
-    total: Tensor, length: Tensor, sizes: Tensor, critical: Tensor, marginal: Tensor | None, memory: Tensor | None,
-    newest: Tensor, rows: Tensor, count: Tensor, mark: Tensor, host_rows: int,
+    total: Tensor, length: Tensor, sizes: Tensor, shared: bool, critical: Slots, marginal: Slots | None,
+    memory: Tensor | None, newest: Tensor, rows: Tensor, count: Tensor, mark: Tensor, levels: Tensor, host_rows: int,
 ) -> None:  # fmt: skip
     """Rank the tokens of one layer, cut the ranking into tiers, give the tiers' tokens their slots.
 
     total (B, G, S) fp32: scores; a token whose score is below 0 is never taken. length (B,) int32: tokens with the
-    newest one. sizes (S + 1, 3) int32: critical, recent (no more) and marginal tokens by length. Recent tokens rank
-    first, the newest first; equal scores by position.
+    newest one. sizes (S + 1, 3) int32: critical, recent (no more) and marginal tokens of a KV head by length, or if
+    they are shared, of a head on average (`shares_torch`). Recent tokens rank first, the newest first; equal scores of
+    a head by position.
 
-    critical (B, G, C) and marginal (B, G, M) int32 are updated: the token in each slot, -1 if none; marginal None:
-    there is no such tier. newest (B, G, T) int32 is written: the slots of the newest token and, with drafts, of the T -
-    1 tokens after it, which are critical whatever they score. memory (B, G, S), if given: tokens that are not
-    critical have their totals there afterwards.
+    critical and marginal are updated; marginal None: there is no such tier. newest (B, G, T) int32 is written: the
+    slots of the newest token and, with drafts, of the T - 1 tokens after it, which are critical whatever they score and
+    have the last places of their head. memory (B, G, S), if given: tokens that are not critical have their totals there
+    afterwards.
 
-    rows (2, 2, B * G * max(C, M)) and count (2,) int32, 0 when they come, are written: for both tiers the first count
-    rows to bring, [0] where from, counted by b, g, token with host_rows rows a KV head, and [1] where to, by b, g,
-    slot. The T newest tokens are not among them: their rows are made on the device. mark (B, G, S) int8, all 0: a
-    scratch, left as it came.
+    rows (2, 2, n) and count (2,) int32, 0 when they come, are written: for both tiers the first count rows to bring,
+    [0] where from, counted by b, g, token with host_rows rows a KV head, and [1] where to, by b, slot. The T newest
+    tokens are not among them: their rows are made on the device. Scratches, all 0 and left as they came: mark (B, G, S)
+    int8, levels (B, G, LEVELS) int32.
     """
     (B, G, S), T = total.shape, newest.shape[2]
     token, end = torch.arange(S, device=total.device), length.long()[:, None, None]
-    most, recent, middling = (n.long()[:, None, None] for n in sizes[length.long()].unbind(-1))
+    most, recent, middling = (n.long()[:, None] for n in sizes[length.long()].unbind(-1))
     bits = total.contiguous().view(torch.int32).long()  # positive floats order like their bits
-    bits = bits.masked_fill(token >= end - recent, RECENT).masked_fill(token == end - 1, NEWEST)
+    bits = bits.masked_fill(token >= end - recent[..., None], RECENT).masked_fill(token == end - 1, NEWEST)
     taken = (bits >= 0) & (token < end)
+    level = ((bits >> LEVEL_BITS) - LEVEL_BASE).clamp(1, LEVELS - 2).masked_fill(bits >= RECENT, LEVELS - 1)
+    at_level = torch.zeros(B, G, LEVELS, dtype=torch.long, device=total.device)
+    at_level.scatter_add_(-1, level.where(taken, 0), torch.ones_like(bits))
+    counts = at_level.flip(-1).cumsum(-1).flip(-1)
+    share = shares_torch(counts, most, shared)  # (B, G)
+    both = shares_torch(counts, most + middling, shared)
     key = ((bits << 24) + (S - token)).where(taken, -1 - token)  # all different: equal scores by position; S < 2 ** 24
-    first = key.topk(min(S, sum(p.shape[2] for p in (critical, marginal) if p is not None))).values  # largest first
+    places = sum(slots.slot.shape[1] for slots in (critical, marginal) if slots is not None)
+    first = key.topk(min(S, places)).values  # largest first
 
     def best(count: Tensor) -> Tensor:
-        least = first.gather(-1, (count - 1).clamp(0, first.shape[2] - 1).expand(B, G, 1))
-        return taken & (key >= least) & (count > 0)
+        least = first.gather(-1, (count - 1).clamp(0, first.shape[2] - 1)[..., None])
+        return taken & (key >= least) & (count > 0)[..., None]
 
-    top = best(most)
-    middle = best(most + middling) & ~top
-    for tier, (position, wanted) in enumerate(((critical, top), (marginal, middle))):
-        if position is None:
-            continue
-        drafts = T - 1 if tier == 0 else 0
-        after, fresh = _assign(position.long(), wanted, end, drafts)
-        fresh &= after < end - 1
-        place = (fresh.flatten().cumsum(0) - 1).where(fresh.flatten(), rows.shape[2])
-        slot = torch.arange(after.numel(), device=total.device)
-        source = (slot // after.shape[2]) * host_rows + after.flatten()
-        for kind, values in enumerate((source, slot)):  # one column more takes what is not listed
-            wide = torch.zeros(rows.shape[2] + 1, dtype=torch.int32, device=total.device)
-            rows[tier, kind] = wide.scatter_(0, place, values.int())[:-1]
-        count[tier] += fresh.sum()
-        position.copy_(after)
-    for t in range(T):
-        newest[:, :, t] = (critical == end - 1 + t).byte().argmax(-1)
+    top = best(share)
+    fresh = _assign(critical, top & (token < end - 1), T, rows[0], count[0], host_rows, end[..., 0])
+    newest.copy_(fresh)
+    if marginal is not None:
+        _assign(marginal, best(both) & ~top, 0, rows[1], count[1], host_rows, end[..., 0])
     if memory is not None:
         memory.copy_(memory.where(top | (token >= end), total))
 
 
-def _assign(position: Tensor, wanted: Tensor, end: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-    """Slots of one pool: position (B, G, C) int64 and wanted (B, G, S) bool -> position afterwards, and which slots got
-    another token (B, G, C). The n-th token that comes takes the n-th free slot; the drafts come last."""
-    C, S = position.shape[2], wanted.shape[2]
-    stays = (position >= 0) & (position < S) & wanted.gather(-1, position.clamp(0, S - 1))
-    inside = torch.zeros_like(wanted[..., :1]).expand(*wanted.shape[:2], S + 1).contiguous()
-    inside.scatter_(-1, position.where(stays, S), True)
-    enters = wanted & ~inside[..., :S]
-    coming = enters.sum(-1, keepdim=True)
-    queue = torch.full((*position.shape[:2], max(C, S) + drafts + 1), -1, device=position.device)
-    place = (enters.cumsum(-1) - 1).where(enters, queue.shape[2] - 1)
-    queue.scatter_(-1, place, torch.arange(S, device=position.device).expand_as(place))
-    for draft in range(drafts):
-        queue.scatter_(-1, coming + draft, (end + draft).expand_as(coming))
-    turn = (~stays).cumsum(-1) - 1
-    came = queue.gather(-1, turn.clamp(min=0)).where(turn < coming + drafts, -1)
-    return position.where(stays, came), ~stays & (came >= 0)
+def _assign(
+    slots: Slots, wanted: Tensor, drafts: int, rows: Tensor, count: Tensor, host_rows: int, end: Tensor
+) -> Tensor:
+    """One pool: the places of tokens wanted (B, G, S), and of the `drafts` tokens of each KV head from end - 1 on. The
+    n-th token that comes takes the n-th free slot. Returns the slots of the drafts, (B, G, drafts)."""
+    (B, G, S), N, device = wanted.shape, slots.token.shape[1], wanted.device
+    head, cell = slots.heads(), slots.cells(S)  # (B, N)
+    stays = F.pad(wanted.flatten(1), (0, 1)).gather(1, cell.clamp(max=G * S)) & (slots.token < S)
+    inside = torch.zeros(B, G * S + 1, dtype=torch.bool, device=device).scatter_(1, cell.where(stays, G * S), True)
+    enters = wanted & ~inside[:, :-1].view_as(wanted)
+    width = S + drafts
+    comes = F.pad(enters, (0, drafts), value=True).flatten(1)  # (B, G * width)
+    queue = torch.full((B, N + 1), -1, device=device)  # the n-th that comes: head * width + token
+    queue.scatter_(1, (comes.cumsum(1) - 1).where(comes, N), torch.arange(G * width, device=device).expand(B, -1))
+    came = queue[:, :-1].gather(1, ((~stays).cumsum(1) - 1).clamp(min=0)).where(~stays, -1)  # (B, N)
+    owner, column = (came // width).where(came >= 0, G).where(~stays, head), came % width
+    is_draft = (came >= 0) & (column >= S)
+    token = column.where(~is_draft, end - 1 + column - S).where(came >= 0, -1).where(~stays, slots.token)
+    fresh = (came >= 0) & ~is_draft
+    listed = (fresh.flatten().cumsum(0) - 1).where(fresh.flatten(), rows.shape[1])
+    sequence = torch.arange(B, device=device)[:, None]
+    for kind, values in enumerate(((sequence * G + owner) * host_rows + token, sequence * N + slots.slot)):
+        wide = torch.zeros(rows.shape[1] + 1, dtype=torch.int32, device=device)  # the last column is not listed
+        rows[kind] = wide.scatter_(0, listed, values.flatten().int())[:-1]
+    count += fresh.sum()
+    where = (owner * drafts + column - S).where(is_draft, G * drafts)
+    fresh = torch.zeros(B, G * drafts + 1, dtype=torch.int32, device=device).scatter_(1, where, slots.slot)
+    order = (2 * owner + is_draft).argsort(dim=1, stable=True)  # the drafts are the last of their head
+    slots.slot.copy_(slots.slot.gather(1, order))
+    slots.token.copy_(token.gather(1, order))
+    slots.begin.copy_((owner[:, None] < torch.arange(G + 2, device=device)[:, None]).sum(-1))
+    return fresh[:, :-1].view(B, G, drafts)
 
 
 @triton.jit
@@ -118,6 +149,22 @@ def _bits(total_ptr, token, length, recent):
     bits = tl.where(token >= length - recent, 0x7F7FFFFF, bits)  # RECENT
     bits = tl.where(token == length - 1, 0x7F800000, bits)  # NEWEST
     return tl.where((token >= 0) & (token < length), bits, -1)
+
+
+@triton.jit
+def _levels_kernel(
+    total_ptr, length_ptr, sizes_ptr, levels_ptr, S, G: tl.constexpr, COUNTED: tl.constexpr, LEVELS: tl.constexpr,
+    SHIFT: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """COUNTED tokens of one KV head of one sequence."""
+    pair, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * COUNTED
+    length = tl.load(length_ptr + pair // G)
+    if at < length:
+        bits = _bits(total_ptr + pair * S, at + tl.arange(0, COUNTED), length, tl.load(sizes_ptr + length * 3 + 1))
+        level = tl.minimum(tl.maximum((bits >> SHIFT) - BASE, 1), LEVELS - 2)
+        level = tl.where(bits >= 0x7F7FFFFF, LEVELS - 1, tl.where(bits < 0, 0, level))
+        found = tl.histogram(level, LEVELS)
+        tl.atomic_add(levels_ptr + pair * LEVELS + tl.arange(0, LEVELS), found, mask=found > 0, sem="relaxed")
 
 
 @triton.jit
@@ -139,26 +186,36 @@ def _count(bits, total_ptr, length, recent, value, LINES: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def _cut(total_ptr, length, recent, count, LINES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+def _cut(
+    total_ptr, length, recent, count, counts, LEVELS: tl.constexpr, SHIFT: tl.constexpr, BASE: tl.constexpr,
+    LINES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Where the `count` best end: (low, last). In are tokens with bits above low, and those with just low up to the
-    position last. `many` tokens are at least low, `fewer` than count at least high; the next value that is tried is in
-    the middle at first, then where a straight line through both has count, but for every third."""
-    bits = _bits(total_ptr, _block(LINES, WIDTH), length, recent)
-    low, high, fewer, turn, last = 0, 0x7F800001, 0, 0, length
-    many = _count(bits, total_ptr, length, recent, low, LINES, WIDTH, WHOLE)  # all that compete
-    while (many > count) & (high - low > 1):
-        share = (many - count + 0.5) / (many - fewer + 1.0)
-        share = tl.where((turn < 6) | (turn % 3 == 2), 0.5, share)
-        middle = low + tl.minimum(tl.maximum((share * (high - low)).to(tl.int32), 1), high - low - 1)
-        found = _count(bits, total_ptr, length, recent, middle, LINES, WIDTH, WHOLE)
-        enough = found >= count
-        low, many = tl.where(enough, middle, low), tl.where(enough, found, many)
-        high, fewer = tl.where(enough, high, middle), tl.where(enough, fewer, found)
-        turn += 1
+    position last. counts (LEVELS,): tokens of each level or above. In the level where they end `many` tokens are at
+    least low, `fewer` than count at least high; the next value that is tried is where a straight line through both has
+    count, but for every third, which is the middle."""
+    at = tl.arange(0, LEVELS)
+    level = tl.max(tl.where(counts >= count, at, 0), 0)
+    many, fewer = tl.sum(tl.where(at == level, counts, 0), 0), tl.sum(tl.where(at == level + 1, counts, 0), 0)
+    low, high = (level + BASE) << SHIFT, (level + 1 + BASE) << SHIFT
+    low = tl.where(level == LEVELS - 1, 0x7F7FFFFF, tl.where(level <= 1, 0, low))
+    high = tl.where(level == LEVELS - 1, 0x7F800001, tl.where(level == LEVELS - 2, 0x7F7FFFFF, high))
+    turn, last = 0, length
+    if many > count:
+        bits = _bits(total_ptr, _block(LINES, WIDTH), length, recent)
+        while (many > count) & (high - low > 1):
+            share = (many - count + 0.5) / (many - fewer + 1.0)
+            share = tl.where(turn % 3 == 2, 0.5, share)
+            middle = low + tl.minimum(tl.maximum((share * (high - low)).to(tl.int32), 1), high - low - 1)
+            found = _count(bits, total_ptr, length, recent, middle, LINES, WIDTH, WHOLE)
+            enough = found >= count
+            low, many = tl.where(enough, middle, low), tl.where(enough, found, many)
+            high, fewer = tl.where(enough, high, middle), tl.where(enough, fewer, found)
+            turn += 1
     if many > count:  # more tokens than places have just these bits: the first of them are in
         before, last = 0, -1
-        for at in range(0, length, WIDTH):
-            token = at + tl.arange(0, WIDTH)
+        for start in range(0, length, WIDTH):
+            token = start + tl.arange(0, WIDTH)
             equal = (_bits(total_ptr, token, length, recent) == low).to(tl.int32)
             nth = before + tl.cumsum(equal, 0)
             last = tl.maximum(last, tl.max(tl.where((equal == 1) & (nth <= count - fewer), token, -1), 0))
@@ -175,196 +232,225 @@ def _within(bits, token, low, last):
 def _enters(total_ptr, mark_ptr, token, length, recent, low, last, over, beyond):
     """1 for tokens that are wanted and in no slot; the newest is not among them."""
     bits = _bits(total_ptr, token, length, recent)
-    wanted = _within(bits, token, low, last) & (_within(bits, token, over, beyond) == 0) & (token != length - 1)
+    wanted = _within(bits, token, low, last) & (_within(bits, token, over, beyond) == 0) & (token < length - 1)
     return (wanted & (tl.load(mark_ptr + token, mask=token < length, other=1) == 0)).to(tl.int32)
 
 
 @triton.jit
-def _fill(
-    total_ptr, position_ptr, rows_ptr, count_ptr, mark_ptr, queue_ptr, newest_ptr, memory_ptr, length, recent, low,
-    last, over, beyond, slots, listed, host_rows, T: tl.constexpr, WIDTH: tl.constexpr,
+def _sift(
+    total_ptr, slot_ptr, token_ptr, begin_ptr, next_ptr, spare_ptr, note_ptr, count_ptr, mark_ptr, memory_ptr, length,
+    recent, low, last, over, beyond, new, places, N, G: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Slots of one pool of one KV head, for the tokens within (low, last) that are not within (over, beyond). A scratch
-    by token marks those that keep their slots; the others that are wanted queue up in another. newest_ptr: the pool
-    takes the T newest tokens too; memory_ptr: what is not within (low, last) is remembered there."""
-    pair = tl.program_id(0)
-    base = pair.to(tl.int64) * slots
-    for at in range(0, slots, WIDTH):
-        slot = at + tl.arange(0, WIDTH)
-        token = tl.load(position_ptr + base + slot, mask=slot < slots, other=-1)
+    """Of one pool the places of one KV head, for the tokens within (low, last) that are not within (over, beyond).
+    Those that stay, with their slots, then those that come, then the T newest go to its new places, from `new` on, of
+    the next list (2, N); the slots of the others to its old places of spare (N,). A scratch by token marks those that
+    stay. memory_ptr: what is not within (low, last) is remembered there. note_ptr takes what `_deal` needs."""
+    g = tl.program_id(1)
+    old, end = tl.load(begin_ptr + g), tl.load(begin_ptr + g + 1)
+    staying = 0
+    for at in range(old, end, WIDTH):
+        place = at + tl.arange(0, WIDTH)
+        slot = tl.load(slot_ptr + place, mask=place < end, other=0)
+        token = tl.load(token_ptr + place, mask=place < end, other=-1)
         bits = _bits(total_ptr, token, length, recent)
-        stays = _within(bits, token, low, last) & (_within(bits, token, over, beyond) == 0)
+        stays = _within(bits, token, low, last) & (_within(bits, token, over, beyond) == 0) & (token < length - 1)
+        nth = staying + tl.cumsum(stays.to(tl.int32), 0)  # with this one
+        tl.store(next_ptr + new + nth - 1, slot, mask=stays)
+        tl.store(next_ptr + N + new + nth - 1, token, mask=stays)
+        tl.store(spare_ptr + place - nth, slot, mask=(place < end) & (stays == 0))
         tl.store(mark_ptr + token, tl.full([WIDTH], 1, tl.int8), mask=stays)
-        tl.store(position_ptr + base + slot, tl.where(stays, token, -1), mask=slot < slots)
+        staying += tl.sum(stays.to(tl.int32), 0)
     tl.debug_barrier()
     # Column by column of the blocks: one scan for all of them.
     number = tl.zeros([WIDTH], tl.int32)
     for at in range(0, length, WIDTH):
         token = at + tl.arange(0, WIDTH)
         number += _enters(total_ptr, mark_ptr, token, length, recent, low, last, over, beyond)
-    place, coming = tl.cumsum(number, 0) - number, tl.sum(number, 0)
+    place, coming = new + staying + tl.cumsum(number, 0) - number, tl.sum(number, 0)
     for at in range(0, length, WIDTH):
         token = at + tl.arange(0, WIDTH)
         enters = _enters(total_ptr, mark_ptr, token, length, recent, low, last, over, beyond)
-        tl.store(queue_ptr + place, token, mask=enters == 1)
+        tl.store(next_ptr + N + place, token, mask=enters == 1)
         place += enters
         if memory_ptr is not None:
             outside = (token < length) & (_within(_bits(total_ptr, token, length, recent), token, low, last) == 0)
             tl.store(memory_ptr + token, tl.load(total_ptr + token, mask=outside, other=0.0), mask=outside)
-    entering, first_new = coming, length
-    if newest_ptr is not None:  # they come last and bring no row
-        first_new = tl.where(tl.load(mark_ptr + length - 1) == 0, length - 1, length)
-        entering = coming + T - 1 + length - first_new
     tl.debug_barrier()
-    first = tl.atomic_add(count_ptr, coming, sem="relaxed")  # of the layer's list; a later launch reads it
-    free = 0
-    for at in range(0, slots, WIDTH):
-        slot = at + tl.arange(0, WIDTH)
-        token = tl.load(position_ptr + base + slot, mask=slot < slots, other=-1)
-        tl.store(mark_ptr + token, tl.zeros([WIDTH], tl.int8), mask=token >= 0)
-        empty = (slot < slots) & (token < 0)
-        nth = free + tl.cumsum(empty.to(tl.int32), 0) - 1  # of the free slots
-        brought = empty & (nth < coming)
-        token = tl.load(queue_ptr + nth, mask=brought, other=0)
-        tl.store(rows_ptr + first + nth, pair * host_rows + token, mask=brought)
-        tl.store(rows_ptr + listed + first + nth, pair * slots + slot, mask=brought)
-        if newest_ptr is not None:
-            token = tl.where(brought, token, first_new + nth - coming)
-            fresh = empty & (nth >= coming) & (nth < entering)
-            tl.store(newest_ptr + pair * T + token - (length - 1), slot, mask=fresh)
-        tl.store(position_ptr + base + slot, token, mask=empty & (nth < entering))
-        free += tl.sum(empty.to(tl.int32), 0)
+    for at in range(new, new + staying, WIDTH):
+        place = at + tl.arange(0, WIDTH)
+        token = tl.load(next_ptr + N + place, mask=place < new + staying, other=0)
+        tl.store(mark_ptr + token, tl.zeros([WIDTH], tl.int8), mask=place < new + staying)
+    for at in range(new + staying + coming, new + places, WIDTH):  # the newest, or nothing
+        place = at + tl.arange(0, WIDTH)
+        fresh = tl.where(g < G, length - 1 + place - new - staying - coming, -1)
+        tl.store(next_ptr + N + place, fresh, mask=place < new + places)
+    first = tl.atomic_add(count_ptr, coming, sem="relaxed")  # of the layer's list
+    note = note_ptr + g * 6
+    tl.store(note, old)
+    tl.store(note + 1, end - old - staying)  # freed, in `spare` from `old` on
+    tl.store(note + 2, new)
+    tl.store(note + 3, staying)
+    tl.store(note + 4, coming)
+    tl.store(note + 5, first)
 
 
-@triton.jit(do_not_specialize=["S", "C", "M"])  # else loads of 16 bytes and scattered stores would exchange layouts
+@triton.jit
+def _shares(counts, most, G: tl.constexpr, LEVELS: tl.constexpr, SHARED: tl.constexpr):
+    """How many tokens each KV head takes: `shares_torch`, of counts (HEADS, LEVELS)."""
+    level = tl.arange(0, LEVELS)
+    share = tl.minimum(tl.sum(tl.where(level == 1, counts, 0), 1), most)
+    if SHARED:
+        fits = tl.sum(((tl.sum(counts, 0) > G * most) & (level > 0)).to(tl.int32), 0) + 1
+        share = tl.sum(tl.where(level == fits, counts, 0), 1)
+        extra = tl.sum(tl.where(level == tl.maximum(fits - 1, 1), counts, 0), 1) - share
+        left = G * most - tl.sum(share, 0)
+        share += tl.minimum(tl.maximum(left - tl.cumsum(extra, 0) + extra, 0), extra)
+    return share
+
+
+@triton.jit
+def _own(values, g, HEADS: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, HEADS) == g, values, 0), 0)
+
+
+@triton.jit(do_not_specialize=["S", "N", "M"])  # else loads of 16 bytes and scattered stores would exchange layouts
 def _plan_kernel(
-    total_ptr, length_ptr, sizes_ptr, critical_ptr, marginal_ptr, memory_ptr, newest_ptr, rows_ptr, count_ptr, mark_ptr,
-    queue_ptr, S, C, M, host_rows, G: tl.constexpr, T: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
+    total_ptr, length_ptr, sizes_ptr, levels_ptr, slot_ptr, token_ptr, begin_ptr, m_slot_ptr, m_token_ptr, m_begin_ptr,
+    memory_ptr, next_ptr, spare_ptr, note_ptr, count_ptr, mark_ptr, S, N, M, G: tl.constexpr, T: tl.constexpr,
+    SHARED: tl.constexpr, HEADS: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, BASE: tl.constexpr,
+    LINES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One KV head of one sequence; WHOLE: a block holds its row."""
-    pair = tl.program_id(0)
-    length = tl.load(length_ptr + pair // G)
+    """One KV head of one sequence, or (g = G) its free places; WHOLE: a block holds the row. HEADS: G + 1, padded."""
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(length_ptr + b)
     most, recent = tl.load(sizes_ptr + length * 3), tl.load(sizes_ptr + length * 3 + 1)
-    totals, marks = total_ptr + pair.to(tl.int64) * S, mark_ptr + pair.to(tl.int64) * S
-    queue, memory = queue_ptr + pair.to(tl.int64) * tl.maximum(C, M), memory_ptr
-    listed = tl.num_programs(0) * tl.maximum(C, M)  # rows of a list
+    middling = tl.load(sizes_ptr + length * 3 + 2)
+    head, level = tl.arange(0, HEADS), tl.arange(0, LEVELS)
+    cells = levels_ptr + b * G * LEVELS + head[:, None] * LEVELS + level
+    counts = tl.load(cells, mask=(head < G)[:, None] & (level > 0), other=0)
+    counts = tl.sum(counts, 1)[:, None] - tl.cumsum(counts, 1) + counts  # of each level or above
+    share = _shares(counts, most, G, LEVELS, SHARED)
+    row = b * G + tl.minimum(g, G - 1)
+    totals, marks, memory = total_ptr + row * S, mark_ptr + row * S, memory_ptr
     if memory_ptr is not None:
-        memory = memory_ptr + pair.to(tl.int64) * S
-    low, last = _cut(totals, length, recent, most, LINES, WIDTH, WHOLE)
-    _fill(totals, critical_ptr, rows_ptr, count_ptr, marks, queue, newest_ptr, memory, length, recent, low, last,
-          0x7FFFFFFF, -1, C, listed, host_rows, T, WIDTH)  # fmt: skip
-    if marginal_ptr is not None:
-        middling = tl.load(sizes_ptr + length * 3 + 2)
-        under, final = _cut(totals, length, recent, most + middling, LINES, WIDTH, WHOLE)
+        memory += row * S
+    mine = tl.sum(tl.where((head == g)[:, None], counts, 0), 0)
+    own = _own(share, g, HEADS)
+    length = tl.where(g < G, length, 0)  # no token is wanted without a head
+    low, last = _cut(totals, length, recent, own, mine, LEVELS, SHIFT, BASE, LINES, WIDTH, WHOLE)
+    places = tl.where(head < G, share + T - 1, 0)
+    new = tl.sum(tl.where(head < g, places, 0), 0)
+    places = tl.where(g < G, own + T - 1, N - new)
+    notes = note_ptr + b * (G + 1) * 6
+    _sift(
+        totals, slot_ptr + b * N, token_ptr + b * N, begin_ptr + b * (G + 2), next_ptr + 2 * b * N, spare_ptr + b * N,
+        notes, count_ptr, marks, memory, length, recent, low, last, 0x7FFFFFFF, -1, new, places, N, G, WIDTH,
+    )  # fmt: skip
+    if m_slot_ptr is not None:
+        both = _shares(counts, most + middling, G, LEVELS, SHARED)
+        all_own = _own(both, g, HEADS)
+        under, final = _cut(totals, length, recent, all_own, mine, LEVELS, SHIFT, BASE, LINES, WIDTH, WHOLE)
+        new = tl.sum(tl.where(head < g, both - share, 0), 0)
+        places = tl.where(g < G, all_own - own, M - new)
+        lists = tl.num_programs(0).to(tl.int64)  # those of the critical tier come first
         tl.debug_barrier()
-        _fill(totals, marginal_ptr, rows_ptr + 2 * listed, count_ptr + 1, marks, queue, None, None, length, recent,
-              under, final, low, last, M, listed, host_rows, T, WIDTH)  # fmt: skip
+        _sift(
+            totals, m_slot_ptr + b * M, m_token_ptr + b * M, m_begin_ptr + b * (G + 2),
+            next_ptr + 2 * (lists * N + b * M), spare_ptr + lists * N + b * M, notes + lists * (G + 1) * 6,
+            count_ptr + 1, marks, None, length, recent, under, final, low, last, new, places, M, G, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _deal(
+    slot_ptr, token_ptr, begin_ptr, next_ptr, spare_ptr, note_ptr, rows_ptr, newest_ptr, listed, host_rows, N,
+    T: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of one pool the list of one KV head, or of the free places, as `_sift` has noted it: the n-th token that comes,
+    whatever the head, takes the n-th slot that was freed."""
+    b, g, note = tl.program_id(0).to(tl.int64), tl.program_id(1), note_ptr + tl.program_id(1) * 6
+    new, staying, coming, first = tl.load(note + 2), tl.load(note + 3), tl.load(note + 4), tl.load(note + 5)
+    end, before = N, 0  # tokens that come before those of this head
+    for head in tl.static_range(G):
+        after = tl.load(note_ptr + head * 6 + 8)  # where the next one begins
+        end = tl.where(head == g, after, end)
+        theirs = after - tl.load(note_ptr + head * 6 + 2) - tl.load(note_ptr + head * 6 + 3)
+        before += tl.where(head < g, theirs, 0)
+    for at in range(new, end, WIDTH):
+        place = at + tl.arange(0, WIDTH)
+        nth, source, passed = place - new - staying, place, 0
+        for head in tl.static_range(G + 1):
+            freed = before + nth - passed
+            source = tl.where(freed >= 0, tl.load(note_ptr + head * 6) + freed, source)
+            passed += tl.load(note_ptr + head * 6 + 1)
+        inside, comes = place < end, (place < end) & (nth >= 0)
+        token = tl.load(next_ptr + N + place, mask=inside, other=-1)
+        slot = tl.load(next_ptr + place, mask=inside & (nth < 0), other=0)
+        slot += tl.load(spare_ptr + source, mask=comes, other=0)
+        tl.store(slot_ptr + place, slot, mask=inside)
+        tl.store(token_ptr + place, token, mask=inside)
+        brought = comes & (nth < coming)
+        tl.store(rows_ptr + first + nth, (b * G + g) * host_rows + token, mask=brought)
+        tl.store(rows_ptr + listed + first + nth, b * N + slot, mask=brought)
+        if newest_ptr is not None:
+            fresh = comes & (nth >= coming) & (token >= 0)
+            tl.store(newest_ptr + (b * G + g) * T + nth - coming, slot, mask=fresh)
+    tl.store(begin_ptr + g, new)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def _deal_kernel(
+    levels_ptr, slot_ptr, token_ptr, begin_ptr, m_slot_ptr, m_token_ptr, m_begin_ptr, next_ptr, spare_ptr, note_ptr,
+    rows_ptr, newest_ptr, listed, host_rows, N, M,
+    T: tl.constexpr, G: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    b, g, lists = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0).to(tl.int64)
+    if g < G:
+        tl.store(levels_ptr + (b * G + g) * LEVELS + tl.arange(0, LEVELS), tl.zeros([LEVELS], tl.int32))
+    notes = note_ptr + b * (G + 1) * 6
+    _deal(
+        slot_ptr + b * N, token_ptr + b * N, begin_ptr + b * (G + 2), next_ptr + 2 * b * N, spare_ptr + b * N, notes,
+        rows_ptr, newest_ptr, listed, host_rows, N, T, G, WIDTH,
+    )  # fmt: skip
+    if m_slot_ptr is not None:
+        _deal(
+            m_slot_ptr + b * M, m_token_ptr + b * M, m_begin_ptr + b * (G + 2), next_ptr + 2 * (lists * N + b * M),
+            spare_ptr + lists * N + b * M, notes + lists * (G + 1) * 6, rows_ptr + 2 * listed, None, listed, host_rows,
+            M, T, G, WIDTH,
+        )  # fmt: skip
 
 
 def plan_tiers_triton(
-    total: Tensor, length: Tensor, sizes: Tensor, critical: Tensor, marginal: Tensor | None, memory: Tensor | None,
-    newest: Tensor, rows: Tensor, count: Tensor, mark: Tensor, host_rows: int,
+    total: Tensor, length: Tensor, sizes: Tensor, shared: bool, critical: Slots, marginal: Slots | None,
+    memory: Tensor | None, newest: Tensor, rows: Tensor, count: Tensor, mark: Tensor, levels: Tensor, host_rows: int,
 ) -> None:  # fmt: skip
-    (B, G, S), C, M = total.shape, critical.shape[2], 0 if marginal is None else marginal.shape[2]
-    tables = total, sizes, critical, marginal, memory, newest, rows, count, mark
+    (B, G, S), N, M = total.shape, critical.token.shape[1], 0 if marginal is None else marginal.token.shape[1]
+    lists = *critical, *(marginal or (None,) * 3)
+    tables = total, sizes, memory, newest, rows, count, mark, levels, *lists
     assert all(table.is_contiguous() for table in tables if table is not None)
-    queue = torch.empty(B * G * max(C, M), device=total.device, dtype=torch.int32)
+    int32 = {"device": total.device, "dtype": torch.int32}
+    scratch = [torch.empty(n, **int32) for n in (2 * B * (N + M), B * (N + M), 2 * B * (G + 1) * 6)]
     warps = min(32, max(4, triton.next_power_of_2(S) // 512))
     width = 4 * 32 * warps  # four tokens a thread
     lines = max(1, min(ROW // width, triton.next_power_of_2(triton.cdiv(S, width))))
-    _plan_kernel[(B * G,)](
-        total, length, sizes, critical, marginal, memory, newest, rows, count, mark, queue, S, C, M, host_rows,
-        G=G, T=newest.shape[2], LINES=lines, WIDTH=width, WHOLE=lines * width >= S, num_warps=warps,
+    numbers = {"LEVELS": LEVELS, "SHIFT": LEVEL_BITS, "BASE": LEVEL_BASE}
+    _levels_kernel[(B * G, triton.cdiv(S, COUNTED))](
+        total, length, sizes, levels, S, G, COUNTED, **numbers, num_warps=4
+    )  # fmt: skip
+    _plan_kernel[(B, G + 1)](
+        total, length, sizes, levels, *lists, memory, *scratch, count, mark, S, N, M, G=G, T=newest.shape[2],
+        SHARED=shared, HEADS=triton.next_power_of_2(G + 1), **numbers, LINES=lines, WIDTH=width,
+        WHOLE=lines * width >= S, num_warps=warps,
+    )  # fmt: skip
+    _deal_kernel[(B, G + 1)](
+        levels, *lists, *scratch, rows, newest, rows.shape[2], host_rows, N, M, T=newest.shape[2], G=G, LEVELS=LEVELS,
+        WIDTH=1024, num_warps=8,
     )  # fmt: skip
 
 
 def plan_tiers(
-    total: Tensor, length: Tensor, sizes: Tensor, critical: Tensor, marginal: Tensor | None, memory: Tensor | None,
-    newest: Tensor, rows: Tensor, count: Tensor, mark: Tensor, host_rows: int,
+    total: Tensor, length: Tensor, sizes: Tensor, shared: bool, critical: Slots, marginal: Slots | None,
+    memory: Tensor | None, newest: Tensor, rows: Tensor, count: Tensor, mark: Tensor, levels: Tensor, host_rows: int,
 ) -> None:  # fmt: skip
     function = plan_tiers_triton if use_triton(total) else plan_tiers_torch
-    function(total, length, sizes, critical, marginal, memory, newest, rows, count, mark, host_rows)
-
-
-# ---- Movement --------------------------------------------------------------------------------------------------------
-
-
-def bring_rows_torch(key: Tensor | None, value: Tensor, offloaded: Tensor, rows: Tensor, count: Tensor) -> None:
-    """Rows of one layer out of the offloaded tier (B, G, S', 2, D) into slots (B, G, C, D): K and V of the critical, or
-    V alone (key None) of the marginal. rows (2, n), count () int32: of `plan_tiers`. The bytes arrive as they left."""
-    listed = torch.arange(rows.shape[1], device=rows.device)
-    source, target = rows[:, listed.where(listed < count, 0)].long()  # beyond the count the first row once more
-    D = value.shape[-1]
-    for kind, pool in enumerate((key, value)):
-        if pool is not None:
-            flat, come = pool.view(-1, D), offloaded.view(-1, D).index_select(0, 2 * source + kind)
-            flat.index_copy_(0, target, come.where(count > 0, flat.index_select(0, target)))
-
-
-@triton.jit
-def _bring_kernel(
-    key_ptr, value_ptr, offloaded_ptr, rows_ptr, count_ptr, listed, D: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """The programs share the list out evenly. The host's memory is read by the kernel itself, over PCIe."""
-    count, dim = tl.load(count_ptr), tl.arange(0, D)
-    for at in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
-        nth = at + tl.arange(0, ROWS)
-        inside = (nth < count)[:, None]
-        source = tl.load(rows_ptr + nth, mask=nth < count, other=0).to(tl.int64)[:, None] * 2 * D
-        target = tl.load(rows_ptr + listed + nth, mask=nth < count, other=0).to(tl.int64)[:, None] * D
-        value = tl.load(offloaded_ptr + source + D + dim, mask=inside)
-        if key_ptr is not None:
-            tl.store(key_ptr + target + dim, tl.load(offloaded_ptr + source + dim, mask=inside), mask=inside)
-        tl.store(value_ptr + target + dim, value, mask=inside)
-
-
-def bring_rows_triton(key: Tensor | None, value: Tensor, offloaded: Tensor, rows: Tensor, count: Tensor) -> None:
-    assert all(x.is_contiguous() for x in (key, value, offloaded, rows) if x is not None)
-    D = value.shape[-1]
-    at_once = BRING_BYTES // (D * value.itemsize * (1 if key is None else 2))
-    _bring_kernel[(MOVERS + (value.nbytes > LARGE),)](
-        key, value, offloaded, rows, count, rows.shape[1], D=D, ROWS=at_once, num_warps=32, num_stages=1
-    )
-
-
-def bring_rows(key: Tensor | None, value: Tensor, offloaded: Tensor, rows: Tensor, count: Tensor) -> None:
-    (bring_rows_triton if use_triton(value) else bring_rows_torch)(key, value, offloaded, rows, count)
-
-
-def store_rows_torch(key: Tensor, value: Tensor, offloaded: Tensor, newest: Tensor, start: Tensor) -> None:
-    """K and V of the T newest tokens of one layer, in slots newest (B, G, T) of key, value (B, G, C, D), into the
-    offloaded tier (B, G, S', 2, D): token t of sequence b to position start[b] + t, start (B,) int32; below 0:
-    nothing."""
-    slot = newest.long()[..., None].expand(*newest.shape, key.shape[3])
-    both = torch.stack([pool.gather(2, slot) for pool in (key, value)], 3)  # (B, G, T, 2, D)
-    position = (start[:, None] + torch.arange(newest.shape[2], device=start.device)).clamp(min=0).long()
-    position = position[:, None, :, None, None].expand(both.shape)
-    offloaded.scatter_(2, position, both.where(start[:, None, None, None, None] >= 0, offloaded.gather(2, position)))
-
-
-@triton.jit
-def _store_kernel(
-    key_ptr, value_ptr, offloaded_ptr, newest_ptr, start_ptr, slots, host_rows,
-    G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """One token of one KV head."""
-    pair, t, dim = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T, tl.arange(0, D)
-    start = tl.load(start_ptr + pair // G)
-    if start >= 0:
-        source = (pair * slots + tl.load(newest_ptr + pair * T + t)) * D + dim
-        target = offloaded_ptr + (pair * host_rows + start + t) * 2 * D + dim
-        tl.store(target, tl.load(key_ptr + source))
-        tl.store(target + D, tl.load(value_ptr + source))
-
-
-def store_rows_triton(key: Tensor, value: Tensor, offloaded: Tensor, newest: Tensor, start: Tensor) -> None:
-    assert all(x.is_contiguous() for x in (key, value, offloaded, newest))
-    _store_kernel[(newest.numel(),)](
-        key, value, offloaded, newest, start, key.shape[2], offloaded.shape[2],
-        G=newest.shape[1], T=newest.shape[2], D=key.shape[3], num_warps=1,
-    )  # fmt: skip
-
-
-def store_rows(key: Tensor, value: Tensor, offloaded: Tensor, newest: Tensor, start: Tensor) -> None:
-    (store_rows_triton if use_triton(key) else store_rows_torch)(key, value, offloaded, newest, start)
+    function(total, length, sizes, shared, critical, marginal, memory, newest, rows, count, mark, levels, host_rows)

@@ -3,7 +3,7 @@
     python generate.py --trace page.html [--compare] [--marginal]
 
 Where it sits: behind a session (decode.py), in front of generate.py. When a step is over `Trace.add` reads the cache's
-tables of positions by slot; a step knows nothing of it. `Trace.record` makes plain JSON types of that, which `--json`
+lists of slots; a step knows nothing of it. `Trace.record` makes plain JSON types of that, which `--json`
 carries; `page` puts them into tracing.html, whose script shows them.
 
 The record is of n steps; in step i the sequence has prompt + i + 1 tokens:
@@ -31,9 +31,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cache import SlotCache, TieredCache
+from cache import TieredCache
 from decode import Policy, Session
+from evicting import SlotCache
 from model import Span
+from ops import Slots
 from smallkv import SmallKV
 from text import Text
 
@@ -59,17 +61,18 @@ class Traced(SmallKV):
 
 
 def tiers(cache: TieredCache | SlotCache, count: int) -> Tensor:
-    """The tiers of the first `count` tokens of sequence 0, by the tables of positions: (L, G, count) uint8."""
-    if isinstance(cache, SlotCache):
-        tables = {CRITICAL: cache.position}
-    else:
-        tables = {CRITICAL: cache.critical_position, MARGINAL: cache.marginal_position}
-    found = torch.zeros(cache.config.layers, cache.config.kv_heads, count + 1, dtype=torch.uint8)
-    for tier, table in tables.items():
-        for layer, position in enumerate(() if table is None else table):
-            token = position[0].cpu().long()  # (G, slots); free ones go into one column more
-            found[layer].scatter_(-1, token.where(token >= 0, count), tier)
-    return found[..., :count]
+    """The tiers of sequence 0's tokens, all of which are before `count`: (L, G, count) uint8."""
+    G = cache.config.kv_heads
+    found = torch.zeros(cache.config.layers, G * count + 1, dtype=torch.uint8)  # free slots have the last column
+    for layer, row in enumerate(found):
+        if isinstance(cache, SlotCache):
+            tables = {CRITICAL: Slots.of(cache.position[layer])}
+        else:
+            tables = dict(zip((CRITICAL, MARGINAL), cache.slots_of(layer)))
+        for tier, slots in tables.items():
+            if slots is not None:
+                row.scatter_(0, slots.cells(count)[0].cpu(), tier)
+    return found[:, :-1].view(-1, G, count)
 
 
 class Trace:

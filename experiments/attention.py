@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cache import kept_tokens
 from checkpoint import DTYPES
 from command import (
     Parser,
@@ -40,6 +39,7 @@ from command import (
 )
 from decode import Policy, generate
 from evaluate import describe
+from evicting import kept_tokens
 from experiments.curve import pyplot
 from generate import PAIR, Pair, load_pair
 from match import MATCHERS, SINKS, WINDOW_MAX, WINDOW_MIN, head_scores, match_heads, score_similarity

@@ -3,6 +3,7 @@
 Where it sits: pytest loads it before any test, so before the modules that define Triton kernels.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -106,6 +107,19 @@ def randn(*shape, seed=0, dtype=FP32, device=HERE) -> torch.Tensor:
 
 def randint(low, high, shape, seed=0, device=HERE) -> torch.Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(device, torch.int32)
+
+
+def listed(tokens, spare, device=HERE, seed=3):
+    """A list of slots in a random order: tokens[b][g], the tokens of each KV head; `spare` places are free, or more."""
+    B, G, generator = len(tokens), len(tokens[0]), torch.Generator().manual_seed(seed)
+    N = max(sum(map(len, own)) for own in tokens) + spare
+    slot = torch.stack([torch.randperm(N, generator=generator) for _ in range(B)]).int()
+    token, begin = torch.full((B, N), -1, dtype=torch.int32), torch.full((B, G + 2), N, dtype=torch.int32)
+    for b, own in enumerate(tokens):
+        held = [token for head in own for token in head]
+        token[b, : len(held)] = torch.tensor(held, dtype=torch.int32)
+        begin[b, :-1] = torch.tensor([0, *itertools.accumulate(map(len, own))])
+    return ops.Slots(*(table.to(device) for table in (slot, token, begin)))
 
 
 def close(actual, expected, bound=1e-5):

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines import answer_shares, solve_pyramid
-from cache import CutCache
 from conftest import close
+from evicting import CutCache
 from match import WINDOW_MAX, WINDOW_MIN, match_heads
 
 Head = tuple[int, int]  # layer and KV head
@@ -260,6 +260,23 @@ NAIVE = {
 # ---- SmallKV ---------------------------------------------------------------------------------------------------------
 
 
+def level(score: float) -> int:
+    """Scores of one level are alike between heads: eighths of an octave from 2 ** -27 on, and what is below."""
+    if score < 2.0**-27:
+        return 0
+    fraction, exponent = math.frexp(min(score, 2.0**4 * 1.625))
+    return 8 * (exponent + 26) + int(16 * fraction) - 8
+
+
+def shares(levels: list[list[float]], most: int, shared: bool) -> list[int]:
+    """Critical tokens of the KV heads of a layer, of which `levels` says the level of every token: `most` each; or, of
+    as many together, those of the highest levels, of the last level those of the first heads."""
+    if not shared:
+        return [min(most, len(own)) for own in levels]
+    best = sorted(((-x, g) for g, own in enumerate(levels) for x in own))[: most * len(levels)]
+    return [sum(g == own for _, own in best) for g in range(len(levels))]
+
+
 class NaiveSmallKV:
     """One sequence under SmallKV, with or without drafts, by masks over caches that keep everything.
 
@@ -348,12 +365,18 @@ class NaiveSmallKV:
 
     def _plan(self, rank: Tensor, size, n: int) -> list[int]:
         """The newest token, the recent ones, then by score, then by position: cut in three. Rows that come, by tier."""
-        came = [0, 0]
+        came, ranked, counts = [0, 0], {}, {}
         for layer, g in self.llm.heads:
             score = rank[layer, g].tolist()
-            ranked = [j for j in range(n) if score[j] >= 0 or j >= n - size.recent]
-            ranked.sort(key=lambda j: (j != n - 1, j < n - size.recent, 0 if j >= n - size.recent else -score[j], j))
-            cuts = ranked[: size.critical], ranked[size.critical : size.critical + size.marginal]
+            order = [j for j in range(n) if score[j] >= 0 or j >= n - size.recent]
+            order.sort(key=lambda j: (j != n - 1, j < n - size.recent, 0 if j >= n - size.recent else -score[j], j))
+            ranked[layer, g] = order
+            levels = [level(score[j]) if j < n - size.recent else math.inf for j in order]
+            counts.setdefault(layer, []).append(levels)
+        for (layer, g), order in ranked.items():
+            ends = [shares(counts[layer], most, not self.settings.uniform)[g]
+                    for most in (size.critical, size.critical + size.marginal)]  # fmt: skip
+            cuts = order[: ends[0]], order[ends[0] : ends[1]]
             for tier, (table, wanted) in enumerate(zip((self.critical, self.marginal), map(set, cuts))):
                 came[tier] += len(wanted - table[layer, g] - {n - 1})
                 table[layer, g] = wanted
@@ -387,14 +410,14 @@ def check_caches(session, b: int, loop: NaiveSmallKV, begun: int, tiers: bool = 
     made = [torch.stack(rows) for rows in (loop.llm.key, loop.llm.value)]  # (L, G, n, D)
     for kind, rows in enumerate(made):
         close(cache.offloaded[:, b, :, :begun, kind], rows[:, :, :begun], 1e-4)
-    critical, marginal = (cache.critical_position, loop.critical), (cache.marginal_position, loop.marginal)
+    critical, marginal = (cache.critical_slots, loop.critical), (cache.marginal_slots, loop.marginal)
     pools = [(cache.key, *critical, 0), (cache.value, *critical, 1)]
     pools += [(cache.marginal, *marginal, 1)] if cache.marginal is not None else []
     for tier, held in (("critical", loop.critical), ("marginal", loop.marginal)):
         mean = sum(map(len, held.values())) / len(held)
         assert not tiers or math.isclose(cache.tokens(b)[tier], mean, rel_tol=1e-6)
     for (layer, g), (pool, table, held, kind) in itertools.product(loop.llm.heads if tiers else (), pools):
-        tokens, rows = in_slots(table[layer, b, g], held[layer, g], pool[layer, b, g])
+        tokens, rows = in_places(table.layer(layer), b, g, held[layer, g], pool[layer, b])
         close(rows, made[kind][layer, g, tokens], 1e-4)
         old = tokens < begun  # what came back is the same to the bit
         assert torch.equal(rows[old], cache.offloaded[layer, b, g, :, kind].cpu()[tokens[old]])
@@ -411,6 +434,15 @@ def check_caches(session, b: int, loop: NaiveSmallKV, begun: int, tiers: bool = 
     if slm.score is not None:
         close(slm.score[:, b, :, :n], loop.score, 1e-4)
         assert not slm.score[:, b, :, n:].any()
+
+
+def in_places(slots, b: int, g: int, held, pool: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of one KV head, which must be those held, and their rows of a pool (N, D); a slot has one place."""
+    slot, token, begin = (table[b].cpu().long() for table in slots)
+    assert slot.sort().values.tolist() == list(range(len(slot)))
+    assert begin[0] == 0 and begin[-1] == len(slot) and (token[begin[-2] :] == -1).all()
+    own = slice(begin[g], begin[g + 1])
+    return in_slots(token[own], held, pool.cpu()[slot[own]])
 
 
 def in_slots(position: Tensor, held, *pools: Tensor) -> tuple[Tensor, ...]:

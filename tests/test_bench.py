@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 from baselines import BASELINES
 from bench import Setting, make_policy, make_session, random_decoder, table
-from cache import CutCache, FullCache, ScoredCache
+from cache import FullCache, ScoredCache
+from evicting import CutCache
 from experiments.overhead import MODELS, parameters
 from floors import early, prefill_flops, product_bytes, products, step_bytes
 from match import match_heads

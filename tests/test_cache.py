@@ -30,7 +30,7 @@ def test_a_ledger_is_what_is_allocated(name, dtype, device):
         assert set(predicted) == set(policy.caches) and ("SLM" in predicted) == (len(policy.models) == 2)
         for model, cache in policy.caches.items():
             assert cache.ledger() == predicted[model]
-            tensors = {what: [x for x in (value if isinstance(value, list) else [value]) if torch.is_tensor(x)]
+            tensors = {what: [x for x in (value if isinstance(value, (list, tuple)) else [value]) if torch.is_tensor(x)]
                        for what, value in vars(cache).items()}  # fmt: skip
             counts = sum(x.nbytes for what in ("moved", "kept") for x in tensors.pop(what, ()))  # by layer or by length
             assert counts <= 8 * (session.capacity + 2)

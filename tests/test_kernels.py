@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from conftest import FP32, HALF, HERE, close, randn
+from conftest import FP32, HALF, HERE, close, listed, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # where m is 1, in the interpreter
 FINE = 1e-4  # logits: exact products of 16-bit numbers, summed in fp32 in another order
@@ -81,61 +81,80 @@ def full_case(lengths, T, group, D, dtype=FP32, device=HERE, spare=5):
 
 
 def slot_case(lengths, held, T, group, D, dtype=FP32, device=HERE, spare=3):
-    """`held` older tokens and the T new ones in slots of a random order; then free slots, and one of a token that is
-    not seen (a refused draft), all NaN."""
-    B, G = len(lengths), 2
-    C, generator = held + T + spare + 1, torch.Generator().manual_seed(3)
-    position, dead = torch.full((B, G, C), -1, dtype=torch.int32), torch.ones(B, G, C, dtype=torch.bool)
-    for (b, n), g in itertools.product(enumerate(lengths), range(G)):
-        older, slots = torch.randperm(n - 1, generator=generator)[:held], torch.randperm(C, generator=generator)
-        tokens = torch.cat((older, torch.arange(n - 1, n + T - 1), torch.tensor([n + T - 1])))
-        position[b, g, slots[: len(tokens)]] = tokens.int()
-        dead[b, g, slots[: len(tokens) - 1]] = False
+    """`held` older tokens and the T new ones in slots of a pool, in the second KV head a third of the older ones; rows
+    of free slots are NaN."""
+    tokens, generator = [], torch.Generator().manual_seed(3)
+    for n in lengths:
+        older = [torch.randperm(n - 1, generator=generator)[:count].tolist() for count in (held, held // 3)]
+        tokens.append([[*own, *range(n - 1, n + T - 1)] for own in older])
+    slots, (B, G) = listed(tokens, spare, device), (len(lengths), 2)
+    N = slots.token.shape[1]
+    dead = torch.ones(B, N, dtype=torch.bool, device=device).scatter_(1, slots.slot.long(), slots.token < 0)
     length = torch.tensor(lengths, dtype=torch.int32, device=device)
     query = 2 * randn(B, T, G * group, D, dtype=dtype, device=device)
-    pools = (randn(B, G, C, D, seed=seed, dtype=dtype, device=device) for seed in (1, 2))
-    key, value = (pool.masked_fill(dead.to(device)[..., None], torch.nan) for pool in pools)
-    return [query, key, value, length, position.to(device)]
+    pools = (randn(B, N, D, seed=seed, dtype=dtype, device=device) for seed in (1, 2))
+    return [query, *(pool.masked_fill(dead[..., None], torch.nan) for pool in pools), length, slots]
 
 
 def lent_case(query, M, device=HERE):
-    """Borrowed weights (B, T, H, M) with free slots, whose V is NaN; heads that borrow all, half and nothing."""
+    """Borrowed weights (B, T, H/G, 2 M) for M tokens of the first KV head and M // 2 of the second; free slots' V is
+    NaN; heads that borrow all, half and nothing."""
     (B, T, H, D), generator = query.shape, torch.Generator().manual_seed(5)
-    taken = torch.rand(B, 2, M, generator=generator) < 0.7
-    taken[..., 0] = True
-    weight = torch.rand(B, T, H, M, generator=generator) * taken.repeat_interleave(H // 2, 1)[:, None]
-    weight = 0.5 * weight / weight.sum(-1, keepdim=True)
-    weight[:, :, 0] = 0
-    weight[:, -1, -1] = torch.eye(M)[0]  # m is 1 to the bit
-    marginal = randn(B, 2, M, D, seed=6).masked_fill(~taken.to(HERE)[..., None], torch.nan)
-    return [weight.to(device), marginal.to(device, query.dtype)]
+    slots = listed([[list(range(M)), list(range(M // 2))] for _ in range(B)], M - M // 2, device, seed=6)
+    weight = torch.rand(B, T, H // 2, 2 * M, generator=generator)
+    for head in (slice(0, M), slice(M, M + M // 2)):
+        weight[..., head] *= 0.5 / weight[..., head].sum(-1, keepdim=True)
+    weight[..., M + M // 2 :] = 0
+    weight[:, :, 0, :M] = 0  # query head 0
+    weight[:, -1, -1, :M] = torch.eye(M)[0]  # m is 1 to the bit
+    free = torch.ones(B, 2 * M, dtype=torch.bool, device=device).scatter_(1, slots.slot.long(), slots.token < 0)
+    marginal = randn(B, 2 * M, D, seed=6, device=device).masked_fill(free[..., None], torch.nan)
+    return [weight.to(device), marginal.to(query.dtype), slots]
 
 
-def naive_decode(query, key, value, length, position=None, weight=None, marginal=None):
-    """Output, and the weight of every slot in it (B, T, H, C), by Eq. 6: one query head of one token at a time."""
-    (B, T, H, D), (G, C) = query.shape, key.shape[1:3]
-    out, share = query.new_zeros(B, T, H, D, dtype=torch.float64), query.new_zeros(B, T, H, C, dtype=torch.float64)
+def naive_decode(query, key, value, length, slots=None, weight=None, marginal=None, lent=None):
+    """Output, and the weight of every token in it, by Eq. 6: one query head of one token at a time. The weights like
+    the logits: (B, T, H, S) by token, or (B, T, H/G, N) by place."""
+    (B, T, H, D), G = query.shape, 2
+    shape = (B, T, H, key.shape[2]) if slots is None else (B, T, H // G, key.shape[1])
+    out, share = query.new_zeros(B, T, H, D, dtype=torch.float64), query.new_zeros(shape, dtype=torch.float64)
     for b, t, h in itertools.product(range(B), range(T), range(H)):
-        g, end = h * G // H, length[b] + t
-        token = torch.arange(C, device=key.device) if position is None else position[b, g]
-        seen = ((token >= 0) & (token < end)).nonzero()[:, 0]
-        softmax = (key[b, g, seen].double() @ query[b, t, h].double() / D**0.5).softmax(0)
-        lent = torch.zeros(0, device=key.device) if weight is None else weight[b, t, h].double()
-        share[b, t, h, seen] = (1 - lent.sum()) * softmax
-        out[b, t, h] = share[b, t, h, seen] @ value[b, g, seen].double()
-        for j in lent.nonzero()[:, 0]:
-            out[b, t, h] += lent[j] * marginal[b, g, j].double()
+        (g, i), end = divmod(h, H // G), length[b] + t
+        if slots is None:
+            rows, places, line = (key[b, g], value[b, g]), torch.arange(int(end)), share[b, t, h]
+            at = places
+        else:
+            places = torch.arange(*slots.begin[b, g : g + 2].tolist())
+            token = slots.token[b].cpu()[places]
+            places = places[(token >= 0) & (token < end.cpu())]
+            rows, at, line = (key[b], value[b]), slots.slot[b].cpu()[places].long(), share[b, t, i]
+        softmax = (rows[0][at].double() @ query[b, t, h].double() / D**0.5).softmax(0)
+        borrowed = [] if weight is None else range(*lent.begin[b, g : g + 2].tolist())
+        mass = sum(weight[b, t, i, place].double() for place in borrowed)
+        line[places] = (1 - mass) * softmax
+        out[b, t, h] = line[places] @ rows[1][at].double()
+        for place in borrowed:
+            out[b, t, h] += weight[b, t, i, place].double() * marginal[b, lent.slot[b, place]].double()
     return out, share
 
 
 def attend(function, case, lent, with_logits=True):
     """Output, lse, logits; the table of logits was 7 everywhere, and with it a table of lse is given."""
-    query, key, value, length, *position = case
-    logits = torch.full((*query.shape[:3], key.shape[2]), 7.0, device=key.device) if with_logits else None
+    query, key, value, length, *slots = case
+    (B, T, H, _), slots = query.shape, slots[0] if slots else None
+    shape = (B, T, H, key.shape[2]) if slots is None else (B, T, H // 2, key.shape[1])
+    logits = torch.full(shape, 7.0, device=key.device) if with_logits else None
     table = torch.empty(query.shape[:3], device=key.device) if with_logits else None
-    out, lse = function(query, key, value, length, position[0] if position else None, logits, table, *lent)
+    out, lse = function(query, key, value, length, slots, logits, table, *lent)
     assert table is None or lse is table
     return out, lse, logits
+
+
+def by_query_head(lse, slots):
+    """lse (B, T, H) -> like the logits of places, (B, T, H/G, N)."""
+    head = slots.heads().clamp(max=1)[:, None, None]
+    lse = lse.unflatten(2, (2, -1)).transpose(2, 3)  # (B, T, H/G, G)
+    return lse.gather(3, head.expand(*lse.shape[:3], -1))
 
 
 CASES = [  # lengths, older tokens in slots (None: all, slot j has token j), marginal slots, T, group, D, dtype
@@ -159,19 +178,19 @@ def test_decode_attention_equals_a_naive_loop(numbers, device):
     expected, share = naive_decode(*case[:4], *(case[4:] or [None]), *lent)
     out, lse, logits = attend(kernels.decode_attention_torch, case, lent)
     close(out, expected)
-    seen = ~logits.eq(7)
-    close(torch.exp2(logits - lse[..., None]).where(seen, 0), share)
-    if len(case) == 4:
-        last = case[3][:, None] + numbers[3] - 1  # nothing is written from here on
-        assert torch.equal(seen, (torch.arange(seen.shape[-1], device=device) < last)[:, None, None].expand(seen.shape))
-    assert seen.all() or len(case) == 4
+    written = ~logits.eq(7)
+    whole = lse[..., None] if len(case) == 4 else by_query_head(lse, case[4])
+    close(torch.exp2(logits - whole).where(written, 0), share)
+    place = torch.arange(written.shape[-1], device=device)
+    last = case[3][:, None] + numbers[3] - 1 if len(case) == 4 else case[4].begin[:, 2:3]  # nothing from here on
+    assert torch.equal(written, (place < last)[:, None, None].expand(written.shape))
     close(attend(kernels.decode_attention_torch, case, lent, False)[0], out)
 
 
 @pytest.mark.parametrize("numbers", CASES)
 def test_decode_attention_equals_its_twin(numbers):
     case, lent = make_case(*numbers)
-    wide = [x.float() if x.is_floating_point() else x for x in case], [x.float() for x in lent]
+    wide = [[x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in part] for part in (case, lent)]
     expected, found = attend(kernels.decode_attention_torch, *wide), attend(kernels.decode_attention_triton, case, lent)
     close(found[0], expected[0], numbers[-1])
     for ours, twins in zip(found[1:], expected[1:]):
@@ -182,11 +201,14 @@ def test_decode_attention_equals_its_twin(numbers):
 
 @pytest.mark.parametrize("T, group", [(1, 3), (5, 14)])
 def test_many_splits_are_merged(T, group, monkeypatch):
-    """Splits of two blocks, most of them beyond the length; and a marginal tier shorter than the number of splits."""
+    """Splits of two blocks: most of them beyond the length; a head with nearly all slots, whose splits are merged in
+    several turns; and a marginal tier shorter than the number of splits."""
     monkeypatch.setattr(kernels, "PROGRAMS", 1 << 20)
-    case = full_case([300, 3], T, group, 64, spare=500)
-    lent = lent_case(case[0], 70)
-    for borrowed in ([], lent):
+    full, slots = full_case([300, 3], T, group, 64, spare=500), slot_case([900, 890], 850, T, group, 64)
+    lopsided = listed([[list(range(880)), list(range(n - 1, n + T - 1))] for n in (900, 890)], 300)
+    pools = [randn(2, lopsided.token.shape[1], 64, seed=seed) for seed in (1, 2)]
+    uneven = [slots[0], *pools, slots[3], lopsided]
+    for case, borrowed in ((full, []), (slots, []), (uneven, []), (uneven, lent_case(slots[0], 70))):
         expected, found = (attend(f, case, borrowed) for f in
                            (kernels.decode_attention_torch, kernels.decode_attention_triton))  # fmt: skip
         for ours, twins in zip(found, expected):

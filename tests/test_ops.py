@@ -48,11 +48,11 @@ def test_rope_and_append_equal_their_twin(normed, T, group, D, dtype):
     norms = tuple(1 + randn(D, seed=seed, dtype=dtype) / 4 for seed in (2, 3)) + (1e-6,)
     rope = Rope(1.3 * angle.cos(), 1.3 * angle.sin(), norms if normed else None)
     position = (torch.tensor([0, 17, S - T])[:, None] + torch.arange(T)).int().to(HERE)
-    slot = torch.stack([torch.randperm(11, generator=torch.Generator().manual_seed(i))[:T] for i in range(B * G)])
-    for size, where in ((S, None), (11, slot.view(B, G, T).int().to(HERE))):
+    slot = torch.stack([torch.randperm(22, generator=torch.Generator().manual_seed(i))[: G * T] for i in range(B)])
+    for shape, where in (((B, G, S, D), None), ((B, 22, D), slot.view(B, G, T).int().to(HERE))):
         results = []
         for append in (ops.rope_append_torch, ops.rope_append_triton):
-            pools = [torch.empty(B, G, size, D, device=HERE, dtype=dtype) for _ in "kv"]
+            pools = [torch.empty(shape, device=HERE, dtype=dtype) for _ in "kv"]
             results.append((append(qkv, rope, *pools, position, where), *pools))
         for ours, twins in zip(results[1], results[0]):
             close(ours, twins, dtype)
@@ -60,8 +60,8 @@ def test_rope_and_append_equal_their_twin(normed, T, group, D, dtype):
 
 @pytest.mark.parametrize("module, name", [
     (ops, "add_norm"), (ops, "rope_append"), (ops, "gate"), (kernels, "column_sums"), (kernels, "decode_attention"),
-    (scores, "add_weights"), (scores, "rank_scores"), (scores, "matched_rows"), (tiers, "plan_tiers"),
-    (tiers, "bring_rows"), (tiers, "store_rows"),
+    (scores, "add_weights"), (scores, "add_held"), (scores, "rank_scores"), (scores, "matched_rows"),
+    (tiers, "plan_tiers"), (ops, "bring_rows"), (ops, "store_rows"),
 ])  # fmt: skip
 def test_both_versions_are_given_what_was_given(module, name, monkeypatch):
     ran, function = [], getattr(module, name)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bench import PAIRS
-from cache import CutCache, ScoredCache
+from cache import ScoredCache
 from checkpoint import weight_bytes
+from evicting import CutCache
 from experiments import overhead
 from experiments.overhead import MODELS, PAPER_PAIRS
 from floors import SHAPES, step_bytes

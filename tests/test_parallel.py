@@ -27,8 +27,8 @@ from test_checkpoint import WORDS, save_decoder, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = (130, 63, 97, 157)  # two of them meet the matching window, one while it decodes
-SETTINGS = {"default": Settings(), "sampled": Settings(), "paper": Settings.paper(),
-            "three tiers": Settings(marginal=True, budget=0.1)}  # fmt: skip
+SETTINGS = {"default": Settings(uniform=True), "sampled": Settings(uniform=True), "paper": Settings.paper(),
+            "three tiers": Settings(uniform=True, marginal=True, budget=0.1)}  # fmt: skip
 PROMPT = WORDS.strip()
 
 
@@ -180,7 +180,7 @@ def assert_same(one, ranks) -> None:
         size = len(report["ranks"])
         for line, whole, *parts in zip(report["ledger"], alone["ledger"], *report["ranks"], strict=True):
             copies = size if whole["model"] == "SLM" else 1
-            counts = 64 * size * (whole["what"] == "slot tables")  # of each layer, on each rank
+            counts = 192 * size * (whole["what"] == "slot tables")  # of each layer, on each rank
             assert line["bytes"] == pytest.approx(copies * whole["bytes"], abs=counts)
             assert {part["bytes"] for part in parts} == {line["bytes"] // size}
         assert report["full_cache_bytes"] == alone["full_cache_bytes"]
@@ -267,7 +267,7 @@ class Ranks:
 def test_torchrun_prints_the_answer_of_one_process_once(models, tmp_path, capsys):
     """The prompt comes on standard input, which the processes have together."""
     flags = [*models, "--max-new-tokens", "20"]
-    assert command.main([*flags, PROMPT, "--json", str(tmp_path / "one.json")]) == 0
+    assert command.main([*flags, "--uniform", PROMPT, "--json", str(tmp_path / "one.json")]) == 0
     expected = capsys.readouterr().out
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import scores
-from conftest import HERE, randint, versions
+from conftest import HERE, listed, randint, versions
 
 
 def dyadic(*shape, seed, device=HERE):
@@ -24,56 +24,61 @@ def power_rows(*shape, seed, device=HERE):
     return (exponent + lse[..., None]).float(), lse.float()
 
 
-def positions(B, G, slots, tokens, held, device=HERE):
-    """int32 (B, G, slots): `held` of the tokens in slots of a random order, -1 in the others."""
-    generator, table = torch.Generator().manual_seed(4), torch.full((B, G, slots), -1, dtype=torch.int32)
-    for b, g in itertools.product(range(B), range(G)):
-        at = torch.randperm(slots, generator=generator)[:held]
-        table[b, g, at] = torch.randperm(tokens, generator=generator)[:held].int()
-    return table.to(device)
+def places(B, G, slots, tokens, held, device=HERE):
+    """A list of G * slots places: `held` of the tokens in the first KV head, half as many in each after it, among them
+    one place without a token."""
+    generator, own = torch.Generator().manual_seed(4), []
+    for _ in range(B):
+        own.append([[-1, *torch.randperm(tokens, generator=generator)[: held >> g].tolist()] for g in range(G)])
+    return listed(own, G * slots - sum(len(head) for head in own[0]), device)
 
 
-# ---- add_weights ---------------------------------------------------------------------------------------------------
+def head_of(slots, b, place):
+    return sum(place >= end for end in slots.begin[b, 1:-1].tolist())
+
+
+# ---- add_weights, add_held -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("tokens, rows", [(1, 6), (37, 6), (37, 2), (2049, 2)])
+@pytest.mark.parametrize("tokens, rows", [(1, 6), (37, 6), (2049, 2)])
 def test_a_row_goes_into_a_table(tokens, rows, decay, device):
-    """The table's rows are query heads, or KV heads that take the sum of theirs; lengths of all rows, of every third
-    (the layers of a batch), none; 0 leaves a row as it is."""
-    B, H = 6, 6
-    logits, lse = power_rows(B, H, tokens, seed=0, device=device)
+    """Lengths of all rows, and of every third (the layers of a batch); 0 leaves a row as it is."""
+    B = 6
+    logits, lse = power_rows(B, rows, tokens, seed=0, device=device)
     before = dyadic(B, rows, tokens, seed=2, device=device)
-    weight = torch.exp2(logits - lse[..., None]).view(B, rows, -1, tokens).sum(2)
-    for ends in (None, [tokens, 0, tokens // 2], [tokens, 0, 1, tokens // 2, 1, tokens]):
+    weight = torch.exp2(logits - lse[..., None])
+    for ends in ([tokens, 0, tokens // 2], [tokens, 0, 1, tokens // 2, 1, tokens]):
         expected, row = decay * before + weight, logits.clone()
-        for b, end in enumerate(ends * (B // len(ends)) if ends else []):
+        for b, end in enumerate(ends * (B // len(ends))):
             expected[b, :, end:], row[b, :, end:] = before[b, :, end:], torch.nan
-        length = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
+        length = torch.tensor(ends, dtype=torch.int32, device=device)
         for add in versions(scores, "add_weights", device):
             table = before.clone()
             add(table, row, lse, decay, length)
             assert torch.equal(table, expected)
 
 
-@pytest.mark.parametrize("slots, tokens, held, group", [(7, 30, 1, 3), (45, 60, 40, 1), (1030, 1100, 1025, 7)])
-def test_a_row_of_slots_goes_into_a_table_by_position(slots, tokens, held, group, device):
-    """What is in no slot stays as it is, NaN too; so does the table beyond the tokens that there are."""
-    B, G = 2, 2
-    position = positions(B, G, slots, tokens, held, device)
-    logits, lse = power_rows(B, G * group, slots, seed=0, device=device)
+@pytest.mark.parametrize("slots, tokens, held, group, G", [
+    (7, 30, 1, 3, 2), (45, 60, 40, 1, 3), (1030, 1100, 1025, 7, 2), (9, 30, 8, 4, 1),
+])  # fmt: skip
+def test_a_row_of_places_goes_into_a_table_by_token(slots, tokens, held, group, G, device):
+    """The sum over the query heads of the place's KV head; what is in no slot stays as it is, NaN too."""
+    B, listed_slots = 2, places(2, G, slots, tokens, held, device)
+    logits, lse = power_rows(B, group, G * slots, seed=0, device=device)[0], randint(-9, 9, (B, G * group), 1, device)
     before, expected = (dyadic(B, G, tokens + 3, seed=2, device=device) for _ in range(2))
     before[..., tokens:] = expected[..., tokens:] = torch.nan
-    for b, g, slot in itertools.product(range(B), range(G), range(slots)):
-        heads, token = slice(g * group, g * group + group), position[b, g, slot]
+    for b, place in itertools.product(range(B), range(G * slots)):
+        token, g = listed_slots.token[b, place], head_of(listed_slots, b, place)
         if token >= 0:
-            expected[b, g, token] = before[b, g, token] / 2 + torch.exp2(logits[b, heads, slot] - lse[b, heads]).sum()
+            weight = torch.exp2(logits[b, :, place] - lse[b, g * group : (g + 1) * group]).sum()
+            expected[b, g, token] = before[b, g, token] / 2 + weight
         else:
-            logits[b, heads, slot] = torch.nan
-    for add in versions(scores, "add_weights", device):
+            logits[b, :, place] = torch.nan
+    for add in versions(scores, "add_held", device):
         table = before.clone()
-        add(table, logits, lse, 0.5, None, position)
-        assert torch.equal(table.nan_to_num(-7), expected.nan_to_num(-7))
+        add(table, logits, lse.float(), 0.5, listed_slots)
+        torch.testing.assert_close(table, expected, atol=0, rtol=1e-6, equal_nan=True)
 
 
 # ---- rank_scores, matched_rows -------------------------------------------------------------------------------------
@@ -128,15 +133,18 @@ def test_tokens_rank_by_their_matched_heads(T, lengths, group, device):
     (1, (63, 40), 7, 1, 1), (1, (1300, 1100), 3, 1027, 1025), (5, (45, 109), 1, 33, 20), (5, (31, 30), 7, 9, 0),
 ])  # fmt: skip
 def test_marginal_slots_borrow_the_newest_rows(T, lengths, group, slots, held, device):
-    """Of the matched head, at the slot's token; 0 in free slots."""
+    """Of the matched head, at the place's token; 0 where there is none."""
     logits, lse, _, _, index, _ = slm_case(T, lengths, group, device)
-    position = positions(2, 2, slots, min(lengths), held, device)
-    expected = torch.zeros(2, T, 2 * group, slots, device=device)
-    for b, t, h in itertools.product(range(2), range(T), range(2 * group)):
-        layer, head, token = index[b, h] // 3, index[b, h] % 3, position[b, h // group].long()
-        weight = torch.exp2(logits[t, layer, b, head] - lse[t, layer, b, head])
-        expected[b, t, h] = torch.where(token >= 0, weight[token.clamp(min=0)], 0)
+    listed_slots = places(2, 2, slots + 1, min(lengths), held, device)
+    expected = torch.zeros(2, T, group, 2 * slots + 2, device=device)
+    for b, place, i in itertools.product(range(2), range(2 * slots + 2), range(group)):
+        token = listed_slots.token[b, place]
+        if token >= 0:
+            h = head_of(listed_slots, b, place) * group + i
+            at = index[b, h] // 3, b, index[b, h] % 3
+            for t in range(T):
+                expected[b, t, i, place] = torch.exp2(logits[t][at][token] - lse[t][at])
     for borrow in versions(scores, "matched_rows", device):
-        out = torch.empty_like(expected)
-        borrow(logits, lse, index, position, out)
+        out = torch.full_like(expected, torch.nan)
+        borrow(logits, lse, index, listed_slots, out)
         assert torch.equal(out, expected)

@@ -221,7 +221,7 @@ def test_a_stop_token_inside_a_draft_ends_the_answer(name, sampler, device):
         return run(policy, prompts, 30, sampler, stop)
 
     text, session = answer()
-    assert session.counts.tokens_per_round > 1.5  # stop tokens do stand inside drafts
+    assert session.counts.tokens_per_round > 1.3  # stop tokens do stand inside drafts
     for b in range(3):
         stop = {text[b][12]}
         answers, session = answer(stop)

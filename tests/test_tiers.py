@@ -5,70 +5,96 @@ of the free slots a token takes is left open. Scores beyond a length are NaN.
 """
 
 import itertools
+import math
 
 import pytest
 import torch
 
+import ops
 import tiers
-from conftest import BF16, FP32, randint, randn, versions
+from conftest import BF16, FP32, listed, randint, randn, versions
+from naive import level, shares
 
 
-def naive_tiers(scores: list[float], size: tuple[int, int, int]) -> tuple[set[int], set[int]]:
-    """Critical and marginal tokens of one KV head. The newest token ranks first, then the recent ones, then by score;
-    equals by position; a score below 0 is never taken."""
-    n, (critical, recent, marginal) = len(scores), size
+def naive_order(scores: list[float], recent: int) -> list[int]:
+    """Tokens of one KV head, best first: the newest, then the recent ones, then by score; equals by position; a score
+    below 0 is never taken."""
+    n = len(scores)
 
     def rank(token):
         if token == n - 1:
             return -3, 0.0, token
         return (-2, 0.0, token) if token >= n - recent else (-1, -scores[token], token)
 
-    order = sorted((j for j in range(n) if rank(j)[0] < -1 or scores[j] >= 0), key=rank)
-    return set(order[:critical]), set(order[critical : critical + marginal])
+    return sorted((j for j in range(n) if rank(j)[0] < -1 or scores[j] >= 0), key=rank)
+
+
+def naive_tiers(scores: list[list[float]], size: tuple[int, int, int], shared: bool) -> list[tuple[set[int], set[int]]]:
+    """Critical and marginal tokens of each KV head."""
+    critical, recent, marginal = size
+    orders = [naive_order(own, recent) for own in scores]
+    levels = [[level(own[j]) if j < len(own) - recent else math.inf for j in order]
+              for own, order in zip(scores, orders)]  # fmt: skip
+    first, both = (shares(levels, most, shared) for most in (critical, critical + marginal))
+    return [(set(order[:one]), set(order[one:two])) for order, one, two in zip(orders, first, both)]
 
 
 class State:
     """The tables of one layer, 2 KV heads: empty slots and a memory."""
 
-    def __init__(self, plan, device, B, S, C, M, T, remembers):
-        self.plan, self.host_rows, self.T = plan, S + 3, T
+    def __init__(self, plan, device, B, S, C, M, T, remembers, shared):
+        self.plan, self.host_rows, self.T, self.shared = plan, S + 3, T, shared
         table = {"dtype": torch.int32, "device": device}
-        self.critical = torch.full((B, 2, C), -1, **table)
-        self.marginal = torch.full((B, 2, M), -1, **table) if M else None
+        self.critical = listed([[[], []]] * B, 2 * C, device)
+        self.marginal = listed([[[], []]] * B, 2 * M, device, seed=4) if M else None
         self.newest = torch.full((B, 2, T), 7, **table)
         self.memory = randn(B, 2, S, seed=9, device=device) if remembers else None
         self.mark = torch.zeros(B, 2, S, dtype=torch.int8, device=device)
+        self.levels = torch.zeros(B, 2, tiers.LEVELS, **table)
         self.rows, self.count = torch.full((2, 2, 2 * B * max(C, M)), -9, **table), torch.zeros(2, **table)
+
+    def held(self, slots):
+        """Of each sequence and KV head slot -> token."""
+        slot, token, begin = (table.tolist() for table in slots)
+        for b, places in enumerate(begin):
+            assert sorted(slot[b]) == list(range(len(slot[b]))) and set(token[b][places[2] :]) <= {-1}
+            assert places[0] == 0 and places[-1] == len(slot[b])
+        return [[dict(zip(slot[b][i:j], token[b][i:j])) for i, j in itertools.pairwise(places[:-1])]
+                for b, places in enumerate(begin)]  # fmt: skip
 
     def step(self, total, length, sizes):
         """Plan once, and hold every table against the naive plan."""
-        before = [None if x is None else x.clone() for x in (self.critical, self.marginal, self.memory)]
-        kept = total.clone()
+        lists = [self.critical, self.marginal]
+        before = [None if slots is None else self.held(slots) for slots in lists]
+        kept, memory = total.clone(), None if self.memory is None else self.memory.clone()
         self.count.zero_()
-        self.plan(total, length, sizes, self.critical, self.marginal, self.memory, self.newest, self.rows, self.count,
-                  self.mark, self.host_rows)  # fmt: skip
+        self.plan(total, length, sizes, self.shared, *lists, self.memory, self.newest, self.rows, self.count, self.mark,
+                  self.levels, self.host_rows)  # fmt: skip
         assert torch.equal(kept.nan_to_num(-7), total.nan_to_num(-7))
-        listed = [[], []]
-        for (b, n), g in itertools.product(enumerate(length.tolist()), range(2)):
-            wanted = naive_tiers(total[b, g, :n].tolist(), tuple(sizes[n].tolist()))
-            drafts = set(range(n, n + self.T - 1))
-            for tier, (then, table) in enumerate(zip(before, (self.critical, self.marginal))):
-                if table is None:
+        assert not self.mark.any() and not self.levels.any()
+        after = [None if slots is None else self.held(slots) for slots in lists]
+        listed_rows = [[], []]
+        for b, n in enumerate(length.tolist()):
+            wanted = naive_tiers(total[b, :, :n].tolist(), tuple(sizes[n].tolist()), self.shared)
+            for g, tier in itertools.product(range(2), range(2)):
+                if lists[tier] is None:
                     continue
-                then, now = then[b, g].tolist(), table[b, g].tolist()
-                assert sorted(t for t in now if t >= 0) == sorted(wanted[tier] | (set() if tier else drafts))
-                assert all(now[slot] == t for slot, t in enumerate(then) if t in wanted[tier])  # who stays, stays there
-                pair, C = 2 * b + g, len(now)
-                listed[tier] += [(pair * self.host_rows + t, pair * C + slot) for slot, t in enumerate(now)
-                                 if 0 <= t < n - 1 and t != then[slot]]  # fmt: skip
-            where = self.critical[b, g, self.newest[b, g].long()].tolist()
-            assert where == [n - 1, *sorted(drafts)]
-            if self.memory is not None:
-                expected = before[2][b, g].clone()
-                others = torch.tensor(sorted(set(range(n)) - wanted[0]), dtype=torch.long)
-                expected[others] = total[b, g][others]
-                assert torch.equal(self.memory[b, g].nan_to_num(-7), expected.nan_to_num(-7))
-        for tier, expected in enumerate(listed):
+                then, now, drafts = before[tier][b][g], after[tier][b][g], set(range(n, n + self.T - 1))
+                assert sorted(now.values()) == sorted(wanted[g][tier] | (set() if tier else drafts))
+                stay = {slot: t for slot, t in then.items() if t in wanted[g][tier] and t != n - 1}
+                assert stay.items() <= now.items()  # who stays, stays there
+                row, N = (2 * b + g) * self.host_rows, lists[tier].slot.shape[1]
+                listed_rows[tier] += [(row + t, b * N + slot) for slot, t in now.items()
+                                      if t < n - 1 and slot not in stay]  # fmt: skip
+                if tier == 0:
+                    assert [now[slot] for slot in self.newest[b, g].tolist()] == [n - 1, *sorted(drafts)]
+                    assert list(now.values())[-self.T :] == [n - 1, *sorted(drafts)]
+                    if memory is not None:
+                        expected = memory[b, g].clone()
+                        others = torch.tensor(sorted(set(range(n)) - wanted[g][0]), dtype=torch.long)
+                        expected[others] = total[b, g][others]
+                        assert torch.equal(self.memory[b, g].nan_to_num(-7), expected.nan_to_num(-7))
+        for tier, expected in enumerate(listed_rows):
             assert self.count[tier] == len(expected)
             assert sorted(zip(*self.rows[tier, :, : len(expected)].tolist())) == sorted(expected)
 
@@ -85,24 +111,27 @@ def scores_of(kind, B, S, seed):
     return plain[kind]
 
 
-def check_plans(device, lengths, kinds, T, split, remembers=True, grow=(), spare=0):
-    """One step for each kind of scores, by both versions. split: critical, recent and marginal tokens by length. grow:
-    by how many tokens sequences grow after each step (1): the newest, then drafts; the slots of the others are
-    freed."""
+def check_plans(device, lengths, kinds, T, split, remembers=True, grow=(), spare=0, shared=True):
+    """One step for each kind of scores, by both versions, the second KV head's twice as large. split: critical, recent
+    and marginal tokens by length. grow: by how many tokens sequences grow after each step (1): the newest, then drafts;
+    the slots of the others are freed."""
     grow = grow or [1] * len(kinds)
     B, S = len(lengths), max(lengths) + sum(grow) + T
     sizes = torch.tensor([[part(n) for part in split] for n in range(S + 1)], dtype=torch.int32, device=device)
     critical, _, marginal = sizes.amax(0).tolist()
     slots = critical + T - 1 + spare, marginal + spare if marginal else 0
-    states = [State(plan, device, B, S, *slots, T, remembers) for plan in versions(tiers, "plan_tiers", device)]
+    plans = versions(tiers, "plan_tiers", device)
+    states = [State(plan, device, B, S, *slots, T, remembers, shared) for plan in plans]
     length = torch.tensor(lengths, dtype=torch.int32, device=device)
     for step, (kind, more) in enumerate(zip(kinds, grow, strict=True)):
         late = torch.arange(S) >= length.cpu()[:, None, None]
-        total = scores_of(kind, B, S, step).masked_fill(late, torch.nan).to(device)
+        total = scores_of(kind, B, S, step) * torch.tensor([1.0, 2.0])[:, None]
+        total = total.masked_fill(late, torch.nan).to(device)
         length = length + more
         for state in states:
             state.step(total, length - more, sizes)
-            state.critical.masked_fill_(state.critical >= length[:, None, None] - 1, -1)
+            token = state.critical.token
+            token.masked_fill_(token >= length[:, None] - 1, -1)
 
 
 CASES = [  # lengths of the first step, kind of scores, T, marginal tier, memory, steps
@@ -121,7 +150,8 @@ def test_plans_step_by_step(case, row, device, monkeypatch):
     lengths, kind, T, middle, remembers, steps = case
     split = lambda n: max(1, n // 5), lambda n: max(1, n // 20), lambda n: n // 5 if middle else 0
     grow = [1, 2, T, 3][:steps] if T > 1 else ()
-    check_plans(device, lengths, [kind] * steps, T, split, remembers, grow, spare=2)
+    for shared in (True, False):
+        check_plans(device, lengths, [kind] * steps, T, split, remembers, grow, spare=2, shared=shared)
 
 
 @pytest.mark.parametrize("S, T, share", [(tiers.ROW, 5, 0.03), (9000, 1, 0.97), (tiers.ROW + 7000, 1, 0.03)])
@@ -149,37 +179,37 @@ def test_plans_at_the_edges_of_a_budget(lengths, steps, split, device):
 ])  # fmt: skip
 def test_rows_arrive_to_the_bit(D, dtype, count, bytes_at_once, device, monkeypatch):
     """K and V, and V alone; in one turn of a program or in many; slots that nothing comes to keep what they had."""
-    monkeypatch.setattr(tiers, "BRING_BYTES", bytes_at_once)
+    monkeypatch.setattr(ops, "BRING_BYTES", bytes_at_once)
     host = randn(2, 2, 99, 2, D, dtype=dtype, device="cpu")
     target = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     rows = torch.stack((target // 15 * 99 + randint(0, 99, (60,), 2, "cpu"), target)).int()
     rows[:, count:] = 0 if count == 0 else 2**31 - 1  # beyond the count nothing is looked up
-    before = [randn(2, 2, 15, D, seed=seed, dtype=dtype, device="cpu") for seed in (3, 4)]
+    before = [randn(2, 30, D, seed=seed, dtype=dtype, device="cpu") for seed in (3, 4)]
     expected = [pool.clone() for pool in before]
     for source, slot in rows[:, :count].T.tolist():
         for kind, pool in enumerate(expected):
             pool.view(-1, D)[slot] = host[source // 198, source // 99 % 2, source % 99, kind]
     offloaded = host.pin_memory() if device == "cuda" else host
-    listed, how_many = rows.to(device), torch.tensor(count, dtype=torch.int32, device=device)
-    for bring in versions(tiers, "bring_rows", device)[device == "cuda" :]:
+    wanted, how_many = rows.to(device), torch.tensor(count, dtype=torch.int32, device=device)
+    for bring in versions(ops, "bring_rows", device)[device == "cuda" :]:
         for both in (True, False):
             key, value = (pool.to(device, copy=True) for pool in before)
-            bring(key if both else None, value, offloaded, listed, how_many)
+            bring(key if both else None, value, offloaded, wanted, how_many)
             assert torch.equal(value.cpu(), expected[1]) and torch.equal(key.cpu(), (expected if both else before)[0])
 
 
 @pytest.mark.parametrize("T", [1, 5])
 def test_newest_rows_are_stored(T, device):
     """Each to its position, and nothing else; sequences whose first step is to come store nothing."""
-    key, value = (randn(3, 2, 9, 64, seed=seed, dtype=BF16, device=device) for seed in (0, 1))
-    newest = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(s))[:T] for s in range(6)])
+    key, value = (randn(3, 18, 64, seed=seed, dtype=BF16, device=device) for seed in (0, 1))
+    newest = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(s))[: 2 * T] for s in range(3)])
     newest = newest.view(3, 2, T).int().to(device)
     start = torch.tensor([4, -1, 0], dtype=torch.int32, device=device)
-    for store in versions(tiers, "store_rows", device):
+    for store in versions(ops, "store_rows", device):
         offloaded = torch.zeros(3, 2, 11, 2, 64, dtype=BF16, device=device)
         store(key, value, offloaded, newest, start)
         expected = torch.zeros_like(offloaded)
         for b, g, t in itertools.product((0, 2), range(2), range(T)):
             slot, place = newest[b, g, t], int(start[b]) + t
-            expected[b, g, place, 0], expected[b, g, place, 1] = key[b, g, slot], value[b, g, slot]
+            expected[b, g, place, 0], expected[b, g, place, 1] = key[b, slot], value[b, slot]
         assert torch.equal(offloaded, expected)

@@ -1,6 +1,7 @@
 """The record of a trace equals the cache's tables; its page in a real browser, where there is one (chromium)."""
 
 import base64
+import itertools
 import json
 import math
 import os
@@ -57,6 +58,12 @@ def held(table) -> list[list[int]]:
     return [[token for token in head if token >= 0] for head in heads]
 
 
+def in_places(slots) -> list[list[int]]:
+    """By layer and KV head in one, the tokens in the places of sequence 0."""
+    layers = [] if slots is None else zip(slots.token[:, 0].tolist(), slots.begin[:, 0].tolist())
+    return [token[i:j] for token, begin in layers for i, j in itertools.pairwise(begin[:-1])]
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     base, shape = tmp_path_factory.mktemp("pair"), {"max_position_embeddings": 1024}
@@ -74,7 +81,7 @@ def traced(pair, tmp_path, monkeypatch):
         def watched(self, tokens):
             logits, own = step(self, tokens), self.policy.cache
             if isinstance(own, TieredCache):
-                seen.append((held(own.critical_position), held(own.marginal_position)))
+                seen.append((in_places(own.critical_slots), in_places(own.marginal_slots)))
             return logits
 
         names = ["--llm", models[0], "--slm", models[1], "--device", "cpu", "--max-new-tokens", STEPS + 1]
@@ -106,12 +113,17 @@ def test_tiers_are_those_of_the_cache_after_every_step(traced, flags):
         for head, tier in enumerate(tiers):
             lists = [critical[head], marginal[head] if marginal else []]
             assert sorted(sum(lists, [])) == [i for i, t in enumerate(tier) if t]  # no token is in two slots
-            for found, (own, size) in zip((2, 1), zip(lists, (sizes.critical, sizes.marginal))):
-                assert sorted(own) == [i for i, t in enumerate(tier) if t == found] and len(own) == size
+            for found, own in zip((2, 1), lists):
+                assert sorted(own) == [i for i, t in enumerate(tier) if t == found]
                 if step:
                     fresh = [i for i in own if states[step - 1][head][i] != found and i != prompt + step]
                     moved[2 - found] += len(fresh)
             assert all(tier[i] == 2 for i in range(prompt + step + 1 - sizes.recent, prompt + step + 1))
+        for held, size in ((critical, sizes.critical), (marginal, sizes.marginal)):
+            counts = [len(own) for own in held] or [0, 0]
+            if not settings.uniform:  # by the two KV heads of a layer
+                counts = [sum(counts[i : i + 2]) / 2 for i in range(0, len(counts), 2)]
+            assert set(counts) == {size}
     assert (report["moved"]["critical"], report["moved"]["marginal"]) == tuple(moved)
 
 
