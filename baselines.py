@@ -1,7 +1,7 @@
 """What SmallKV is measured against, as policies for the same decoder and the same step.
 
 Where it sits: beside smallkv.py; decode.Session drives either. What a method keeps lies in the slots of
-`cache.SlotCache`; what is not kept is gone, and memory for it was never allocated. `decode.Policy` keeps everything.
+`evicting.SlotCache`; what is not kept is gone, and memory for it was never allocated. `decode.Policy` keeps everything.
 
 | method         | after the prefill                           | at every step                         | paper      |
 | -------------- | ------------------------------------------- | ------------------------------------- | ---------- |
@@ -11,6 +11,7 @@ Where it sits: beside smallkv.py; decode.Session drives either. What a method ke
 | `snapkv`       | what the last 32 queries like, pooled       | every new token stays                 | 2404.14469 |
 | `window`       | the newest                                  | the same                              |            |
 | `oracle`       | everything                                  | attends to the exact top-k            |            |
+| `oracle-shared` | everything                                 | the same, of a layer's heads together | 2407.11550 |
 
 The budget counts tokens (K and V) per KV head, the one being decoded among them: at length n a step attends to
 `Evicting.kept(n)` tokens, as with SmallKV's critical tier, and the pool has that many slots. SnapKV and PyramidInfer
@@ -183,35 +184,44 @@ class SnapKV(Evicting):
 
 
 class OracleCache(FullCache):
-    """A full cache whose steps attend to the tokens of largest attention alone: kept[n] at length n, per KV head."""
+    """A full cache whose steps attend to the tokens of largest attention alone: kept[n] at length n for each KV head;
+    or shared by the heads of a layer, each of which has the newest token at least."""
 
-    def __init__(self, *shape, kept: Tensor):
+    def __init__(self, *shape, kept: Tensor, shared: bool):
         super().__init__(*shape)
-        self.most, self.kept = int(kept[self.capacity]), kept.to(self.key.device)
+        self.most, self.kept, self.shared = int(kept[self.capacity]), kept.to(self.key.device), shared
 
     def decode(self, layer: int, query: Tensor, span: Span) -> Tensor:
         key, value, (B, _, H, D) = self.key[layer], self.value[layer], query.shape
         logits = torch.full((B, 1, H, self.capacity), -torch.inf, device=query.device)
         lse = decode_attention(query, key, value, span.length, logits=logits)[1]
         mass = torch.exp2(logits - lse[..., None])[:, 0].unflatten(1, (key.shape[1], -1)).sum(2)  # (B, G, S)
-        token = torch.arange(self.capacity, device=mass.device)
-        mass = mass.masked_fill(token >= span.length[:, None, None], -1)
-        best = mass.topk(self.most).indices  # (B, G, most), largest first
-        counts = self.kept[span.length.long()][:, None, None]
-        position = best.where(torch.arange(self.most, device=mass.device) < counts, -1).int()
-        rows = (pool.gather(2, best[..., None].expand(*best.shape, D)).flatten(1, 2) for pool in (key, value))
-        return decode_attention(query, *rows, span.length, Slots.of(position))[0]
+        (_, G, S), token, end = mass.shape, torch.arange(self.capacity, device=mass.device), span.length[:, None, None]
+        mass = mass.masked_fill(token >= end, -1)
+        together = G if self.shared else 1  # heads that are ranked as one
+        if self.shared:
+            mass = mass.masked_fill(token == end - 1, torch.inf)
+        best = mass.view(B, G // together, -1).topk(together * self.most).indices  # largest first
+        most = together * self.kept[span.length.long()][:, None, None]
+        inside = torch.arange(best.shape[2], device=mass.device) < most
+        cell = best + S * torch.arange(G // together, device=mass.device)[:, None]  # among the rows of all heads
+        owner, cell = (cell // S).where(inside, G).flatten(1), cell.flatten(1)
+        slots = Slots.sorted(owner, torch.arange(cell.shape[1], device=cell.device).expand_as(cell), cell % S, G)
+        rows = (pool.flatten(1, 2).gather(1, cell[..., None].expand(-1, -1, D)) for pool in (key, value))
+        return decode_attention(query, *rows, span.length, slots)[0]
 
 
 class Oracle(Evicting):
     """Exact top-k: every step sees the k tokens of largest attention, found with all keys: what selecting by attention
     can reach. The cache is full, and the ledger says so."""
 
-    name = "oracle"
+    def __init__(self, llm: Decoder, budget: float = 0.2, tokens: int | None = None, shared: bool = False):
+        super().__init__(llm, budget, tokens, name="oracle-shared" if shared else "oracle")
+        self.shared = shared
 
     def make_caches(self, lengths: list[int], capacity: int, device) -> dict[str, Cache]:
-        kept = self.table(torch.arange(capacity + 2))
-        return {"LLM": OracleCache(self.llm.config, len(lengths), capacity, device, self.llm.dtype, kept=kept)}
+        how = {"kept": self.table(torch.arange(capacity + 2)), "shared": self.shared}
+        return {"LLM": OracleCache(self.llm.config, len(lengths), capacity, device, self.llm.dtype, **how)}
 
     prefill = Policy.prefill
     plan = Policy.plan
@@ -439,5 +449,6 @@ BASELINES = {
     "streaming": partial(Evicting, rule=streaming, name="streaming"),
     "snapkv": SnapKV,
     "oracle": Oracle,
+    "oracle-shared": partial(Oracle, shared=True),
     "window": partial(Evicting, rule=window, name="window"),
 }

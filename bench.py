@@ -316,7 +316,7 @@ def make_row(policy, models, setting, settings, drafts, length, times, ttft, giv
     llm = replace(models[0].config, vocab_size=models[0].lm_head.out_features)  # a rank's part of the projection
     size = planned = settings.sizes(length, drafts)
     if method != "smallkv":  # the oracle looks at every key
-        size = TierSizes(policy.kept(length), 1, 0) if hasattr(policy, "kept") and method != "oracle" else None
+        size = TierSizes(policy.kept(length), 1, 0) if hasattr(policy, "kept") and "oracle" not in method else None
     slm = slm if method == "smallkv" or drafts else None
     tpot, int4 = sorted(seconds / given for seconds in times), [bool(int4_modules(model)) for model in models]
     median, cuts = statistics.median(tpot), statistics.quantiles(tpot, n=10) if len(tpot) > 1 else tpot

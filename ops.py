@@ -64,12 +64,17 @@ class Slots(NamedTuple):
     def of(cls, position: Tensor) -> "Slots":
         """Of a pool in which every KV head has N slots of its own: position (B, G, N) int32, the token in each, -1 if
         none."""
-        G, token = position.shape[1], position.flatten(1)
-        head = torch.arange(G, device=token.device)[:, None].expand_as(position)
-        owner = head.where(position >= 0, G).flatten(1)  # (B, G N)
-        slot = owner.argsort(dim=1, stable=True)
-        begin = (owner[:, None] < torch.arange(G + 2, device=token.device)[:, None]).sum(-1)
-        return cls(slot.int(), token.gather(1, slot), begin.int())
+        B, G, N = position.shape
+        head = torch.arange(G, device=position.device)[:, None].expand_as(position)
+        slot = torch.arange(G * N, device=position.device).expand(B, -1)
+        return cls.sorted(head.where(position >= 0, G).flatten(1), slot, position.flatten(1), G)
+
+    @classmethod
+    def sorted(cls, owner: Tensor, slot: Tensor, token: Tensor, kv_heads: int) -> "Slots":
+        """Of places (B, N) in any order, `owner` the KV head of each, kv_heads where it is free."""
+        order = owner.argsort(dim=1, stable=True)
+        begin = (owner[:, None] < torch.arange(kv_heads + 2, device=owner.device)[:, None]).sum(-1)
+        return cls(*(table.gather(1, order).int() for table in (slot, token)), begin.int())
 
     def layer(self, layer: int) -> "Slots":
         """Of tables (L, B, ...) one layer's."""

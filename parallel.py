@@ -34,7 +34,7 @@ from quantize import JOINED
 
 ROWS = (*JOINED["qkv_proj"], *JOINED["gate_up_proj"])  # cut by output rows
 COLUMNS = ("o_proj", "down_proj")  # cut by input columns; the partial outputs are summed
-MIXED = ("pyramidinfer",)  # methods that choose tokens by the mean over all heads of a layer
+MIXED = ("pyramidinfer", "oracle-shared")  # methods that choose tokens by all heads of a layer together
 PATIENCE = 1.0  # seconds in which torchrun has ended the other ranks of one that failed
 
 
@@ -104,7 +104,7 @@ class Team:
     def check_method(self, method: str, **flags) -> None:
         """ValueError for a method that mixes heads, and for any of these flags that is set: they need one process."""
         if self.size > 1 and method in MIXED:
-            raise ValueError(f"--method {method} takes the mean over all heads of a layer; run it in one process")
+            raise ValueError(f"--method {method} looks at all heads of a layer together; run it in one process")
         for flag, value in flags.items():
             if self.size > 1 and value:
                 raise ValueError(f"--{flag} {value} is not built for several processes; leave it out under torchrun")

@@ -11,6 +11,7 @@ Shapes follow the legend in model.py, without the batch; n, the tokens so far, s
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -190,14 +191,19 @@ def naive_snapkv(llm, prompt, fed, kept):
     return logits, history
 
 
-def naive_oracle(llm, prompt, fed, kept):
-    """Top-k of the full attention, by the very query of the step."""
+def naive_oracle(llm, prompt, fed, kept, shared=False):
+    """Top-k of the full attention, by the very query of the step; shared: of the heads of a layer together, the newest
+    token of each first."""
     naive = Naive(llm)
     logits = [naive.feed(prompt)]
 
     def see(layer: int, rows: Tensor) -> Tensor:
-        mass = naive.by_kv_head(rows[:, -1]).tolist()
-        best = {(layer, g): top(dict(enumerate(row)), kept(naive.length)) for g, row in enumerate(mass)}
+        mass, n = naive.by_kv_head(rows[:, -1]).tolist(), naive.length
+        best = {(layer, g): top(dict(enumerate(row)), kept(n)) for g, row in enumerate(mass)}
+        if shared:
+            cells = {(g, j): math.inf if j == n - 1 else x for g, row in enumerate(mass) for j, x in enumerate(row)}
+            chosen = top(cells, len(mass) * kept(n))
+            best = {(layer, g): [j for own, j in chosen if own == g] for g in range(len(mass))}
         return naive.only(best)(layer, rows)
 
     logits += [naive.feed([token], see) for token in fed]
@@ -254,6 +260,7 @@ def naive_pyramidinfer(llm, prompt, fed, kept):
 NAIVE = {
     "h2o": naive_evicting(h2o), "streaming": naive_evicting(streaming), "window": naive_evicting(window),
     "snapkv": naive_snapkv, "oracle": naive_oracle, "pyramidinfer": naive_pyramidinfer,
+    "oracle-shared": partial(naive_oracle, shared=True),
 }  # fmt: skip
 
 

@@ -197,7 +197,7 @@ def test_methods_that_evict_are_prefilled_and_read_what_they_keep(capsys):
                          "2x120+20", "--methods", ",".join(methods))  # fmt: skip
     full = step_bytes(LLM, None, 2, 400, 4)
     for row, method in zip(report["rows"], methods, strict=True):
-        share = 1 if method in ("oracle", "transformers") else 10
+        share = 1 if method in ("oracle", "oracle-shared", "transformers") else 10
         assert row["method"] == method and row["turnover"] is None and row["pcie_bytes_step"] == 0
         assert (row["ttft_s"] is None) == (method == "transformers")
         assert row["step_bytes"]["LLM weights"] == full["LLM weights"]

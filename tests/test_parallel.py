@@ -284,7 +284,7 @@ def test_a_mistake_is_said_once(models, tmp_path):
     for size, flags, line in (
         (2, ["--max-new-tokens", "0"], "argument --max-new-tokens: 0 is not a whole number of at least 1"),
         (2, ["--method", "pyramidinfer"],
-         "--method pyramidinfer takes the mean over all heads of a layer; run it in one process"),
+         "--method pyramidinfer looks at all heads of a layer together; run it in one process"),
         (2, ["--device", "cuda:1"], "--device cuda:1: each process takes a GPU of its own; use auto, cuda or cpu"),
         (3, [], "2 KV heads of the LLM cannot be split over 3 processes; use --nproc-per-node 1 or 2"),
     ):  # fmt: skip
