@@ -70,8 +70,7 @@ class Evicting(Policy):
         self, llm: Decoder, budget: float = 0.2, tokens: int | None = None, rule: Callable | None = None,
         name: str = "", heavy: bool = False,
     ):  # fmt: skip
-        """budget: share of the tokens at the current length, in (0, 1]; tokens: instead, that many whatever the length.
-        ValueError names what is out of range."""
+        """budget: share of the tokens at the current length; tokens: instead, that many. ValueError: out of range."""
         super().__init__(llm)
         if not 0 < budget <= 1:
             raise ValueError(f"budget {budget} is outside (0, 1]; 0.2 keeps a fifth of the full cache's bytes")
@@ -199,16 +198,13 @@ class OracleCache(FullCache):
         (_, G, S), token, end = mass.shape, torch.arange(self.capacity, device=mass.device), span.length[:, None, None]
         mass = mass.masked_fill(token >= end, -1)
         together = G if self.shared else 1  # heads that are ranked as one
-        if self.shared:
-            mass = mass.masked_fill(token == end - 1, torch.inf)
-        best = mass.view(B, G // together, -1).topk(together * self.most).indices  # largest first
-        most = together * self.kept[span.length.long()][:, None, None]
-        inside = torch.arange(best.shape[2], device=mass.device) < most
+        mass = mass.masked_fill((token == end - 1) & self.shared, torch.inf)
+        best, most = mass.view(B, G // together, -1).topk(together * self.most).indices, self.kept[span.length.long()]
+        inside = torch.arange(best.shape[2], device=mass.device) < together * most[:, None, None]  # largest first
         cell = best + S * torch.arange(G // together, device=mass.device)[:, None]  # among the rows of all heads
         owner, cell = (cell // S).where(inside, G).flatten(1), cell.flatten(1)
-        slots = Slots.sorted(owner, torch.arange(cell.shape[1], device=cell.device).expand_as(cell), cell % S, G)
         rows = (pool.flatten(1, 2).gather(1, cell[..., None].expand(-1, -1, D)) for pool in (key, value))
-        return decode_attention(query, *rows, span.length, slots)[0]
+        return decode_attention(query, *rows, span.length, Slots.sorted(owner, cell % S, G))[0]
 
 
 class Oracle(Evicting):

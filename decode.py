@@ -5,7 +5,7 @@ Where it sits: it owns the order of things. A decode step, the whole project in 
     policy.observe(tokens, span)             # SLM: attention rows -> scores                        smallkv.py
     for layer in layers:
         policy.plan(layer, span)             # scores -> tiers -> slots                             scores.py, tiers.py
-        policy.migrate(layer)                # rows come from the offloaded tier                    tiers.py
+        policy.migrate(layer)                # rows come from the offloaded tier                    ops.py
     logits = llm(tokens, span, cache)        # attention on critical K, V and marginal V (Eq. 6)    kernels.py
     policy.settle(span)                      # the SLM's newest rows go into its scores             cache.py
 

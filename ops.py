@@ -64,17 +64,16 @@ class Slots(NamedTuple):
     def of(cls, position: Tensor) -> "Slots":
         """Of a pool in which every KV head has N slots of its own: position (B, G, N) int32, the token in each, -1 if
         none."""
-        B, G, N = position.shape
+        G = position.shape[1]
         head = torch.arange(G, device=position.device)[:, None].expand_as(position)
-        slot = torch.arange(G * N, device=position.device).expand(B, -1)
-        return cls.sorted(head.where(position >= 0, G).flatten(1), slot, position.flatten(1), G)
+        return cls.sorted(head.where(position >= 0, G).flatten(1), position.flatten(1), G)
 
     @classmethod
-    def sorted(cls, owner: Tensor, slot: Tensor, token: Tensor, kv_heads: int) -> "Slots":
-        """Of places (B, N) in any order, `owner` the KV head of each, kv_heads where it is free."""
-        order = owner.argsort(dim=1, stable=True)
+    def sorted(cls, owner: Tensor, token: Tensor, kv_heads: int) -> "Slots":
+        """Of slots in any order: owner (B, N), the KV head of each, kv_heads where it is free; token (B, N)."""
+        slot = owner.argsort(dim=1, stable=True)
         begin = (owner[:, None] < torch.arange(kv_heads + 2, device=owner.device)[:, None]).sum(-1)
-        return cls(*(table.gather(1, order).int() for table in (slot, token)), begin.int())
+        return cls(slot.int(), token.gather(1, slot).int(), begin.int())
 
     def layer(self, layer: int) -> "Slots":
         """Of tables (L, B, ...) one layer's."""

@@ -7,9 +7,10 @@ Where it sits: tokens -> **SLM -> scores -> tier plan** -> migration (cache.py) 
 - marginal compensation (Eq. 6): the tokens ranked below the critical ones keep V alone, and borrow the SLM's attention.
 
 Beyond the paper: the scores may forget (`score_decay`), because with a full SLM cache and a way back for every token
-nothing forces the ranking to be about the past; and the LLM's own attention takes the SLM's place in them where it sees
-a token (`scores="fused"`). Both are the default. The marginal tier is not: with these scores its bytes bring more as
-critical tokens (README.md). `Settings.paper` gives the paper's three tiers and accumulation.
+nothing forces the ranking to be about the past; the LLM's own attention takes the SLM's place in them where it sees a
+token (`scores="fused"`); and the KV heads of a layer share its slots (`uniform` off). All are the default. The marginal
+tier is not: with these scores its bytes bring more as critical tokens (README.md). `Settings.paper` gives the paper's
+three tiers and accumulation.
 
 Shapes follow the legend in model.py.
 """
@@ -36,7 +37,8 @@ SMALL_BUDGET = 0.075  # below it the critical tokens stay as many as there (see 
 
 @dataclass(frozen=True)
 class TierSizes:
-    """Tokens per KV head at one length. critical counts the recent ones; what is left is offloaded."""
+    """Tokens per KV head at one length, on average where heads share their slots. critical counts the recent ones; what
+    is left is offloaded."""
 
     critical: int
     recent: int

@@ -1,23 +1,19 @@
 """From scores to tiers, from tiers to slots and to lists of rows that move: nothing of it reaches the host.
 
 Where it sits: scores -> **tier plan -> slots** -> migration (ops.py) -> LLM, for one layer of the LLM at a time (Eq. 4,
-5). `plan_tiers` stands here twice with one signature, `NAME_torch` (the plain PyTorch truth) and `NAME_triton`; the one
-without a suffix chooses (ops.py).
+5). `plan_tiers` chooses between its plain PyTorch truth and its Triton version (ops.py).
 
-A list of places (ops.Slots) is the only link between slots and tokens. A token that stays in its tier keeps its slot
-and its row; one that leaves frees the slot; one that comes, of whatever KV head, takes a free slot, and its row is
-listed to be brought.
-
+A list of places (ops.Slots) is the only link between slots and tokens. A token that stays in its tier keeps its slot;
+one that leaves frees it; one that comes, of whatever KV head, takes a free one, and its row is listed to be brought.
 Beyond the paper, the KV heads of a layer share its slots: a head that looks at hundreds of tokens gets more of them
 than one that looks at three (AdaKV, arXiv 2407.11550, does so once, for a prompt). Between heads, scores are compared
 by their level, an eighth of an octave, so that a count of tokens by head and level is all that a head needs to know of
 the others.
 
-The Triton plan is three launches. `_levels_kernel` counts tokens by level. `_plan_kernel`, one program for a KV head,
-finds the head's share and its tokens, without sorting: positive floats order like their bits, so the bits of the last
-token that is in are searched within its level, each time counting how many tokens are above; a row of up to ROW tokens
-stays in registers, of a longer one the rest is read again. `_deal_kernel` gives the slots that heads have freed to the
-tokens that come.
+The Triton plan is three launches: tokens are counted by level; one program for each KV head finds its share and its
+tokens; the slots that heads have freed are dealt to the tokens that come. Nothing is sorted: positive floats order like
+their bits, so the bits of the last token that is in are searched within its level, each time counting how many tokens
+are above. A row of up to ROW tokens stays in registers, of a longer one the rest is read again.
 
 Shapes follow the legend in model.py.
 """
@@ -99,8 +95,7 @@ def plan_tiers_torch(
         return taken & (key >= least) & (count > 0)[..., None]
 
     top = best(share)
-    fresh = _assign(critical, top & (token < end - 1), T, rows[0], count[0], host_rows, end[..., 0])
-    newest.copy_(fresh)
+    newest.copy_(_assign(critical, top & (token < end - 1), T, rows[0], count[0], host_rows, end[..., 0]))
     if marginal is not None:
         _assign(marginal, best(both) & ~top, 0, rows[1], count[1], host_rows, end[..., 0])
     if memory is not None:
@@ -117,8 +112,7 @@ def _assign(
     stays = F.pad(wanted.flatten(1), (0, 1)).gather(1, cell.clamp(max=G * S)) & (slots.token < S)
     inside = torch.zeros(B, G * S + 1, dtype=torch.bool, device=device).scatter_(1, cell.where(stays, G * S), True)
     enters = wanted & ~inside[:, :-1].view_as(wanted)
-    width = S + drafts
-    comes = F.pad(enters, (0, drafts), value=True).flatten(1)  # (B, G * width)
+    comes, width = F.pad(enters, (0, drafts), value=True).flatten(1), S + drafts  # (B, G * width)
     queue = torch.full((B, N + 1), -1, device=device)  # the n-th that comes: head * width + token
     queue.scatter_(1, (comes.cumsum(1) - 1).where(comes, N), torch.arange(G * width, device=device).expand(B, -1))
     came = queue[:, :-1].gather(1, ((~stays).cumsum(1) - 1).clamp(min=0)).where(~stays, -1)  # (B, N)
@@ -127,8 +121,8 @@ def _assign(
     token = column.where(~is_draft, end - 1 + column - S).where(came >= 0, -1).where(~stays, slots.token)
     fresh = (came >= 0) & ~is_draft
     listed = (fresh.flatten().cumsum(0) - 1).where(fresh.flatten(), rows.shape[1])
-    sequence = torch.arange(B, device=device)[:, None]
-    for kind, values in enumerate(((sequence * G + owner) * host_rows + token, sequence * N + slots.slot)):
+    b = torch.arange(B, device=device)[:, None]
+    for kind, values in enumerate(((b * G + owner) * host_rows + token, b * N + slots.slot)):
         wide = torch.zeros(rows.shape[1] + 1, dtype=torch.int32, device=device)  # the last column is not listed
         rows[kind] = wide.scatter_(0, listed, values.flatten().int())[:-1]
     count += fresh.sum()
@@ -326,7 +320,7 @@ def _plan_kernel(
     most, recent = tl.load(sizes_ptr + length * 3), tl.load(sizes_ptr + length * 3 + 1)
     middling = tl.load(sizes_ptr + length * 3 + 2)
     head, level = tl.arange(0, HEADS), tl.arange(0, LEVELS)
-    cells = levels_ptr + b * G * LEVELS + head[:, None] * LEVELS + level
+    cells = levels_ptr + (b * G + head[:, None]) * LEVELS + level
     counts = tl.load(cells, mask=(head < G)[:, None] & (level > 0), other=0)
     counts = tl.sum(counts, 1)[:, None] - tl.cumsum(counts, 1) + counts  # of each level or above
     share = _shares(counts, most, G, LEVELS, SHARED)
@@ -427,7 +421,7 @@ def plan_tiers_triton(
     (B, G, S), N, M = total.shape, critical.token.shape[1], 0 if marginal is None else marginal.token.shape[1]
     lists = *critical, *(marginal or (None,) * 3)
     tables = total, sizes, memory, newest, rows, count, mark, levels, *lists
-    assert all(table.is_contiguous() for table in tables if table is not None)
+    assert all(table is None or table.is_contiguous() for table in tables)
     int32 = {"device": total.device, "dtype": torch.int32}
     scratch = [torch.empty(n, **int32) for n in (2 * B * (N + M), B * (N + M), 2 * B * (G + 1) * 6)]
     warps = min(32, max(4, triton.next_power_of_2(S) // 512))
