@@ -257,7 +257,7 @@ def _splits_of(head, begin_ptr, rows, size, G: tl.constexpr):
 @triton.jit
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, length_ptr, slot_ptr, begin_ptr, logit_ptr, weight_ptr, marginal_ptr, marginal_slot_ptr,
-     marginal_begin_ptr, part_ptr, rows, marginal_rows, size, scale,
+    marginal_begin_ptr, part_ptr, rows, marginal_rows, size, scale,
     G: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One split of the places of one KV head: unscaled output, top, sum of ROWS query rows; and the same share of the
