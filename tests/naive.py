@@ -284,6 +284,29 @@ def shares(levels: list[list[float]], most: int, shared: bool) -> list[int]:
     return [sum(g == own for _, own in best) for g in range(len(levels))]
 
 
+def naive_order(scores: list[float], recent: int) -> list[int]:
+    """Tokens of one KV head, best first: the newest, then the recent ones, then by score; equals by position; a score
+    below 0 is never taken."""
+    n = len(scores)
+
+    def rank(token):
+        if token == n - 1:
+            return -3, 0.0, token
+        return (-2, 0.0, token) if token >= n - recent else (-1, -scores[token], token)
+
+    return sorted((j for j in range(n) if rank(j)[0] < -1 or scores[j] >= 0), key=rank)
+
+
+def naive_tiers(scores: list[list[float]], size: tuple[int, int, int], shared: bool) -> list[tuple[set[int], set[int]]]:
+    """Critical and marginal tokens of each KV head of a layer. size: critical, recent and marginal ones."""
+    critical, recent, marginal = size
+    orders = [naive_order(own, recent) for own in scores]
+    levels = [[level(own[j]) if j < len(own) - recent else math.inf for j in order]
+              for own, order in zip(scores, orders)]  # fmt: skip
+    first, both = (shares(levels, most, shared) for most in (critical, critical + marginal))
+    return [(set(order[:one]), set(order[one:two])) for order, one, two in zip(orders, first, both)]
+
+
 class NaiveSmallKV:
     """One sequence under SmallKV, with or without drafts, by masks over caches that keep everything.
 
@@ -372,21 +395,12 @@ class NaiveSmallKV:
 
     def _plan(self, rank: Tensor, size, n: int) -> list[int]:
         """The newest token, the recent ones, then by score, then by position: cut in three. Rows that come, by tier."""
-        came, ranked, counts = [0, 0], {}, {}
-        for layer, g in self.llm.heads:
-            score = rank[layer, g].tolist()
-            order = [j for j in range(n) if score[j] >= 0 or j >= n - size.recent]
-            order.sort(key=lambda j: (j != n - 1, j < n - size.recent, 0 if j >= n - size.recent else -score[j], j))
-            ranked[layer, g] = order
-            levels = [level(score[j]) if j < n - size.recent else math.inf for j in order]
-            counts.setdefault(layer, []).append(levels)
-        for (layer, g), order in ranked.items():
-            ends = [shares(counts[layer], most, not self.settings.uniform)[g]
-                    for most in (size.critical, size.critical + size.marginal)]  # fmt: skip
-            cuts = order[: ends[0]], order[ends[0] : ends[1]]
-            for tier, (table, wanted) in enumerate(zip((self.critical, self.marginal), map(set, cuts))):
-                came[tier] += len(wanted - table[layer, g] - {n - 1})
-                table[layer, g] = wanted
+        came, sizes = [0, 0], (size.critical, size.recent, size.marginal)
+        for layer, scores in enumerate(rank[..., :n].tolist()):
+            for g, cuts in enumerate(naive_tiers(scores, sizes, not self.settings.uniform)):
+                for tier, (table, wanted) in enumerate(zip((self.critical, self.marginal), cuts)):
+                    came[tier] += len(wanted - table[layer, g] - {n - 1})
+                    table[layer, g] = wanted
         return came
 
     def _lend(self, row: Tensor, layer: int, n: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Norm, RoPE with append, gate: each Triton kernel against its plain PyTorch twin, on shapes that fill no block.
+"""Norm, RoPE with append, gate: each Triton kernel against its plain PyTorch twin, on shapes that fill no block. And
+the movement of rows, to the bit.
 
 The twins are held against Transformers in test_checkpoint.py, and what they append against naive.py in test_smallkv.py.
 On a GPU the kernels are compiled, on a CPU they are interpreted (conftest.py). Pools come full of NaN: what is compared
@@ -6,6 +7,7 @@ with NaN equal to NaN is also what was not written.
 """
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import kernels
 import ops
 import scores
 import tiers
-from conftest import FP32, HALF, HERE, close, randn
+from conftest import BF16, FP32, HALF, HERE, close, randint, randn, versions
 from ops import Rope
 
 
@@ -56,6 +58,54 @@ def test_rope_and_append_equal_their_twin(normed, T, group, D, dtype):
             results.append((append(qkv, rope, *pools, position, where), *pools))
         for ours, twins in zip(results[1], results[0]):
             close(ours, twins, dtype)
+
+
+# ---- Movement ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("D, dtype, count, bytes_at_once", [
+    (16, FP32, 41, 1 << 17), (64, BF16, 0, 1 << 17), (128, BF16, 57, 1 << 11), (64, FP32, 60, 1 << 11),
+    (128, FP32, 1, 1 << 17),
+])  # fmt: skip
+def test_rows_arrive_to_the_bit(D, dtype, count, bytes_at_once, device, monkeypatch):
+    """K and V, and V alone; in one turn of a program or in many; slots that nothing comes to keep what they had."""
+    monkeypatch.setattr(ops, "BRING_BYTES", bytes_at_once)
+    host = randn(2, 2, 99, 2, D, dtype=dtype, device="cpu")
+    target = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    rows = torch.stack((target // 15 * 99 + randint(0, 99, (60,), 2, "cpu"), target)).int()
+    rows[:, count:] = 0 if count == 0 else 2**31 - 1  # beyond the count nothing is looked up
+    before = [randn(2, 30, D, seed=seed, dtype=dtype, device="cpu") for seed in (3, 4)]
+    expected = [pool.clone() for pool in before]
+    for source, slot in rows[:, :count].T.tolist():
+        for kind, pool in enumerate(expected):
+            pool.view(-1, D)[slot] = host[source // 198, source // 99 % 2, source % 99, kind]
+    offloaded = host.pin_memory() if device == "cuda" else host
+    wanted, how_many = rows.to(device), torch.tensor(count, dtype=torch.int32, device=device)
+    for bring in versions(ops, "bring_rows", device)[device == "cuda" :]:
+        for both in (True, False):
+            key, value = (pool.to(device, copy=True) for pool in before)
+            bring(key if both else None, value, offloaded, wanted, how_many)
+            assert torch.equal(value.cpu(), expected[1]) and torch.equal(key.cpu(), (expected if both else before)[0])
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_newest_rows_are_stored(T, device):
+    """Each to its position, and nothing else; sequences whose first step is to come store nothing."""
+    key, value = (randn(3, 18, 64, seed=seed, dtype=BF16, device=device) for seed in (0, 1))
+    newest = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(s))[: 2 * T] for s in range(3)])
+    newest = newest.view(3, 2, T).int().to(device)
+    start = torch.tensor([4, -1, 0], dtype=torch.int32, device=device)
+    for store in versions(ops, "store_rows", device):
+        offloaded = torch.zeros(3, 2, 11, 2, 64, dtype=BF16, device=device)
+        store(key, value, offloaded, newest, start)
+        expected = torch.zeros_like(offloaded)
+        for b, g, t in itertools.product((0, 2), range(2), range(T)):
+            slot, place = newest[b, g, t], int(start[b]) + t
+            expected[b, g, place, 0], expected[b, g, place, 1] = key[b, slot], value[b, slot]
+        assert torch.equal(offloaded, expected)
+
+
+# ---- Which version runs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module, name", [

@@ -1,42 +1,17 @@
-"""The plan against a plain Python ranking, step by step, and the movement of rows, to the bit.
+"""The plan against a plain Python ranking (naive.py), step by step.
 
-Both versions of a function are held against the same loop: which tokens are in a tier is settled to the last one, which
+Both versions of the plan are held against the same loop: which tokens are in a tier is settled to the last one, which
 of the free slots a token takes is left open. Scores beyond a length are NaN.
 """
 
 import itertools
-import math
 
 import pytest
 import torch
 
-import ops
 import tiers
-from conftest import BF16, FP32, listed, randint, randn, versions
-from naive import level, shares
-
-
-def naive_order(scores: list[float], recent: int) -> list[int]:
-    """Tokens of one KV head, best first: the newest, then the recent ones, then by score; equals by position; a score
-    below 0 is never taken."""
-    n = len(scores)
-
-    def rank(token):
-        if token == n - 1:
-            return -3, 0.0, token
-        return (-2, 0.0, token) if token >= n - recent else (-1, -scores[token], token)
-
-    return sorted((j for j in range(n) if rank(j)[0] < -1 or scores[j] >= 0), key=rank)
-
-
-def naive_tiers(scores: list[list[float]], size: tuple[int, int, int], shared: bool) -> list[tuple[set[int], set[int]]]:
-    """Critical and marginal tokens of each KV head."""
-    critical, recent, marginal = size
-    orders = [naive_order(own, recent) for own in scores]
-    levels = [[level(own[j]) if j < len(own) - recent else math.inf for j in order]
-              for own, order in zip(scores, orders)]  # fmt: skip
-    first, both = (shares(levels, most, shared) for most in (critical, critical + marginal))
-    return [(set(order[:one]), set(order[one:two])) for order, one, two in zip(orders, first, both)]
+from conftest import listed, randn, versions
+from naive import naive_tiers
 
 
 class State:
@@ -168,48 +143,3 @@ def test_plans_of_long_rows(S, T, share, device):
 def test_plans_at_the_edges_of_a_budget(lengths, steps, split, device):
     parts = [lambda n, i=i: split(n)[i] for i in range(3)]
     check_plans(device, lengths, ["uniform"] * steps, 1, parts)
-
-
-# ---- Movement ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("D, dtype, count, bytes_at_once", [
-    (16, FP32, 41, 1 << 17), (64, BF16, 0, 1 << 17), (128, BF16, 57, 1 << 11), (64, FP32, 60, 1 << 11),
-    (128, FP32, 1, 1 << 17),
-])  # fmt: skip
-def test_rows_arrive_to_the_bit(D, dtype, count, bytes_at_once, device, monkeypatch):
-    """K and V, and V alone; in one turn of a program or in many; slots that nothing comes to keep what they had."""
-    monkeypatch.setattr(ops, "BRING_BYTES", bytes_at_once)
-    host = randn(2, 2, 99, 2, D, dtype=dtype, device="cpu")
-    target = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    rows = torch.stack((target // 15 * 99 + randint(0, 99, (60,), 2, "cpu"), target)).int()
-    rows[:, count:] = 0 if count == 0 else 2**31 - 1  # beyond the count nothing is looked up
-    before = [randn(2, 30, D, seed=seed, dtype=dtype, device="cpu") for seed in (3, 4)]
-    expected = [pool.clone() for pool in before]
-    for source, slot in rows[:, :count].T.tolist():
-        for kind, pool in enumerate(expected):
-            pool.view(-1, D)[slot] = host[source // 198, source // 99 % 2, source % 99, kind]
-    offloaded = host.pin_memory() if device == "cuda" else host
-    wanted, how_many = rows.to(device), torch.tensor(count, dtype=torch.int32, device=device)
-    for bring in versions(ops, "bring_rows", device)[device == "cuda" :]:
-        for both in (True, False):
-            key, value = (pool.to(device, copy=True) for pool in before)
-            bring(key if both else None, value, offloaded, wanted, how_many)
-            assert torch.equal(value.cpu(), expected[1]) and torch.equal(key.cpu(), (expected if both else before)[0])
-
-
-@pytest.mark.parametrize("T", [1, 5])
-def test_newest_rows_are_stored(T, device):
-    """Each to its position, and nothing else; sequences whose first step is to come store nothing."""
-    key, value = (randn(3, 18, 64, seed=seed, dtype=BF16, device=device) for seed in (0, 1))
-    newest = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(s))[: 2 * T] for s in range(3)])
-    newest = newest.view(3, 2, T).int().to(device)
-    start = torch.tensor([4, -1, 0], dtype=torch.int32, device=device)
-    for store in versions(ops, "store_rows", device):
-        offloaded = torch.zeros(3, 2, 11, 2, 64, dtype=BF16, device=device)
-        store(key, value, offloaded, newest, start)
-        expected = torch.zeros_like(offloaded)
-        for b, g, t in itertools.product((0, 2), range(2), range(T)):
-            slot, place = newest[b, g, t], int(start[b]) + t
-            expected[b, g, place, 0], expected[b, g, place, 1] = key[b, slot], value[b, slot]
-        assert torch.equal(offloaded, expected)
